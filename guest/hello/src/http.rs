@@ -1,0 +1,371 @@
+//! HTTP/1.1 message framing (RFC 9112), as far as a server of two pages needs it.
+
+use std::time::SystemTime;
+
+/// The longest request head that is accepted, request line and fields together. What common
+/// servers accept by default.
+const MAX_HEAD_BYTES: usize = 8 * 1024;
+
+/// The most header fields that are accepted in a request.
+const MAX_FIELDS: usize = 100;
+
+/// The largest request body that is read past to keep a connection usable. It costs less than a
+/// new connection; a larger one does not.
+const MAX_SKIPPED_BODY: u64 = 64 * 1024;
+
+/// The request methods that are told apart.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Method {
+    Get,
+    Head,
+    Other,
+}
+
+/// What the head of a request says.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Request {
+    pub(crate) method: Method,
+    /// The path of the target, without its query.
+    pub(crate) path: String,
+    /// The bytes of the body that follow the head.
+    pub(crate) body: u64,
+    /// Whether the connection can be used for another request after this one.
+    pub(crate) keep_alive: bool,
+    /// Whether the client has to be told that it can (it speaks HTTP/1.0).
+    pub(crate) says_keep_alive: bool,
+}
+
+/// A response's status.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Status {
+    Ok,
+    BadRequest,
+    NotFound,
+    MethodNotAllowed,
+    HeaderFieldsTooLarge,
+    InternalServerError,
+}
+
+impl Status {
+    /// The status code and reason phrase (RFC 9110, section 15; RFC 6585, section 5).
+    pub(crate) fn line(self) -> &'static str {
+        match self {
+            Self::Ok => "200 OK",
+            Self::BadRequest => "400 Bad Request",
+            Self::NotFound => "404 Not Found",
+            Self::MethodNotAllowed => "405 Method Not Allowed",
+            Self::HeaderFieldsTooLarge => "431 Request Header Fields Too Large",
+            Self::InternalServerError => "500 Internal Server Error",
+        }
+    }
+}
+
+/// Parses a request head from the start of `bytes`.
+///
+/// Returns the request and the length of its head, or none while the head is incomplete.
+///
+/// # Errors
+///
+/// Fails with the status to answer with. The connection cannot be used after it, because where the
+/// next request begins is not known.
+pub(crate) fn parse(bytes: &[u8]) -> Result<Option<(Request, usize)>, Status> {
+    let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
+    let mut head = httparse::Request::new(&mut fields);
+    let length = match head.parse(bytes) {
+        Ok(httparse::Status::Complete(length)) if length <= MAX_HEAD_BYTES => length,
+        Ok(httparse::Status::Partial) if bytes.len() < MAX_HEAD_BYTES => return Ok(None),
+        Ok(_) | Err(httparse::Error::TooManyHeaders) => return Err(Status::HeaderFieldsTooLarge),
+        Err(_) => return Err(Status::BadRequest),
+    };
+    request(&head).map(|request| Some((request, length)))
+}
+
+/// Checks what the parser does not: how the fields of a head belong together.
+fn request(head: &httparse::Request<'_, '_>) -> Result<Request, Status> {
+    let http_1_1 = head.version == Some(1);
+    let mut host = 0;
+    let mut length: Option<u64> = None;
+    let mut encoded = false;
+    let mut chunked = false;
+    let mut expects = false;
+    let mut close = false;
+    let mut keep_alive = false;
+    for field in head.headers.iter() {
+        let is = |name: &str| field.name.eq_ignore_ascii_case(name);
+        if is("host") {
+            host += 1;
+            if !is_host(field.value) {
+                return Err(Status::BadRequest);
+            }
+        } else if is("content-length") {
+            let value = content_length(field.value)?;
+            if length.is_some_and(|length| length != value) {
+                // Two lengths are how requests are smuggled (RFC 9112, section 6.3).
+                return Err(Status::BadRequest);
+            }
+            length = Some(value);
+        } else if is("transfer-encoding") {
+            // The last coding tells where the body ends (RFC 9112, section 6.3).
+            encoded = true;
+            chunked = last_token(field.value).eq_ignore_ascii_case(b"chunked");
+        } else if is("expect") {
+            expects = true;
+        } else if is("connection") {
+            close |= has_token(field.value, "close");
+            keep_alive |= has_token(field.value, "keep-alive");
+        }
+    }
+    let misframed = encoded && (length.is_some() || !http_1_1 || !chunked);
+    if host > 1 || (http_1_1 && host == 0) || misframed {
+        return Err(Status::BadRequest);
+    }
+    let body = length.unwrap_or(0);
+    // A body that is not read past would be taken for the next request. One that the client holds
+    // back until it is told to go on may never come.
+    let framed = !encoded && body <= MAX_SKIPPED_BODY && !(expects && body > 0);
+    Ok(Request {
+        method: match head.method {
+            Some("GET") => Method::Get,
+            Some("HEAD") => Method::Head,
+            _ => Method::Other,
+        },
+        path: path(head.path.unwrap_or_default()),
+        body,
+        keep_alive: framed && !close && (http_1_1 || keep_alive),
+        says_keep_alive: !http_1_1,
+    })
+}
+
+/// The path of an origin-form or absolute-form target (RFC 9112, section 3.2), without its query.
+fn path(target: &str) -> String {
+    let target = match target.split_once("://") {
+        Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => {
+            let authority = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+            match &rest[authority..] {
+                path if path.starts_with('/') => path,
+                _ => "/",
+            }
+        }
+        _ => target,
+    };
+    target.split(['?', '#']).next().unwrap_or_default().into()
+}
+
+/// Whether a value has only what a host and a port are written with (RFC 3986, section 3.2). An
+/// empty one is allowed.
+fn is_host(value: &[u8]) -> bool {
+    value
+        .iter()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%:[]".contains(byte))
+}
+
+fn last_token(value: &[u8]) -> &[u8] {
+    value
+        .rsplit(|byte| *byte == b',')
+        .next()
+        .unwrap_or_default()
+        .trim_ascii()
+}
+
+fn content_length(value: &[u8]) -> Result<u64, Status> {
+    // `parse` alone would take a sign.
+    if value.is_empty() || !value.iter().all(u8::is_ascii_digit) {
+        return Err(Status::BadRequest);
+    }
+    std::str::from_utf8(value)
+        .ok()
+        .and_then(|digits| digits.parse().ok())
+        .ok_or(Status::BadRequest)
+}
+
+fn has_token(value: &[u8], token: &str) -> bool {
+    value
+        .split(|byte| *byte == b',')
+        .any(|item| item.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
+}
+
+/// What follows a response on its connection.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Next {
+    /// Another request may follow.
+    Open,
+    /// The same, and the client does not expect it.
+    OpenSaidSo,
+    /// The connection ends.
+    Close,
+}
+
+/// Appends a response to `out`. `with_body` is false for the answer to HEAD, which has the fields
+/// of the answer to GET and no content.
+pub(crate) fn respond(
+    out: &mut Vec<u8>,
+    status: Status,
+    content_type: &str,
+    body: &[u8],
+    with_body: bool,
+    next: Next,
+) {
+    use std::io::Write;
+
+    let date = httpdate::fmt_http_date(SystemTime::now());
+    let allow = match status {
+        Status::MethodNotAllowed => "Allow: GET, HEAD\r\n",
+        _ => "",
+    };
+    let connection = match next {
+        Next::Open => "",
+        Next::OpenSaidSo => "Connection: keep-alive\r\n",
+        Next::Close => "Connection: close\r\n",
+    };
+    write!(
+        out,
+        "HTTP/1.1 {}\r\nDate: {date}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n{allow}{connection}\r\n",
+        status.line(),
+        body.len(),
+    )
+    .expect("writing to memory does not fail");
+    if with_body {
+        out.extend_from_slice(body);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ok(head: &str) -> Request {
+        parse(head.as_bytes()).unwrap().unwrap().0
+    }
+
+    fn refused(head: &str) -> Status {
+        parse(head.as_bytes()).unwrap_err()
+    }
+
+    #[test]
+    fn a_head_is_incomplete_at_every_split_but_the_last() {
+        let head = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+        for split in 0..head.len() {
+            assert_eq!(parse(&head[..split]), Ok(None), "at {split}");
+        }
+        assert_eq!(parse(head).unwrap().unwrap().1, head.len());
+    }
+
+    #[test]
+    fn http_1_1_keeps_the_connection_unless_told_otherwise() {
+        assert!(ok("GET / HTTP/1.1\r\nHost: a\r\n\r\n").keep_alive);
+        assert!(!ok("GET / HTTP/1.1\r\nHost: a\r\nConnection: TE, Close\r\n\r\n").keep_alive);
+    }
+
+    #[test]
+    fn http_1_0_closes_the_connection_unless_asked_otherwise() {
+        assert!(!ok("GET / HTTP/1.0\r\n\r\n").keep_alive);
+        assert!(ok("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n").keep_alive);
+    }
+
+    #[test]
+    fn a_target_is_taken_to_its_path() {
+        for (target, path) in [
+            ("/", "/"),
+            ("/sleep?x=/y", "/sleep"),
+            ("http://example.org", "/"),
+            ("HTTP://example.org/sleep", "/sleep"),
+            ("http://example.org?x=/sleep", "/"),
+            ("*", "*"),
+        ] {
+            let head = format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n");
+            assert_eq!(ok(&head).path, path, "for {target}");
+        }
+    }
+
+    #[test]
+    fn a_body_is_framed_by_one_length_only() {
+        assert_eq!(
+            ok("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n").body,
+            3
+        );
+        for fields in [
+            "Content-Length: 3\r\nContent-Length: 4",
+            "Content-Length: +3",
+            "Content-Length: 3, 3",
+            "Content-Length: ",
+            "Content-Length: 99999999999999999999",
+            "Content-Length: 3\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: gzip",
+            "Transfer-Encoding: chunked, identity",
+        ] {
+            let head = format!("POST / HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n");
+            assert_eq!(refused(&head), Status::BadRequest, "for {fields}");
+        }
+    }
+
+    #[test]
+    fn a_body_that_is_not_read_past_ends_the_connection() {
+        for fields in [
+            "Transfer-Encoding: chunked",
+            "Content-Length: 65537",
+            "Content-Length: 1\r\nExpect: 100-continue",
+        ] {
+            let head = format!("POST / HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n");
+            assert!(!ok(&head).keep_alive, "for {fields}");
+        }
+    }
+
+    #[test]
+    fn one_host_field_is_required() {
+        assert_eq!(refused("GET / HTTP/1.1\r\n\r\n"), Status::BadRequest);
+        assert_eq!(
+            refused("GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n"),
+            Status::BadRequest
+        );
+        for value in ["a b", "a/b", "a@b", "a\tb"] {
+            let head = format!("GET / HTTP/1.1\r\nHost: {value}\r\n\r\n");
+            assert_eq!(refused(&head), Status::BadRequest, "for {value:?}");
+        }
+        for value in ["", "a:80", "[::1]:80"] {
+            assert_eq!(
+                ok(&format!("GET / HTTP/1.1\r\nHost: {value}\r\n\r\n")).path,
+                "/"
+            );
+        }
+    }
+
+    #[test]
+    fn a_head_may_have_8_kib_and_no_more() {
+        let start = "GET / HTTP/1.1\r\nHost: a\r\nX: ";
+        let fits = format!(
+            "{start}{}\r\n\r\n",
+            "x".repeat(MAX_HEAD_BYTES - start.len() - 4)
+        );
+        assert_eq!(fits.len(), MAX_HEAD_BYTES);
+        assert_eq!(ok(&fits).path, "/");
+        let too_long = format!(
+            "{start}{}\r\n\r\n",
+            "x".repeat(MAX_HEAD_BYTES - start.len() - 3)
+        );
+        assert_eq!(refused(&too_long), Status::HeaderFieldsTooLarge);
+        assert_eq!(
+            refused(&too_long[..MAX_HEAD_BYTES]),
+            Status::HeaderFieldsTooLarge
+        );
+    }
+
+    #[test]
+    fn a_head_may_have_100_fields_and_no_more() {
+        let fields = |n| "a: b\r\n".repeat(n);
+        let head = |n| format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", fields(n));
+        assert!(parse(head(99).as_bytes()).is_ok());
+        assert_eq!(refused(&head(100)), Status::HeaderFieldsTooLarge);
+    }
+
+    #[test]
+    fn what_is_not_http_is_malformed() {
+        for bytes in [
+            "\x16\x03\x01\x02",
+            "GET /\r\n\r\n",
+            "GET / HTTP/2.0\r\n\r\n",
+            "\0",
+        ] {
+            assert_eq!(refused(bytes), Status::BadRequest, "for {bytes:?}");
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! The seam between the generated bindings and [`TcpStream`]: what `export!` expands to.
+
+use std::io;
+
+use crate::TcpStream;
+
+/// Generated from `wit/`, the same files that the host generates its side from.
+#[allow(missing_docs)]
+pub mod bindings {
+    wit_bindgen::generate!({
+        path: "../../wit",
+        inline: "
+            package wasinetd:guest;
+
+            /// What this crate uses of `wasinetd:tcp/connection-handler`. A guest's own imports
+            /// are added by the toolchain when it links.
+            world guest {
+                import wasinetd:tcp/types@0.1.0;
+                import wasi:clocks/monotonic-clock@0.3.0;
+                export wasinetd:tcp/handler@0.1.0;
+            }
+        ",
+        world: "wasinetd:guest/guest",
+        generate_all,
+        pub_export_macro: true,
+        export_macro_name: "export_handler",
+        default_bindings_module: "wasinetd_guest::rt::bindings",
+    });
+}
+
+pub use bindings::export_handler;
+pub use bindings::exports::wasinetd::tcp::handler::{Connection, ErrorCode, Guest as Handler};
+
+/// Calls the handler and ends the connection as `wasinetd:tcp/handler` asks for.
+pub async fn run<F, Fut>(connection: Connection, handler: F) -> Result<(), ErrorCode>
+where
+    F: FnOnce(TcpStream) -> Fut,
+    Fut: Future<Output = io::Result<()>>,
+{
+    let stream = TcpStream::new(connection);
+    let last = stream.share();
+    let result = handler(stream).await;
+    // Dropping the streams now would tell the client that the answer is complete (FIN), which after
+    // an error it is not; and after a success the host closes the connection as soon as this
+    // returns. The instance ends with this call, so nothing is leaked.
+    std::mem::forget(last);
+    result.map_err(|error| error_code(&error))
+}
+
+/// The error code that stands for `error` in the host's log.
+fn error_code(error: &io::Error) -> ErrorCode {
+    match error.kind() {
+        io::ErrorKind::ConnectionReset => ErrorCode::ConnectionReset,
+        io::ErrorKind::BrokenPipe => ErrorCode::ConnectionBroken,
+        io::ErrorKind::ConnectionAborted => ErrorCode::ConnectionAborted,
+        io::ErrorKind::TimedOut => ErrorCode::Timeout,
+        _ => ErrorCode::Other(Some(error.to_string())),
+    }
+}
+
+/// The I/O error that a handler sees for `code`.
+pub(crate) fn io_error(code: &ErrorCode) -> io::Error {
+    let kind = match code {
+        ErrorCode::ConnectionReset => io::ErrorKind::ConnectionReset,
+        ErrorCode::ConnectionBroken => io::ErrorKind::BrokenPipe,
+        ErrorCode::ConnectionAborted => io::ErrorKind::ConnectionAborted,
+        ErrorCode::Timeout => io::ErrorKind::TimedOut,
+        ErrorCode::InvalidState => io::ErrorKind::InvalidInput,
+        ErrorCode::Other(Some(text)) => return io::Error::other(text.clone()),
+        ErrorCode::Other(None) => return io::Error::other("the connection failed"),
+    };
+    kind.into()
+}

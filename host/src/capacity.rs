@@ -1,0 +1,213 @@
+//! How many sandboxes fit on this machine, and what is in the way of more.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::Error;
+use crate::sandbox::Needs;
+
+/// The connections that are allowed at once unless the operator says otherwise, as far as they
+/// fit. Arbitrary: what a default Linux can hold.
+pub const DEFAULT_MAX_CONNECTIONS: usize = 10_000;
+
+/// Open files that are not connections: the listeners, the reactor, granted directories, files
+/// that guests read.
+const OTHER_FILES: u64 = 256;
+
+/// Memory mappings that are not sandboxes': libraries, thread stacks, the allocator's, compiled
+/// code.
+const OTHER_MAPPINGS: u64 = 1_000;
+
+/// Mappings of a sandbox's stack: the stack and its guard.
+const MAPPINGS_PER_STACK: u64 = 2;
+
+/// Mappings of a linear memory with a copy-on-write image: its start, the image, the rest, and
+/// what cannot be accessed.
+const MAPPINGS_PER_MEMORY: u64 = 4;
+
+/// The address space that a memory reserves: all that a 32-bit guest can address, so that most
+/// accesses need no check, and a guard for the rest.
+const ADDRESSES_PER_MEMORY: u64 = (4 << 30) + (32 << 20);
+
+/// The address space that a stack reserves.
+const ADDRESSES_PER_STACK: u64 = (2 << 20) + 4096;
+
+/// The address space that everything else takes: the allocator and threads reserve generously.
+const OTHER_ADDRESSES: u64 = 4 << 30;
+
+/// What user space can address on the processors we run on (x86-64 and AArch64 Linux: 47 bits at
+/// least), less a share for everything else.
+const ADDRESSES: u64 = (1 << 47) - (1 << 42);
+
+/// One thing that there is only so much of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bound {
+    /// What it is.
+    pub name: &'static str,
+    /// How many connections it suffices for.
+    pub fits: usize,
+    /// How to have more of it.
+    pub fix: String,
+}
+
+/// How many connections fit, by each bound.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// The bounds of this machine.
+    pub bounds: Vec<Bound>,
+}
+
+impl Plan {
+    /// Reads the limits of this process and machine, for guests with such `needs`.
+    pub fn new(needs: &Needs) -> Self {
+        let files = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+        let addresses = getrlimit(Resource::As)
+            .current
+            .unwrap_or(u64::MAX)
+            .min(ADDRESSES);
+        Self::from_limits(needs, files, max_map_count(), addresses)
+    }
+
+    fn from_limits(needs: &Needs, files: u64, mappings: Option<u64>, addresses: u64) -> Self {
+        let memories = u64::from(needs.memories);
+        let per_connection = MAPPINGS_PER_STACK + MAPPINGS_PER_MEMORY.saturating_mul(memories);
+        let address_space = ADDRESSES_PER_STACK + ADDRESSES_PER_MEMORY.saturating_mul(memories);
+        let fits = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let twice = |now: u64| now.saturating_mul(2);
+        let mut bounds = vec![
+            Bound {
+                name: "open files (ulimit -Hn)",
+                fits: fits(files.saturating_sub(OTHER_FILES)),
+                fix: format!("ulimit -Hn {} as root, or LimitNOFILE= in the systemd unit", twice(files)),
+            },
+            Bound {
+                name: "address space",
+                fits: fits(addresses.saturating_sub(OTHER_ADDRESSES) / address_space),
+                fix: "ulimit -v unlimited; beyond the processor's own limit, use a guest with fewer memories".into(),
+            },
+        ];
+        bounds.extend(mappings.map(|mappings| Bound {
+            name: "memory mappings (vm.max_map_count)",
+            fits: fits(mappings.saturating_sub(OTHER_MAPPINGS) / per_connection),
+            fix: format!("sysctl -w vm.max_map_count={}", twice(mappings)),
+        }));
+        Self { bounds }
+    }
+
+    /// Adds the bound that the operator chooses: what `--max-connections` is, or would be.
+    pub fn with_pool(mut self, max_connections: Option<usize>) -> Self {
+        let fits = max_connections.unwrap_or(DEFAULT_MAX_CONNECTIONS);
+        self.bounds.push(Bound {
+            name: "pool (--max-connections)",
+            fits,
+            fix: format!(
+                "wasinetd serve --max-connections {}",
+                fits.saturating_mul(2)
+            ),
+        });
+        self
+    }
+
+    /// The bound that is met first.
+    pub fn tightest(&self) -> &Bound {
+        self.bounds
+            .iter()
+            .min_by_key(|bound| bound.fits)
+            .expect("there are always some")
+    }
+
+    /// The connections to allow at once: as many as are asked for, or as many as fit of the
+    /// default.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Capacity`] when more are asked for than fit: met at start, not in mid-flight.
+    pub fn max_connections(&self, asked: Option<usize>) -> Result<usize, Error> {
+        let tightest = self.tightest();
+        match asked {
+            Some(asked) if asked > tightest.fits => Err(Error::Capacity {
+                asked,
+                fits: tightest.fits,
+                bound: tightest.name,
+                fix: tightest.fix.clone(),
+            }),
+            None if tightest.fits == 0 => self.max_connections(Some(1)),
+            Some(asked) => Ok(asked),
+            None => Ok(DEFAULT_MAX_CONNECTIONS.min(tightest.fits)),
+        }
+    }
+}
+
+/// The mappings that the kernel lets a process have. None where the kernel does not say.
+fn max_map_count() -> Option<u64> {
+    std::fs::read_to_string("/proc/sys/vm/max_map_count")
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
+}
+
+/// Lets this process have as many files open as it may: the soft limit, often 1024, is there for
+/// programs that use `select`.
+///
+/// # Errors
+///
+/// [`Error::Internal`] when the system refuses, which it has no reason to.
+pub fn raise_open_files() -> Result<(), Error> {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            ..limit
+        },
+    )
+    .map_err(|error| Error::internal("raising the limit on open files", error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE_MEMORY: Needs = Needs {
+        component_instances: 1,
+        core_instances: 3,
+        memories: 1,
+        memory_bytes: 1 << 20,
+        tables: 2,
+    };
+
+    fn plan(files: u64, mappings: u64, addresses: u64) -> Plan {
+        Plan::from_limits(&ONE_MEMORY, files, Some(mappings), addresses)
+    }
+
+    #[test]
+    fn the_tightest_bound_is_named() {
+        let files = plan(1024, 1 << 30, ADDRESSES);
+        assert_eq!(files.tightest().name, "open files (ulimit -Hn)");
+        assert_eq!(files.tightest().fits, 768);
+        let mappings = plan(1 << 20, 65_530, ADDRESSES);
+        assert_eq!(
+            mappings.tightest().name,
+            "memory mappings (vm.max_map_count)"
+        );
+        assert!(mappings.tightest().fits >= DEFAULT_MAX_CONNECTIONS);
+        assert_eq!(
+            plan(1 << 20, 1 << 30, 1 << 40).tightest().name,
+            "address space"
+        );
+    }
+
+    #[test]
+    fn what_fits_is_given_and_what_does_not_is_refused() {
+        let plan = plan(1024, 1 << 30, ADDRESSES);
+        assert_eq!(plan.max_connections(Some(768)).unwrap(), 768);
+        assert_eq!(plan.max_connections(None).unwrap(), 768);
+        let error = plan.max_connections(Some(769)).unwrap_err();
+        assert_eq!(error.exit_code(), 78);
+        assert!(
+            error
+                .to_string()
+                .contains("--max-connections 769 does not fit")
+        );
+    }
+}

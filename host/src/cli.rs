@@ -1,0 +1,177 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use wasinetd::sandbox::{Access, DirGrant};
+
+/// The exit code for a mistake on the command line (BSD `sysexits.h`).
+pub(crate) const EX_USAGE: u8 = 64;
+
+/// The internet super-server for WebAssembly components: each TCP connection is handled by a
+/// fresh, sandboxed instance of the guest.
+#[derive(Parser)]
+#[command(name = "wasinetd", version, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 after a clean drain, 64 for a mistake on the command line, 65 for a guest that cannot \
+be run, 69 for an address that cannot be listened on, 70 for a fault of wasinetd, 75 when \
+connections had to be ended before they were done, 78 for a setting that this machine cannot meet.";
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Accept connections and hand each to a fresh instance of the guest
+    Serve(ServeArgs),
+    /// Say whether a guest would be accepted, what it needs, and how many fit on this machine
+    #[command(after_help = GRANTED)]
+    Check(CheckArgs),
+}
+
+const GRANTED: &str = "\
+A guest has to export wasinetd:tcp/handler@0.1.0. It may import wasinetd:tcp/types@0.1.0, and \
+wasi:cli, wasi:clocks, wasi:filesystem, wasi:io and wasi:random in the versions 0.2 and 0.3. It sees \
+no directory and no environment variable that `serve` was not told to grant, and no network.";
+
+#[derive(Args)]
+pub(crate) struct ServeArgs {
+    /// The guest: a component that exports wasinetd:tcp/handler
+    #[arg(value_name = "GUEST.wasm")]
+    pub(crate) guest: PathBuf,
+
+    /// Listen on this address; repeat it for more. Port 0 takes any free port
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7878", value_parser = address)]
+    pub(crate) listen: Vec<SocketAddr>,
+
+    /// How connections share the processor: in parallel on all cores, or in one task on one core
+    #[arg(long, value_enum, default_value_t = Dispatch::Spawn)]
+    pub(crate) dispatch: Dispatch,
+
+    /// Let guests read this directory of the host, under the second name if there is one
+    #[arg(long, value_name = "HOST[::GUEST]", value_parser = directory)]
+    pub(crate) dir: Vec<(PathBuf, String)>,
+
+    /// Let guests read and change this directory of the host
+    #[arg(long, value_name = "HOST[::GUEST]", value_parser = directory)]
+    pub(crate) dir_rw: Vec<(PathBuf, String)>,
+
+    /// Give guests this environment variable, with wasinetd's own value unless one is given
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = variable)]
+    pub(crate) env: Vec<(String, String)>,
+
+    /// Connections open at once; further clients wait in the kernel's backlog
+    /// [default: 10000, or as many as this machine can hold]
+    #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
+    pub(crate) max_connections: Option<usize>,
+
+    /// How long open connections may take to finish after SIGTERM or SIGINT; a second signal ends
+    /// them at once
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, allow_hyphen_values = true)]
+    pub(crate) drain_timeout: Duration,
+
+    /// How to write the log, which goes to standard error
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+
+    /// The least severe messages to log; a line for each connection is of level info
+    #[arg(long, value_enum, default_value_t = LogLevel::Info)]
+    pub(crate) log_level: LogLevel,
+}
+
+impl ServeArgs {
+    /// The directories to grant, of both kinds.
+    pub(crate) fn directories(&self) -> Vec<DirGrant> {
+        let grant = |access| {
+            move |(host, guest): &(PathBuf, String)| DirGrant {
+                host: host.clone(),
+                guest: guest.clone(),
+                access,
+            }
+        };
+        let read_only = self.dir.iter().map(grant(Access::ReadOnly));
+        read_only
+            .chain(self.dir_rw.iter().map(grant(Access::ReadWrite)))
+            .collect()
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct CheckArgs {
+    /// The guest: a component that exports wasinetd:tcp/handler
+    #[arg(value_name = "GUEST.wasm")]
+    pub(crate) guest: PathBuf,
+
+    /// The connections to plan for, as given to serve [default: 10000]
+    #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
+    pub(crate) max_connections: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Dispatch {
+    /// A task for each connection, on as many threads as there are cores
+    Spawn,
+    /// All connections in one task on one thread
+    Concurrent,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people
+    Text,
+    /// A JSON object on each line
+    Json,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+}
+
+fn address(value: &str) -> Result<SocketAddr, String> {
+    value
+        .parse()
+        .map_err(|_| "not an IP address and a port, such as 127.0.0.1:7878 or [::1]:7878".into())
+}
+
+fn directory(value: &str) -> Result<(PathBuf, String), String> {
+    let (host, guest) = value.split_once("::").unwrap_or((value, value));
+    if host.is_empty() || guest.is_empty() {
+        return Err("a name is empty; write HOST or HOST::GUEST, such as static::/static".into());
+    }
+    Ok((host.into(), guest.into()))
+}
+
+fn variable(value: &str) -> Result<(String, String), String> {
+    let (name, value) = match value.split_once('=') {
+        Some((name, value)) => (name, value.to_string()),
+        None => {
+            let inherited = std::env::var(value)
+                .map_err(|error| format!("{error}; write {value}=VALUE or set it for wasinetd"))?;
+            (value, inherited)
+        }
+    };
+    if name.is_empty() {
+        return Err("the name is empty; write NAME or NAME=VALUE".into());
+    }
+    Ok((name.into(), value))
+}
+
+fn positive(value: &str) -> Result<usize, String> {
+    match value.parse() {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err("not a whole number above zero".into()),
+    }
+}
+
+fn duration(value: &str) -> Result<Duration, String> {
+    humantime::parse_duration(value)
+        .map_err(|error| format!("{error}; write a number and a unit, such as 500ms, 2s or 5m"))
+}

@@ -1,0 +1,235 @@
+//! What the subcommands do.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use futures::{Stream, stream};
+use tokio::net::TcpListener;
+use tokio::runtime::{self, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::warn;
+use wasinetd::Error;
+use wasinetd::capacity::{self, Plan};
+use wasinetd::connection;
+use wasinetd::lifecycle::Controller;
+use wasinetd::listener::{Bound, Incoming};
+use wasinetd::sandbox::{Access, Engine, Grants, Guest, MAX_MEMORY_BYTES, Needs, Refusal, Report};
+use wasinetd::server::{self, Ended};
+
+use crate::cli::{CheckArgs, Dispatch, ServeArgs};
+use crate::logging;
+
+/// The exit code when connections were ended before they were done (BSD `sysexits.h`:
+/// EX_TEMPFAIL). To a supervisor the stop itself has succeeded all the same.
+const EX_TEMPFAIL: u8 = 75;
+
+/// Serves until a signal says to stop.
+pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
+    capacity::raise_open_files()?;
+    let component = read(&args.guest)?;
+    let needs = Needs::of(&component).map_err(refused(&args.guest))?;
+    let plan = Plan::new(&needs);
+    let max_connections = plan.max_connections(args.max_connections)?;
+    let grants = grants(&args)?;
+    let (dispatch, runtime) = dispatch(args.dispatch)?;
+    let _context = runtime.enter();
+    // An address that is taken should be heard of before the guest is compiled, and clients only
+    // after.
+    let bound: Vec<Bound> = args
+        .listen
+        .iter()
+        .copied()
+        .map(Bound::new)
+        .collect::<Result<_, _>>()?;
+    let engine = Engine::new(max_connections, &needs)?;
+    let guest = Guest::new(&engine, &component, grants).map_err(refused(&args.guest))?;
+    let listeners: Vec<TcpListener> = bound
+        .into_iter()
+        .map(Bound::listen)
+        .collect::<Result<_, _>>()?;
+    let stop = signals().map_err(internal("listening for signals"))?;
+    let _log = logging::start(args.log_format, args.log_level);
+    warn_of_capacity(&args, &plan, max_connections);
+    announce(&listeners)?;
+
+    let controller = Controller::default();
+    let lifecycle = controller.lifecycle();
+    let incoming = Incoming::new(listeners, max_connections, &lifecycle);
+    let guest = Arc::new(guest);
+    let handler = move |accepted| connection::handle(accepted, guest.clone(), lifecycle.clone());
+    let drain_timeout = args.drain_timeout;
+    // In a task of its own the accept loop runs on the threads that connections run on. The thread
+    // that blocks here would have to be woken by one of them for each connection.
+    let server = tokio::spawn(async move {
+        server::serve(
+            incoming,
+            handler,
+            dispatch,
+            &controller,
+            stop,
+            drain_timeout,
+        )
+        .await
+    });
+    match runtime.block_on(server).map_err(internal("serving"))? {
+        Ended::Drained => Ok(ExitCode::SUCCESS),
+        Ended::Cut => Ok(ExitCode::from(EX_TEMPFAIL)),
+    }
+}
+
+/// Says whether `serve` would accept a guest, and how many connections it could serve.
+pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode, Error> {
+    let component = read(&args.guest)?;
+    let needs = Needs::of(&component).map_err(refused(&args.guest))?;
+    // One slot is enough to compile and link for.
+    let engine = Engine::new(1, &needs)?;
+    let guest = Guest::new(&engine, &component, Grants::default()).map_err(refused(&args.guest))?;
+    let mut stdout = io::stdout().lock();
+    // Whoever closes the pipe has read enough.
+    let _ = write!(
+        stdout,
+        "{}: accepted\n\n{}\n{}",
+        args.guest.display(),
+        Lists(guest.report()),
+        Capacity(Plan::new(&needs).with_pool(args.max_connections)),
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a guest imports, exports and needs, for people.
+struct Lists<'a>(&'a Report);
+
+impl fmt::Display for Lists<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Report {
+            imports,
+            exports,
+            needs,
+        } = self.0;
+        for (title, names) in [("imports", imports), ("exports", exports)] {
+            writeln!(f, "{title}:")?;
+            for name in names {
+                writeln!(f, "  {name}")?;
+            }
+        }
+        writeln!(f, "each connection takes:")?;
+        writeln!(f, "  core instances: {}", needs.core_instances)?;
+        writeln!(
+            f,
+            "  memories: {} ({} KiB to start with, {} KiB each at most)",
+            needs.memories,
+            needs.memory_bytes / 1024,
+            MAX_MEMORY_BYTES / 1024
+        )?;
+        writeln!(f, "  tables: {}", needs.tables)
+    }
+}
+
+/// How many connections fit, by each bound, for people.
+struct Capacity(Plan);
+
+impl fmt::Display for Capacity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tightest = self.0.tightest();
+        writeln!(f, "connections that fit at once: {}", tightest.fits)?;
+        for bound in &self.0.bounds {
+            writeln!(f, "  {:<40} {:>10}", bound.name, bound.fits)?;
+        }
+        writeln!(
+            f,
+            "the tight one is {}; to lift it: {}",
+            tightest.name, tightest.fix
+        )
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|source| Error::GuestUnreadable {
+        path: path.into(),
+        source,
+    })
+}
+
+fn refused(path: &Path) -> impl Fn(Refusal) -> Error {
+    move |refusal| Error::GuestRefused {
+        path: path.into(),
+        reason: refusal.to_string(),
+    }
+}
+
+fn internal<E: fmt::Display>(stage: &'static str) -> impl Fn(E) -> Error {
+    move |error| Error::Internal {
+        stage,
+        reason: error.to_string(),
+    }
+}
+
+fn grants(args: &ServeArgs) -> Result<Grants, Error> {
+    Grants::new(&args.directories(), args.env.clone()).map_err(|(grant, reason)| Error::Directory {
+        flag: match grant.access {
+            Access::ReadOnly => "--dir",
+            Access::ReadWrite => "--dir-rw",
+        },
+        path: grant.host,
+        reason,
+    })
+}
+
+/// The runtime that suits a way of dispatch.
+fn dispatch(dispatch: Dispatch) -> Result<(server::Dispatch, Runtime), Error> {
+    let (dispatch, mut builder) = match dispatch {
+        Dispatch::Spawn => (
+            server::Dispatch::Spawn,
+            runtime::Builder::new_multi_thread(),
+        ),
+        Dispatch::Concurrent => (
+            server::Dispatch::Concurrent,
+            runtime::Builder::new_current_thread(),
+        ),
+    };
+    let runtime = builder
+        .enable_all()
+        .build()
+        .map_err(internal("starting the runtime"))?;
+    Ok((dispatch, runtime))
+}
+
+/// A default that does not fit is lowered, and not in silence.
+fn warn_of_capacity(args: &ServeArgs, plan: &Plan, max_connections: usize) {
+    if args.max_connections.is_none() && max_connections < capacity::DEFAULT_MAX_CONNECTIONS {
+        let bound = plan.tightest();
+        warn!(
+            max_connections,
+            bound = bound.name,
+            lift_with = bound.fix,
+            "fewer connections than the default fit on this machine"
+        );
+    }
+}
+
+/// Tells who started us where to connect. The one thing that goes to standard output.
+fn announce(listeners: &[TcpListener]) -> Result<(), Error> {
+    let mut stdout = io::stdout().lock();
+    for listener in listeners {
+        let address = listener
+            .local_addr()
+            .map_err(internal("reading back an address"))?;
+        // The server is of use even where nobody reads this.
+        let _ = writeln!(stdout, "listening on {address}");
+    }
+    let _ = stdout.flush();
+    Ok(())
+}
+
+/// An item for each SIGTERM and SIGINT.
+fn signals() -> io::Result<impl Stream<Item = ()> + Send> {
+    let each =
+        |kind| signal(kind).map(|mut signal| stream::poll_fn(move |cx| signal.poll_recv(cx)));
+    Ok(stream::select(
+        each(SignalKind::terminate())?,
+        each(SignalKind::interrupt())?,
+    ))
+}

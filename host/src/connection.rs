@@ -1,0 +1,299 @@
+//! One connection, from `accept` to its line in the log.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use futures::future::BoxFuture;
+use rustix::net::{RecvFlags, recv};
+use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tracing::info;
+
+use crate::lifecycle::Lifecycle;
+use crate::listener::Accepted;
+use crate::sandbox::{self, Guest, Transport};
+
+/// How long after the last byte of an answer the client may take to close its side, and how much
+/// it may still send meanwhile.
+///
+/// Closing a socket while the client is sending makes the kernel reset the connection, which can
+/// destroy an answer that the client has not read yet (RFC 9112, section 9.6). Arbitrary: a round
+/// trip to the far side of the world, several times over, and a large socket buffer.
+const LINGER: (Duration, usize) = (Duration::from_secs(2), 4 << 20);
+
+/// Serves one accepted connection in a fresh sandbox of `guest`, and logs how it went.
+///
+/// The connection is reset when `lifecycle` ends before the guest is done.
+pub async fn handle(accepted: Accepted, guest: Arc<Guest>, lifecycle: Lifecycle) {
+    let started = Instant::now();
+    let Accepted {
+        stream,
+        peer,
+        permit,
+    } = accepted;
+    let connection = Arc::new(Mutex::new(Connection::new(stream, peer, lifecycle.clone())));
+    let outcome = {
+        let mut call = Box::pin(guest.handle(connection.clone()));
+        let result = tokio::select! {
+            biased;
+            result = &mut call => Some(result),
+            () = lifecycle.ended() => None,
+        };
+        Outcome::new(result, lock(&connection).lost)
+        // The sandbox is gone after this block: none is held by a client that takes its time to
+        // close.
+    };
+    let mut connection = Arc::into_inner(connection)
+        .expect("the sandbox that shared it is gone")
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
+    let duration = started.elapsed();
+    match outcome {
+        Outcome::Ok => connection.close().await,
+        _ => connection.reset(),
+    }
+    connection.log(&outcome, duration);
+    // The socket first: a place that is free has no file open.
+    drop(connection);
+    drop(permit);
+}
+
+/// How a connection ended, for the log.
+#[derive(Debug, PartialEq)]
+enum Outcome {
+    Ok,
+    /// The guest said so.
+    GuestError(String),
+    Trap(sandbox::Trap),
+    /// The guest gave up because the client was gone.
+    ClientGone,
+    /// The server ended first.
+    DrainTimeout,
+    /// No sandbox could be made.
+    NoSandbox(String),
+}
+
+impl Outcome {
+    fn new(result: Option<Result<(), sandbox::Failure>>, client_lost: bool) -> Self {
+        match result {
+            None => Self::DrainTimeout,
+            Some(Ok(())) => Self::Ok,
+            Some(Err(sandbox::Failure::Guest(_))) if client_lost => Self::ClientGone,
+            Some(Err(sandbox::Failure::Guest(text))) => Self::GuestError(text),
+            Some(Err(sandbox::Failure::Trap(trap))) => Self::Trap(trap),
+            Some(Err(sandbox::Failure::NotStarted(reason))) => Self::NoSandbox(reason),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ok => write!(f, "ok"),
+            Self::GuestError(text) => write!(f, "guest error: {text}"),
+            Self::Trap(trap) => write!(f, "trap: {}", trap.reason),
+            Self::ClientGone => write!(f, "client gone"),
+            Self::DrainTimeout => write!(f, "drain timeout"),
+            Self::NoSandbox(reason) => write!(f, "no sandbox: {reason}"),
+        }
+    }
+}
+
+/// A socket with what is counted and remembered about it.
+struct Connection {
+    id: u64,
+    stream: TcpStream,
+    peer: SocketAddr,
+    lifecycle: Lifecycle,
+    bytes_in: u64,
+    bytes_out: u64,
+    /// The kernel was asked for the first message already.
+    tried: bool,
+    /// The client is known to be gone.
+    lost: bool,
+    /// The client has closed its side.
+    received_end: bool,
+    /// We have closed ours.
+    sent_end: bool,
+    /// The guest is gone: what becomes of the connection is no longer up to it.
+    released: bool,
+}
+
+impl Connection {
+    fn new(stream: TcpStream, peer: SocketAddr, lifecycle: Lifecycle) -> Self {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+        Self {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            stream,
+            peer,
+            lifecycle,
+            bytes_in: 0,
+            bytes_out: 0,
+            tried: false,
+            lost: false,
+            received_end: false,
+            sent_end: false,
+            released: false,
+        }
+    }
+
+    /// Closes in order: what was sent is delivered, then FIN.
+    async fn close(&mut self) {
+        if self.lost {
+            return;
+        }
+        self.shutdown_sending();
+        if !self.received_end {
+            tokio::select! {
+                _ = drain_client(&self.stream) => {}
+                () = tokio::time::sleep(LINGER.0) => {}
+                () = self.lifecycle.ended() => {}
+            }
+        }
+    }
+
+    fn shutdown_sending(&mut self) {
+        if !std::mem::replace(&mut self.sent_end, true) {
+            // It fails when the client is gone, which the next operation finds out.
+            let _ = SockRef::from(&self.stream).shutdown(std::net::Shutdown::Write);
+        }
+    }
+
+    /// Closes with RST, so that the client does not take what it got for all.
+    fn reset(&self) {
+        // Closing with a linger time of zero is how a reset is asked for (socket(7), SO_LINGER). It
+        // fails for no socket that is still open.
+        let _ = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+    }
+
+    fn log(&self, outcome: &Outcome, duration: Duration) {
+        let backtrace = match outcome {
+            Outcome::Trap(trap) if !trap.backtrace.is_empty() => Some(trap.backtrace.join(" < ")),
+            _ => None,
+        };
+        info!(
+            id = self.id,
+            peer = %self.peer,
+            duration = ?duration,
+            bytes_in = self.bytes_in,
+            bytes_out = self.bytes_out,
+            outcome = %outcome,
+            backtrace,
+            "connection ended"
+        );
+    }
+
+    /// Counts what was received.
+    fn received(&mut self, result: io::Result<usize>) -> io::Result<usize> {
+        if let Ok(n) = result {
+            self.bytes_in += n as u64;
+            self.received_end |= n == 0;
+        }
+        self.note(result)
+    }
+
+    /// Remembers that the client is gone if `result` says so.
+    fn note<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
+        self.lost |= result.is_err();
+        result
+    }
+}
+
+/// Whether an operation that does not wait is to be tried again.
+fn is_for_later(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}
+
+/// Reads what the client still sends, and forgets it, until it closes its side.
+async fn drain_client(stream: &TcpStream) {
+    let mut left = LINGER.1;
+    while left > 0 && stream.readable().await.is_ok() {
+        // Not kept while waiting: each connection would take that much more memory.
+        let mut sink = [0; 1024];
+        match stream.try_read(&mut sink) {
+            Ok(0) => return,
+            Ok(n) => left = left.saturating_sub(n),
+            Err(error) if is_for_later(&error) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+impl Transport for Connection {
+    fn id(&self) -> u64 {
+        self.id
+    }
+
+    fn remote_address(&self) -> SocketAddr {
+        self.peer
+    }
+
+    fn local_address(&self) -> io::Result<SocketAddr> {
+        self.stream.local_addr()
+    }
+
+    fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        // A client has often sent its first message before the guest gets to read it, and before
+        // the reactor has looked: asking the kernel then spares a turn through the reactor.
+        if !std::mem::replace(&mut self.tried, true) {
+            match recv(&self.stream, &mut *buf, RecvFlags::DONTWAIT).map_err(io::Error::from) {
+                Err(error) if is_for_later(&error) => {}
+                result => return Poll::Ready(self.received(result.map(|(n, _)| n))),
+            }
+        }
+        let mut buf = ReadBuf::new(buf);
+        // Not `try_read`: only this remembers that a short read has emptied the socket, which
+        // spares the system call that would find nothing.
+        let result = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buf));
+        Poll::Ready(self.received(result.map(|()| buf.filled().len())))
+    }
+
+    fn poll_receivable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.stream.poll_read_ready(cx).map(|_| ())
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let result = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes));
+        if let Ok(n) = result {
+            self.bytes_out += n as u64;
+        }
+        Poll::Ready(self.note(result))
+    }
+
+    fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.stream.poll_write_ready(cx).map(|_| ())
+    }
+
+    fn close_sending(&mut self) {
+        if !self.released {
+            self.shutdown_sending();
+        }
+    }
+
+    fn release(&mut self) {
+        self.released = true;
+    }
+
+    fn is_draining(&self) -> bool {
+        self.lifecycle.is_draining()
+    }
+
+    fn draining(&self) -> BoxFuture<'static, ()> {
+        let lifecycle = self.lifecycle.clone();
+        Box::pin(async move { lifecycle.draining().await })
+    }
+}
+
+fn lock(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
+    connection.lock().unwrap_or_else(PoisonError::into_inner)
+}

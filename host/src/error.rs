@@ -1,0 +1,117 @@
+//! What can keep the server from starting.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Why the server cannot start, with the value at fault and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file of the guest cannot be read.
+    #[error(
+        "cannot read the guest {path:?}: {source}; give the path of a component built for wasm32-wasip2"
+    )]
+    GuestUnreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// The guest is not one that can be run.
+    #[error("the guest {path:?} is refused: {reason}")]
+    GuestRefused {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and the fix.
+        reason: String,
+    },
+
+    /// A directory that is to be granted cannot be opened.
+    #[error(
+        "cannot grant the directory {path:?} given to {flag}: {reason}; create it or name another"
+    )]
+    Directory {
+        /// The flag that names it.
+        flag: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+
+    /// More connections are asked for than this machine can hold.
+    #[error(
+        "--max-connections {asked} does not fit: the bound {bound} allows {fits}; ask for no more, or lift it with: {fix}"
+    )]
+    Capacity {
+        /// The connections asked for.
+        asked: usize,
+        /// How many fit.
+        fits: usize,
+        /// The bound that is met first.
+        bound: &'static str,
+        /// How to lift it.
+        fix: String,
+    },
+
+    /// The pool of sandboxes cannot be set up.
+    #[error(
+        "cannot reserve address space for {connections} sandboxes: {reason}; lower --max-connections, or lift the limit with: ulimit -v unlimited"
+    )]
+    Pool {
+        /// The sandboxes.
+        connections: usize,
+        /// Why.
+        reason: String,
+    },
+
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address} given to --listen: {source}; {fix}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+        /// What to do about it.
+        fix: &'static str,
+    },
+
+    /// Something that should always work did not.
+    #[error("{stage} failed: {reason}")]
+    Internal {
+        /// What was being done.
+        stage: &'static str,
+        /// Why it failed.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// The exit code that tells a supervisor what kind of failure this is, from BSD's
+    /// `sysexits.h`: 65 for the guest, 78 for the configuration, 69 for what the system does not
+    /// let us have, 70 for our own fault.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::GuestUnreadable { .. } | Self::GuestRefused { .. } => 65,
+            Self::Directory { .. } | Self::Capacity { .. } | Self::Pool { .. } => 78,
+            Self::Listen { .. } => 69,
+            Self::Internal { .. } => 70,
+        }
+    }
+
+    pub(crate) fn pool(connections: usize, reason: impl std::fmt::Display) -> Self {
+        Self::Pool {
+            connections,
+            reason: format!("{reason:#}"),
+        }
+    }
+
+    /// An internal error of `stage`, whatever its type.
+    pub(crate) fn internal(stage: &'static str, reason: impl std::fmt::Display) -> Self {
+        Self::Internal {
+            stage,
+            reason: format!("{reason:#}"),
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The internet super-server for WebAssembly components.
+//!
+//! Connections flow one way through this crate:
+//!
+//! ```text
+//! listener (sockets → Stream) → server (dispatch, drain) → connection (accounting, ending)
+//!   → sandbox (store, instance, call) → guest
+//! ```
+//!
+//! No module knows those before it. [`sandbox`] is the only one that knows wasmtime; [`server`]
+//! knows neither sockets nor sandboxes. The library never reads arguments, environment or signals:
+//! the `wasinetd` binary does.
+
+#![deny(missing_docs)]
+
+pub mod capacity;
+pub mod connection;
+mod error;
+pub mod lifecycle;
+pub mod listener;
+pub mod sandbox;
+pub mod server;
+
+pub use error::Error;

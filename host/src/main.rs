@@ -1,0 +1,38 @@
+//! The `wasinetd` command.
+
+mod cli;
+mod commands;
+mod logging;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command, EX_USAGE};
+
+/// A sandbox is some hundred small allocations, made and freed together. Measured against glibc's
+/// allocator: a tenth less processor time for a new connection.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Printing it can fail only where nobody reads.
+            let _ = error.print();
+            let usage = u8::from(error.use_stderr()) * EX_USAGE;
+            return ExitCode::from(usage);
+        }
+    };
+    let result = match cli.command {
+        Command::Serve(args) => commands::serve(args),
+        Command::Check(args) => commands::check(&args),
+    };
+    result.unwrap_or_else(|error| {
+        // Where standard error is closed, the exit code still says what kind of failure it was.
+        let _ = writeln!(io::stderr(), "wasinetd: {error}");
+        ExitCode::from(error.exit_code())
+    })
+}

@@ -1,0 +1,206 @@
+//! The only door to wasmtime.
+//!
+//! An [`Engine`] is made once, a [`Guest`] once for each version of a guest, and a store, an
+//! instance and a call for each connection. Listeners, configuration and command line are unknown
+//! here: a connection is a [`Transport`].
+
+mod engine;
+mod grants;
+mod inspect;
+mod output;
+mod tcp;
+mod trap;
+mod wasi;
+
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+
+use futures::future::BoxFuture;
+use wasmtime::component::{Accessor, ResourceTable};
+use wasmtime::{Store, UpdateDeadline};
+
+pub use engine::{Engine, MAX_MEMORY_BYTES};
+pub use grants::{Access, DirGrant, Grants};
+pub use inspect::{Needs, Refusal, Report};
+pub use trap::Trap;
+use wasi::Wasi;
+
+use tcp::bindings::wasinetd::tcp::types::ErrorCode;
+use tcp::{Connection, Sending};
+
+/// A connection as the sandbox sees it: addresses, and two directions to be polled.
+///
+/// An error of either direction is final for that direction.
+pub trait Transport: Send + 'static {
+    /// A number that no other connection has.
+    fn id(&self) -> u64;
+
+    /// The address of the peer.
+    fn remote_address(&self) -> SocketAddr;
+
+    /// The address that the peer connected to.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the system cannot tell any more.
+    fn local_address(&self) -> io::Result<SocketAddr>;
+
+    /// Receives into `buf`, which is not empty. Zero bytes are the end of the stream.
+    fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>>;
+
+    /// Ready when [`Self::poll_receive`] is likely to be.
+    fn poll_receivable(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+
+    /// Sends some of `bytes`, which is not empty.
+    fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>>;
+
+    /// Ready when [`Self::poll_send`] is likely to be.
+    fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+
+    /// No more will be sent: the peer is to see the end of the stream.
+    fn close_sending(&mut self);
+
+    /// The guest is gone, and its owner ends the connection. What is still called by what is left
+    /// of the guest, [`Self::close_sending`], is to be ignored: it would tell the peer that all is
+    /// well.
+    fn release(&mut self);
+
+    /// Whether the server waits for this connection to end.
+    fn is_draining(&self) -> bool;
+
+    /// Resolves when [`Self::is_draining`] is true.
+    fn draining(&self) -> BoxFuture<'static, ()>;
+}
+
+/// A transport shared by the sandbox and by its owner, who ends it.
+pub(crate) type SharedTransport = Arc<Mutex<dyn Transport>>;
+
+/// Why a call of a guest did not succeed.
+#[derive(Debug, PartialEq)]
+pub enum Failure {
+    /// The guest returned an error.
+    Guest(String),
+    /// The guest did something that it cannot be let go on after.
+    Trap(Trap),
+    /// No instance could be made.
+    NotStarted(String),
+}
+
+/// A guest that is compiled, checked and linked, ready to be instantiated for any connection.
+pub struct Guest {
+    engine: Engine,
+    pre: tcp::bindings::GuestPre<State>,
+    grants: Grants,
+    report: Report,
+}
+
+impl Guest {
+    /// Makes a guest of the bytes of a component.
+    ///
+    /// # Errors
+    ///
+    /// Says what is wrong with the component, and the fix.
+    pub fn new(engine: &Engine, component: &[u8], grants: Grants) -> Result<Self, Refusal> {
+        let (component, report) = inspect::compile(engine, component)?;
+        let pre = engine
+            .linker()
+            .instantiate_pre(&component)
+            .map_err(Refusal::mismatch)?;
+        let pre = tcp::bindings::GuestPre::new(pre).map_err(Refusal::mismatch)?;
+        component
+            .initialize_copy_on_write_image()
+            .map_err(Refusal::mismatch)?;
+        Ok(Self {
+            engine: engine.clone(),
+            pre,
+            grants,
+            report,
+        })
+    }
+
+    /// What the guest imports, exports and needs.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// Handles one connection in an instance of its own, which is gone when this returns or is
+    /// dropped.
+    ///
+    /// # Errors
+    ///
+    /// Says why the connection is to be reset.
+    pub async fn handle<T: Transport>(&self, transport: Arc<Mutex<T>>) -> Result<(), Failure> {
+        let transport: SharedTransport = transport;
+        let id = tcp::lock(&transport).id();
+        let mut store = Store::new(
+            self.engine.wasmtime(),
+            State {
+                wasi: Wasi::new(&self.grants, id),
+                table: ResourceTable::new(),
+                transport: transport.clone(),
+                sending: Sending::default(),
+            },
+        );
+        // Dropped before the store is, whichever way this ends.
+        let _release = Release(transport);
+        // Computing is shared out in ticks: at each one the guest makes way for whoever waits.
+        store.set_epoch_deadline(1);
+        store.epoch_deadline_callback(|_| {
+            Ok(UpdateDeadline::YieldCustom(
+                1,
+                Box::pin(tokio::task::yield_now()),
+            ))
+        });
+        let guest = self
+            .pre
+            .instantiate_async(&mut store)
+            .await
+            .map_err(|error| Failure::NotStarted(trap::reason(&error)))?;
+        let result = store
+            .run_concurrent(async |accessor| call(&guest, accessor).await)
+            .await
+            .flatten();
+        match result {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(code)) => Err(Failure::Guest(tcp::describe(&code))),
+            Err(error) => Err(Failure::Trap(trap::describe(&error))),
+        }
+    }
+}
+
+/// Releases a transport when it is dropped.
+struct Release(SharedTransport);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        tcp::lock(&self.0).release();
+    }
+}
+
+/// Calls the guest's export, and lets the write that it may have left behind complete.
+async fn call(
+    guest: &tcp::bindings::Guest,
+    accessor: &Accessor<State>,
+) -> wasmtime::Result<Result<(), ErrorCode>> {
+    let connection =
+        accessor.with(|mut store| store.data_mut().table.push(Connection::default()))?;
+    let result = guest
+        .wasinetd_tcp_handler()
+        .call_handle_connection(accessor, connection)
+        .await?;
+    if result.is_ok() {
+        poll_fn(|cx| accessor.with(|mut store| store.data_mut().sending.poll_settled(cx))).await;
+    }
+    Ok(result)
+}
+
+/// What a store holds beside the instance.
+struct State {
+    wasi: Wasi,
+    table: ResourceTable,
+    transport: SharedTransport,
+    sending: Sending,
+}

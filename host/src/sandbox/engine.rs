@@ -1,0 +1,176 @@
+//! The engine that all sandboxes share: its pool of instance slots, its linker and its clock.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use wasmtime::component::{HasData, Linker, ResourceTable};
+use wasmtime::{
+    Config, Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails,
+};
+use wasmtime_wasi::{p2, p3};
+
+use super::inspect::{MAX_CORE_INSTANCES, Needs};
+use super::{State, tcp};
+use crate::Error;
+
+/// How long a guest computes before it makes way for others. Shorter, and the checks would cost
+/// more than the two percent they do; longer, and a request beside a busy guest would wait longer.
+const TICK: Duration = Duration::from_millis(5);
+
+/// The largest linear memory of a guest, in bytes. Arbitrary: a handler of one connection that
+/// needs more does not go with thousands of others on one machine.
+pub const MAX_MEMORY_BYTES: usize = 256 << 20;
+
+/// How much of a slot stays mapped and is cleared by writing zeros when it is used again, in bytes.
+/// Beyond it the pages go back to the kernel, which costs system calls and page faults on the next
+/// use: with this much, twice as many connections per second as without were measured. What is
+/// written is only what was touched, where the kernel can tell (`PAGEMAP_SCAN`, Linux 6.7).
+const KEEP_RESIDENT_BYTES: usize = 2 << 20;
+
+/// Makes sandboxes of guests. Clones share one.
+#[derive(Clone)]
+pub struct Engine(Arc<Inner>);
+
+struct Inner {
+    wasmtime: wasmtime::Engine,
+    linker: Linker<State>,
+    /// Stops when the last clone is dropped.
+    _ticker: Ticker,
+}
+
+impl Engine {
+    /// Makes an engine with room for `max_connections` instances of guests with such `needs`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Pool`] when the system does not let us have the address space.
+    pub fn new(max_connections: usize, needs: &Needs) -> Result<Self, Error> {
+        let wasmtime = wasmtime::Engine::new(&config(max_connections, needs))
+            .map_err(|error| Error::pool(max_connections, error))?;
+        let linker =
+            linker(&wasmtime).map_err(|error| Error::internal("linking the host", error))?;
+        let ticker = Ticker::start(wasmtime.clone());
+        Ok(Self(Arc::new(Inner {
+            wasmtime,
+            linker,
+            _ticker: ticker,
+        })))
+    }
+
+    pub(super) fn wasmtime(&self) -> &wasmtime::Engine {
+        &self.0.wasmtime
+    }
+
+    pub(super) fn linker(&self) -> &Linker<State> {
+        &self.0.linker
+    }
+}
+
+fn config(max_connections: usize, needs: &Needs) -> Config {
+    let slots = |each: u32| {
+        u32::try_from(max_connections.saturating_mul(each as usize)).unwrap_or(u32::MAX)
+    };
+    let mut pool = PoolingAllocationConfig::new();
+    pool.total_component_instances(slots(1))
+        .total_core_instances(slots(MAX_CORE_INSTANCES))
+        .max_core_instances_per_component(MAX_CORE_INSTANCES)
+        .total_memories(slots(needs.memories))
+        .max_memories_per_component(needs.memories)
+        .total_tables(slots(needs.tables))
+        .max_tables_per_component(needs.tables)
+        .total_stacks(slots(1))
+        .max_memory_size(MAX_MEMORY_BYTES)
+        .linear_memory_keep_resident(KEEP_RESIDENT_BYTES)
+        .table_keep_resident(KEEP_RESIDENT_BYTES)
+        .pagemap_scan(Enabled::Auto);
+    let mut config = Config::new();
+    config
+        .wasm_component_model_async(true)
+        .epoch_interruption(true)
+        .wasm_backtrace_details(WasmBacktraceDetails::Enable)
+        .allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
+    config
+}
+
+/// Links what the world `wasinetd:tcp/connection-handler` lists, and nothing else: a guest that
+/// imports anything more, such as `wasi:sockets`, is refused when it is loaded.
+fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<State>> {
+    let mut linker = Linker::new(engine);
+    tcp::add_to_linker(&mut linker)?;
+    link_p2(&mut linker)?;
+    p3::cli::add_to_linker(&mut linker)?;
+    p3::clocks::add_to_linker(&mut linker)?;
+    p3::filesystem::add_to_linker(&mut linker)?;
+    p3::random::add_to_linker(&mut linker)?;
+    Ok(linker)
+}
+
+fn link_p2(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+    use p2::bindings::{cli, clocks, filesystem, io, random};
+    use wasmtime_wasi::cli::{WasiCli, WasiCliView};
+    use wasmtime_wasi::clocks::{WasiClocks, WasiClocksView};
+    use wasmtime_wasi::filesystem::{WasiFilesystem, WasiFilesystemView};
+    use wasmtime_wasi::random::{WasiRandom, WasiRandomView};
+
+    io::error::add_to_linker::<State, Table>(linker, |state| &mut state.table)?;
+    io::poll::add_to_linker::<State, Table>(linker, |state| &mut state.table)?;
+    io::streams::add_to_linker::<State, Table>(linker, |state| &mut state.table)?;
+    cli::environment::add_to_linker::<State, WasiCli>(linker, State::cli)?;
+    cli::exit::add_to_linker::<State, WasiCli>(linker, State::cli)?;
+    cli::stdin::add_to_linker::<State, WasiCli>(linker, State::cli)?;
+    cli::stdout::add_to_linker::<State, WasiCli>(linker, State::cli)?;
+    cli::stderr::add_to_linker::<State, WasiCli>(linker, State::cli)?;
+    cli::terminal_input::add_to_linker::<State, WasiCli>(linker, State::cli)?;
+    cli::terminal_output::add_to_linker::<State, WasiCli>(linker, State::cli)?;
+    cli::terminal_stdin::add_to_linker::<State, WasiCli>(linker, State::cli)?;
+    cli::terminal_stdout::add_to_linker::<State, WasiCli>(linker, State::cli)?;
+    cli::terminal_stderr::add_to_linker::<State, WasiCli>(linker, State::cli)?;
+    clocks::monotonic_clock::add_to_linker::<State, WasiClocks>(linker, State::clocks)?;
+    clocks::wall_clock::add_to_linker::<State, WasiClocks>(linker, State::clocks)?;
+    filesystem::types::add_to_linker::<State, WasiFilesystem>(linker, State::filesystem)?;
+    filesystem::preopens::add_to_linker::<State, WasiFilesystem>(linker, State::filesystem)?;
+    random::random::add_to_linker::<State, WasiRandom>(linker, State::random)?;
+    random::insecure::add_to_linker::<State, WasiRandom>(linker, State::random)?;
+    random::insecure_seed::add_to_linker::<State, WasiRandom>(linker, State::random)?;
+    Ok(())
+}
+
+/// How `wasi:io` gets at what it works on.
+struct Table;
+
+impl HasData for Table {
+    type Data<'a> = &'a mut ResourceTable;
+}
+
+/// Advances the epoch of an engine, on a thread that ends when this is dropped.
+struct Ticker {
+    stop: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Ticker {
+    fn start(engine: wasmtime::Engine) -> Self {
+        let (stop, stopped) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            while stopped.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+                engine.increment_epoch();
+            }
+        });
+        Self {
+            stop: Some(stop),
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Ticker {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // It has nothing to panic over, and nothing depends on it any more.
+            let _ = thread.join();
+        }
+    }
+}

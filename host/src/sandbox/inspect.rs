@@ -1,0 +1,397 @@
+//! What a guest is made of, and whether it can be run.
+
+use std::fmt;
+
+use wasmparser::{
+    ComponentAlias, ComponentExternalKind, ComponentInstance, ComponentOuterAliasKind, Encoding,
+    Instance, Parser, Payload,
+};
+use wasmtime::component::Component;
+
+use super::Engine;
+
+/// The package of our WIT.
+const PACKAGE: &str = "wasinetd:tcp";
+
+/// Its version. A guest built against another minor version of a 0.x package does not fit (semver).
+const VERSION: &str = "0.1.0";
+
+/// The WASI packages that are linked, in these versions.
+const WASI: [&str; 5] = [
+    "wasi:cli",
+    "wasi:clocks",
+    "wasi:filesystem",
+    "wasi:io",
+    "wasi:random",
+];
+const WASI_VERSIONS: [&str; 2] = ["0.2", "0.3"];
+
+/// The most that an instance may take of each. Arbitrary: a component that a compiler makes has
+/// one component instance, three core instances, one memory and two tables; one composed of several
+/// has a few times that.
+pub(super) const MAX_CORE_INSTANCES: u32 = 64;
+const MAX_COMPONENT_INSTANCES: u32 = 256;
+const MAX_MEMORIES: u32 = 32;
+const MAX_TABLES: u32 = 64;
+
+/// Why a guest cannot be run, with the fix.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Refusal(String);
+
+impl Refusal {
+    pub(super) fn mismatch(error: wasmtime::Error) -> Self {
+        Self(format!(
+            "it does not fit the world {PACKAGE}/connection-handler@{VERSION}: {error:#}; rebuild it against the WIT of this version"
+        ))
+    }
+}
+
+/// What one instance of a guest takes out of the pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Needs {
+    /// Instances of components in the component, itself included.
+    pub component_instances: u32,
+    /// Core module instances.
+    pub core_instances: u32,
+    /// Linear memories.
+    pub memories: u32,
+    /// The size that those memories start with, in bytes, together.
+    pub memory_bytes: u64,
+    /// Tables.
+    pub tables: u32,
+}
+
+impl Needs {
+    fn add(&mut self, other: Self) {
+        self.component_instances = self
+            .component_instances
+            .saturating_add(other.component_instances);
+        self.core_instances = self.core_instances.saturating_add(other.core_instances);
+        self.memories = self.memories.saturating_add(other.memories);
+        self.memory_bytes = self.memory_bytes.saturating_add(other.memory_bytes);
+        self.tables = self.tables.saturating_add(other.tables);
+    }
+
+    /// A small file can describe a component that nests without end. It is refused before it is
+    /// compiled.
+    fn check(&self) -> Result<(), Refusal> {
+        for (what, has, most) in [
+            (
+                "component instances",
+                self.component_instances,
+                MAX_COMPONENT_INSTANCES,
+            ),
+            ("core instances", self.core_instances, MAX_CORE_INSTANCES),
+            ("memories", self.memories, MAX_MEMORIES),
+            ("tables", self.tables, MAX_TABLES),
+        ] {
+            if has > most {
+                return Err(Refusal(format!(
+                    "each connection would take {has} {what}, and at most {most} are allowed; build it of fewer parts"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the needs off the bytes of a component, without compiling it.
+    ///
+    /// # Errors
+    ///
+    /// Says what the bytes are if they are not a component.
+    pub fn of(bytes: &[u8]) -> Result<Self, Refusal> {
+        if Parser::is_core_wasm(bytes) {
+            return Err(Refusal(
+                "it is a core WebAssembly module, not a component; build it with --target wasm32-wasip2, or make a component of it with `wasm-tools component new`".into(),
+            ));
+        }
+        if !Parser::is_component(bytes) {
+            return Err(Refusal(
+                "it is not WebAssembly (it does not start with \\0asm); give the path of a component built for wasm32-wasip2".into(),
+            ));
+        }
+        let needs = count(bytes).map_err(|reason| {
+            Refusal(format!("it is not a valid component: {reason}; rebuild it"))
+        })?;
+        needs.check()?;
+        Ok(needs)
+    }
+}
+
+/// A module or component that is being read, with what has been defined in it so far.
+struct Frame {
+    encoding: Encoding,
+    needs: Needs,
+    /// None for one that is not defined in this file.
+    modules: Vec<Option<Needs>>,
+    components: Vec<Option<Needs>>,
+}
+
+impl Frame {
+    fn new(encoding: Encoding) -> Self {
+        Self {
+            encoding,
+            needs: Needs {
+                component_instances: u32::from(encoding == Encoding::Component),
+                ..Needs::default()
+            },
+            modules: Vec::new(),
+            components: Vec::new(),
+        }
+    }
+}
+
+fn count(bytes: &[u8]) -> Result<Needs, String> {
+    let text = |error: wasmparser::BinaryReaderError| error.to_string();
+    let mut frames: Vec<Frame> = Vec::new();
+    for payload in Parser::new(0).parse_all(bytes) {
+        let payload = payload.map_err(text)?;
+        match &payload {
+            Payload::Version { encoding, .. } => frames.push(Frame::new(*encoding)),
+            Payload::End(_) => {
+                let frame = frames.pop().ok_or("it ends twice")?;
+                match (frames.last_mut(), frame.encoding) {
+                    (None, _) => return Ok(frame.needs),
+                    (Some(outer), Encoding::Module) => outer.modules.push(Some(frame.needs)),
+                    (Some(outer), Encoding::Component) => outer.components.push(Some(frame.needs)),
+                }
+            }
+            _ => section(&payload, &mut frames)
+                .map_err(text)?
+                .ok_or("it instantiates a core module or component that is not part of it")?,
+        }
+    }
+    Err("it has no end".into())
+}
+
+/// Counts one section. None when it refers to what the file does not define.
+fn section(payload: &Payload<'_>, frames: &mut [Frame]) -> wasmparser::Result<Option<()>> {
+    let Some((frame, outer)) = frames.split_last_mut() else {
+        return Ok(None);
+    };
+    match payload {
+        Payload::MemorySection(memories) => {
+            for memory in memories.clone() {
+                frame.needs.memories = frame.needs.memories.saturating_add(1);
+                let bytes = memory?.initial.saturating_mul(WASM_PAGE_BYTES);
+                frame.needs.memory_bytes = frame.needs.memory_bytes.saturating_add(bytes);
+            }
+        }
+        Payload::TableSection(tables) => {
+            frame.needs.tables = frame.needs.tables.saturating_add(tables.count());
+        }
+        Payload::InstanceSection(instances) => {
+            for instance in instances.clone() {
+                let Instance::Instantiate { module_index, .. } = instance? else {
+                    continue;
+                };
+                let Some(Some(needs)) = frame.modules.get(module_index as usize) else {
+                    return Ok(None);
+                };
+                frame.needs.add(Needs {
+                    core_instances: 1,
+                    ..*needs
+                });
+            }
+        }
+        Payload::ComponentInstanceSection(instances) => {
+            for instance in instances.clone() {
+                let ComponentInstance::Instantiate {
+                    component_index, ..
+                } = instance?
+                else {
+                    continue;
+                };
+                let Some(Some(needs)) = frame.components.get(component_index as usize) else {
+                    return Ok(None);
+                };
+                frame.needs.add(*needs);
+            }
+        }
+        Payload::ComponentImportSection(imports) => {
+            for import in imports.clone() {
+                match import?.ty.kind() {
+                    ComponentExternalKind::Module => frame.modules.push(None),
+                    ComponentExternalKind::Component => frame.components.push(None),
+                    _ => {}
+                }
+            }
+        }
+        Payload::ComponentExportSection(exports) => {
+            // An export makes a new name for what it exports.
+            for export in exports.clone() {
+                let export = export?;
+                match export.kind {
+                    ComponentExternalKind::Module => {
+                        let same = frame.modules.get(export.index as usize).copied().flatten();
+                        frame.modules.push(same);
+                    }
+                    ComponentExternalKind::Component => {
+                        let same = frame
+                            .components
+                            .get(export.index as usize)
+                            .copied()
+                            .flatten();
+                        frame.components.push(same);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Payload::ComponentAliasSection(aliases) => {
+            for alias in aliases.clone() {
+                self::alias(alias?, frame, outer);
+            }
+        }
+        _ => {}
+    }
+    Ok(Some(()))
+}
+
+/// The size of a page of linear memory (WebAssembly core specification, section 2.3.8).
+const WASM_PAGE_BYTES: u64 = 64 * 1024;
+
+fn alias(alias: ComponentAlias<'_>, frame: &mut Frame, outer: &[Frame]) {
+    match alias {
+        ComponentAlias::Outer { kind, count, index } => {
+            let (count, index) = (count as usize, index as usize);
+            let source = |of: fn(&Frame) -> &Vec<Option<Needs>>| match count {
+                0 => of(frame).get(index).copied().flatten(),
+                n => outer
+                    .len()
+                    .checked_sub(n)
+                    .and_then(|n| of(&outer[n]).get(index).copied().flatten()),
+            };
+            match kind {
+                ComponentOuterAliasKind::CoreModule => {
+                    let needs = source(|frame| &frame.modules);
+                    frame.modules.push(needs);
+                }
+                ComponentOuterAliasKind::Component => {
+                    let needs = source(|frame| &frame.components);
+                    frame.components.push(needs);
+                }
+                _ => {}
+            }
+        }
+        ComponentAlias::InstanceExport { kind, .. } => match kind {
+            ComponentExternalKind::Module => frame.modules.push(None),
+            ComponentExternalKind::Component => frame.components.push(None),
+            _ => {}
+        },
+        // A core instance exports neither.
+        ComponentAlias::CoreInstanceExport { .. } => {}
+    }
+}
+
+/// What a guest says about itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// The names of the interfaces that it imports.
+    pub imports: Vec<String>,
+    /// The names of the interfaces that it exports.
+    pub exports: Vec<String>,
+    /// What an instance takes.
+    pub needs: Needs,
+}
+
+/// Compiles a component and checks that it imports only what is linked and exports a handler.
+pub(super) fn compile(engine: &Engine, bytes: &[u8]) -> Result<(Component, Report), Refusal> {
+    let needs = Needs::of(bytes)?;
+    let component = Component::new(engine.wasmtime(), bytes)
+        .map_err(|error| Refusal(format!("it does not compile: {error:#}; rebuild it")))?;
+    let ty = component.component_type();
+    let names = |names: &mut dyn Iterator<Item = &str>| names.map(String::from).collect();
+    let report = Report {
+        imports: names(&mut ty.imports(engine.wasmtime()).map(|(name, _)| name)),
+        exports: names(&mut ty.exports(engine.wasmtime()).map(|(name, _)| name)),
+        needs,
+    };
+    check(&report)?;
+    Ok((component, report))
+}
+
+fn check(report: &Report) -> Result<(), Refusal> {
+    let names = || {
+        report
+            .imports
+            .iter()
+            .chain(&report.exports)
+            .map(|name| Name::parse(name))
+    };
+    if let Some(name) = names().find(|name| name.package == PACKAGE && !name.compatible(VERSION)) {
+        return Err(Refusal(format!(
+            "it was built against {name}, and this wasinetd speaks {PACKAGE}@{VERSION}; rebuild it against that version, or run the wasinetd that it was built for"
+        )));
+    }
+    let refused: Vec<&str> = report
+        .imports
+        .iter()
+        .filter(|name| !Name::parse(name).is_linked())
+        .map(String::as_str)
+        .collect();
+    if !refused.is_empty() {
+        return Err(Refusal(format!(
+            "it imports what no guest is granted: {}; remove the code that needs it (`wasinetd check --help` lists what is granted)",
+            refused.join(", ")
+        )));
+    }
+    let has_handler = report
+        .exports
+        .iter()
+        .map(|name| Name::parse(name))
+        .any(|name| name.package == PACKAGE && name.interface == "handler");
+    if !has_handler {
+        return Err(Refusal(format!(
+            "it does not export {PACKAGE}/handler@{VERSION} (its exports: {}); export a handler with `wasinetd_guest::export!` in a crate of type cdylib",
+            if report.exports.is_empty() {
+                "none".into()
+            } else {
+                report.exports.join(", ")
+            }
+        )));
+    }
+    Ok(())
+}
+
+/// The name of an interface, such as `wasi:cli/environment@0.2.0`.
+struct Name<'a> {
+    package: &'a str,
+    interface: &'a str,
+    version: &'a str,
+}
+
+impl<'a> Name<'a> {
+    /// A name of another form becomes an unknown package.
+    fn parse(name: &'a str) -> Self {
+        let (path, version) = name.split_once('@').unwrap_or((name, ""));
+        let (package, interface) = path.split_once('/').unwrap_or((path, ""));
+        Self {
+            package,
+            interface,
+            version,
+        }
+    }
+
+    /// Whether major and minor version are those of `version`.
+    fn compatible(&self, version: &str) -> bool {
+        let minor = |version: &'_ str| {
+            let mut parts = version.split('.').map(String::from);
+            (parts.next(), parts.next())
+        };
+        minor(self.version) == minor(version)
+    }
+
+    fn is_linked(&self) -> bool {
+        self.package == PACKAGE
+            || (WASI.contains(&self.package)
+                && WASI_VERSIONS.iter().any(|version| self.compatible(version)))
+    }
+}
+
+impl fmt::Display for Name<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}@{}", self.package, self.interface, self.version)
+    }
+}

@@ -1,0 +1,221 @@
+//! What guests print, as lines of the host's log.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use tokio::io::AsyncWrite;
+use tracing::{info, warn};
+use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
+use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
+
+/// The longest line that is logged as one, in bytes. A longer one is broken.
+const MAX_LINE: usize = 4 * 1024;
+
+/// The most that is logged of one connection's standard output, and of its standard error, in
+/// bytes. Arbitrary: enough to explain a fault, too little to fill a disk from one connection.
+const MAX_TOTAL: usize = 64 * 1024;
+
+/// The standard output or the standard error of one connection's guest.
+///
+/// Made for every connection, and used by few: nothing is allocated before it is asked for.
+pub(super) struct GuestOutput {
+    id: u64,
+    name: &'static str,
+    lines: OnceLock<Lines>,
+}
+
+impl GuestOutput {
+    /// For the connection `id`; `name` says which of its two streams it is.
+    pub(super) fn new(id: u64, name: &'static str) -> Self {
+        Self {
+            id,
+            name,
+            lines: OnceLock::new(),
+        }
+    }
+
+    fn lines(&self) -> Lines {
+        let new = || {
+            Lines(Arc::new(Mutex::new(Line {
+                id: self.id,
+                name: self.name,
+                partial: Vec::new(),
+                left: MAX_TOTAL,
+            })))
+        };
+        self.lines.get_or_init(new).clone()
+    }
+}
+
+impl IsTerminal for GuestOutput {
+    fn is_terminal(&self) -> bool {
+        false
+    }
+}
+
+impl StdoutStream for GuestOutput {
+    fn async_stream(&self) -> Box<dyn AsyncWrite + Send + Sync> {
+        Box::new(self.lines())
+    }
+
+    fn p2_stream(&self) -> Box<dyn OutputStream> {
+        Box::new(self.lines())
+    }
+}
+
+/// Bytes in, lines out.
+#[derive(Clone)]
+struct Lines(Arc<Mutex<Line>>);
+
+impl Lines {
+    fn write(&self, bytes: &[u8]) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .write(bytes);
+    }
+}
+
+impl AsyncWrite for Lines {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.write(bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[wasmtime_wasi::async_trait]
+impl Pollable for Lines {
+    async fn ready(&mut self) {}
+}
+
+impl OutputStream for Lines {
+    fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
+        Lines::write(self, &bytes);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> StreamResult<()> {
+        Ok(())
+    }
+
+    fn check_write(&mut self) -> StreamResult<usize> {
+        // How much the guest may write at once, which wasmtime buffers.
+        Ok(MAX_LINE)
+    }
+}
+
+struct Line {
+    id: u64,
+    name: &'static str,
+    partial: Vec<u8>,
+    /// What may still be logged, in bytes.
+    left: usize,
+}
+
+impl Line {
+    fn write(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() && self.left > 0 {
+            let room = (MAX_LINE - self.partial.len()).min(self.left);
+            let end = bytes.iter().position(|&byte| byte == b'\n');
+            let n = end.unwrap_or(bytes.len()).min(room);
+            self.partial.extend_from_slice(&bytes[..n]);
+            let ends_here = end == Some(n);
+            bytes = &bytes[n + usize::from(ends_here)..];
+            // A line costs what it says and one more, so that empty lines are bounded too.
+            self.left = self.left.saturating_sub(n + usize::from(ends_here));
+            if ends_here || self.partial.len() == MAX_LINE || self.left == 0 {
+                self.flush();
+            }
+            if self.left == 0 {
+                warn!(
+                    id = self.id,
+                    stream = self.name,
+                    limit = MAX_TOTAL,
+                    "guest output limit reached"
+                );
+            }
+        }
+    }
+
+    fn flush(&mut self) {
+        let text = printable(&self.partial, MAX_LINE);
+        info!(target: "guest", id = self.id, stream = self.name, "{text}");
+        self.partial.clear();
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        if !self.partial.is_empty() {
+            self.flush();
+        }
+    }
+}
+
+/// `bytes` from a guest as text that cannot forge or garble a line of the log: cut to `max` bytes,
+/// with control characters escaped.
+pub(super) fn printable(bytes: &[u8], max: usize) -> String {
+    let mut text = String::new();
+    for character in String::from_utf8_lossy(&bytes[..bytes.len().min(max)]).chars() {
+        if character.is_control() && character != '\t' {
+            text.extend(character.escape_default());
+        } else {
+            text.push(character);
+        }
+    }
+    if bytes.len() > max {
+        text.push('…');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_of_a_guest_do_not_reach_the_log() {
+        assert_eq!(
+            printable(b"a\x1b[31m\r\nb\tc", 99),
+            "a\\u{1b}[31m\\r\\nb\tc"
+        );
+        assert_eq!(printable("gr\u{fc}n".as_bytes(), 99), "gr\u{fc}n");
+    }
+
+    #[test]
+    fn a_text_is_cut_to_its_bound_and_says_so() {
+        assert_eq!(printable(b"four", 4), "four");
+        assert_eq!(printable(b"fives", 4), "five\u{2026}");
+    }
+
+    #[test]
+    fn output_is_cut_at_its_limit_and_not_before() {
+        let mut line = Line {
+            id: 0,
+            name: "stdout",
+            partial: Vec::new(),
+            left: MAX_TOTAL,
+        };
+        line.write(&vec![b'\n'; MAX_TOTAL - 1]);
+        assert_eq!(line.left, 1);
+        line.write(b"xy");
+        assert_eq!((line.left, line.partial.len()), (0, 0));
+        line.write(b"z");
+        assert!(line.partial.is_empty());
+    }
+}

@@ -1,0 +1,453 @@
+//! Starts servers and talks to them. Asserts nothing about what they answer.
+
+use std::fmt;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// How long anything may take that should happen at once, on a machine that is busy.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Both ways of dispatch: whatever a test shows, it shows for both.
+pub(crate) const MODES: [&str; 2] = ["spawn", "concurrent"];
+
+/// The top of the workspace.
+pub(crate) fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ is in the workspace")
+        .into()
+}
+
+/// A guest by name, from `target/guests`.
+pub(crate) fn guest(name: &str) -> PathBuf {
+    let path = root()
+        .join("target/guests")
+        .join(name)
+        .with_extension("wasm");
+    assert!(
+        path.exists(),
+        "{} is missing: run `make build` first",
+        path.display()
+    );
+    path
+}
+
+/// A guest made for tests, by name.
+pub(crate) fn fixture(name: &str) -> PathBuf {
+    guest(&format!("fixtures/{name}"))
+}
+
+/// The content of a page that the server serves.
+pub(crate) fn page(name: &str) -> String {
+    std::fs::read_to_string(root().join("static").join(name)).expect("the pages are in static/")
+}
+
+/// The command under test, at the top of the workspace.
+pub(crate) fn wasinetd() -> Command {
+    let path = root().join("target/release/wasinetd");
+    assert!(
+        path.exists(),
+        "{} is missing: run `make build` first",
+        path.display()
+    );
+    let mut command = Command::new(path);
+    command.current_dir(root());
+    command
+}
+
+/// Runs a command to its end, while no test runs that wants to be alone. Not for a test that has a
+/// server.
+pub(crate) fn run(command: &mut Command) -> Output {
+    let _turn = ALONE
+        .read()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    output(command)
+}
+
+fn output(command: &mut Command) -> Output {
+    command
+        .stdin(Stdio::null())
+        .output()
+        .expect("the command starts")
+}
+
+/// Runs curl against a server and returns all that it prints.
+pub(crate) fn curl(server: &Server, path: &str, arguments: &[&str]) -> String {
+    let mut command = Command::new("curl");
+    command
+        .args(["--silent", "--show-error", "--max-time", "60"])
+        .args(arguments);
+    let output = output(command.arg(format!("http://{}{path}", server.address())));
+    assert!(
+        output.status.success(),
+        "{command:?} failed with {}\n{}\n{server:?}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).expect("pages are text")
+}
+
+/// Tests with a load of their own, or with a time to keep, run alone.
+static ALONE: RwLock<()> = RwLock::new(());
+
+enum Turn {
+    Shared(#[allow(dead_code, reason = "held")] RwLockReadGuard<'static, ()>),
+    Alone(#[allow(dead_code, reason = "held")] RwLockWriteGuard<'static, ()>),
+}
+
+/// A running server. It is killed when this is dropped.
+pub(crate) struct Server {
+    command: String,
+    child: Child,
+    addresses: Vec<SocketAddr>,
+    log: Arc<Log>,
+    reader: Option<JoinHandle<()>>,
+    stdout: Option<BufReader<ChildStdout>>,
+    _turn: Turn,
+}
+
+#[derive(Default)]
+struct Log {
+    lines: Mutex<(Vec<String>, bool)>,
+    grown: Condvar,
+}
+
+impl Server {
+    /// Serves `guest` on a free port, with further arguments.
+    pub(crate) fn start(mode: &str, guest: &Path, arguments: &[&str]) -> Self {
+        let turn = ALONE
+            .read()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        Self::spawn(mode, guest, arguments, Turn::Shared(turn))
+    }
+
+    /// The same, while no other test runs.
+    pub(crate) fn start_alone(mode: &str, guest: &Path, arguments: &[&str]) -> Self {
+        let turn = ALONE
+            .write()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        Self::spawn(mode, guest, arguments, Turn::Alone(turn))
+    }
+
+    fn spawn(mode: &str, guest: &Path, arguments: &[&str], turn: Turn) -> Self {
+        let mut command = wasinetd();
+        command.args(["serve", "--dispatch", mode]);
+        if !arguments.contains(&"--listen") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
+        command.args(arguments).arg(guest);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the server starts");
+        let log = Arc::new(Log::default());
+        let stderr = BufReader::new(child.stderr.take().expect("it is piped"));
+        let reader = thread::spawn({
+            let log = log.clone();
+            move || log.read(stderr)
+        });
+        let mut server = Self {
+            command: format!("{command:?}"),
+            addresses: Vec::new(),
+            log,
+            reader: Some(reader),
+            stdout: None,
+            _turn: turn,
+            child,
+        };
+        let listeners = arguments
+            .iter()
+            .filter(|argument| **argument == "--listen")
+            .count()
+            .max(1);
+        let mut stdout = BufReader::new(server.child.stdout.take().expect("it is piped"));
+        while server.addresses.len() < listeners {
+            let mut line = String::new();
+            let n = stdout
+                .read_line(&mut line)
+                .expect("standard output can be read");
+            let address = line
+                .trim_end()
+                .strip_prefix("listening on ")
+                .map(str::parse);
+            match address {
+                Some(Ok(address)) => server.addresses.push(address),
+                _ => panic!(
+                    "the server said {line:?} ({n} bytes) instead of where it listens\n{server:?}"
+                ),
+            }
+        }
+        server.stdout = Some(stdout);
+        server
+    }
+
+    /// Where it listens first.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.addresses[0]
+    }
+
+    /// Where it listens.
+    pub(crate) fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    pub(crate) fn pid(&self) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(&self.child)
+    }
+
+    /// A new connection to it.
+    pub(crate) fn connect(&self) -> Client {
+        Client::connect(self.address()).unwrap_or_else(|error| panic!("{error}\n{self:?}"))
+    }
+
+    /// Waits for a line of the log that has all of `parts`.
+    pub(crate) fn wait_for_log(&self, parts: &[&str]) -> String {
+        let has_all = |line: &&String| parts.iter().all(|part| line.contains(part));
+        let deadline = Instant::now() + PATIENCE;
+        let mut lines = self.log.lines.lock().expect("no reader panics");
+        loop {
+            if let Some(line) = lines.0.iter().find(has_all) {
+                return line.clone();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || lines.1 {
+                drop(lines);
+                panic!("the log never said {parts:?}\n{self:?}");
+            }
+            lines = self
+                .log
+                .grown
+                .wait_timeout(lines, left)
+                .expect("no reader panics")
+                .0;
+        }
+    }
+
+    /// The lines of the log so far that have `part`.
+    pub(crate) fn log_lines(&self, part: &str) -> Vec<String> {
+        let lines = self.log.lines.lock().expect("no reader panics");
+        lines
+            .0
+            .iter()
+            .filter(|line| line.contains(part))
+            .cloned()
+            .collect()
+    }
+
+    /// What it printed to standard output after the lines that say where it listens. To be called
+    /// when it has ended.
+    pub(crate) fn rest_of_stdout(&mut self) -> String {
+        let mut rest = String::new();
+        if let Some(mut stdout) = self.stdout.take() {
+            stdout
+                .read_to_string(&mut rest)
+                .expect("standard output is text");
+        }
+        rest
+    }
+
+    /// How many sockets it has open.
+    pub(crate) fn sockets(&self) -> usize {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        files
+            .expect("the server runs")
+            .filter_map(|file| std::fs::read_link(file.ok()?.path()).ok())
+            .filter(|target| target.to_string_lossy().starts_with("socket:"))
+            .count()
+    }
+
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        rustix::process::kill_process(self.pid(), signal).expect("the server runs");
+    }
+
+    /// Waits for its end; the log is complete then.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        // There is no waiting for a child with a time limit but to ask again.
+        let status = loop {
+            match self.child.try_wait().expect("it is our child") {
+                Some(status) => break status,
+                None if Instant::now() > deadline => panic!("it does not end\n{self:?}"),
+                None => thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("no reader panics");
+        }
+        status
+    }
+
+    /// A figure of `/proc/PID/status` in KiB, such as `VmRSS`.
+    pub(crate) fn memory(&self, name: &str) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(path).expect("the server runs");
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+            .and_then(|value| value.split_whitespace().next()?.parse().ok())
+            .unwrap_or_else(|| panic!("no {name} in {status}"))
+    }
+}
+
+impl Log {
+    fn read(&self, stderr: impl BufRead) {
+        for line in stderr.lines().map_while(Result::ok) {
+            self.lines.lock().expect("no waiter panics").0.push(line);
+            self.grown.notify_all();
+        }
+        self.lines.lock().expect("no waiter panics").1 = true;
+        self.grown.notify_all();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
+
+/// What to show when a test fails: the command, and the end of the log.
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "command: {}", self.command)?;
+        let lines = self
+            .log
+            .lines
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let skipped = lines.0.len().saturating_sub(50);
+        writeln!(f, "standard error ({skipped} earlier lines left out):")?;
+        lines.0[skipped..]
+            .iter()
+            .try_for_each(|line| writeln!(f, "  {line}"))
+    }
+}
+
+/// A raw connection. Reads that get nothing for too long fail.
+pub(crate) struct Client(pub(crate) TcpStream);
+
+impl Client {
+    pub(crate) fn connect(address: SocketAddr) -> io::Result<Self> {
+        let stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_nodelay(true)?;
+        Ok(Self(stream))
+    }
+
+    pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.0
+            .write_all(bytes.as_ref())
+            .expect("the server takes it");
+    }
+
+    /// No more is sent.
+    pub(crate) fn finish(&self) {
+        self.0
+            .shutdown(Shutdown::Write)
+            .expect("the connection is open");
+    }
+
+    /// Everything up to the end of the stream, or the error that ended it instead.
+    pub(crate) fn read_all(&mut self) -> (Vec<u8>, io::Result<()>) {
+        let mut bytes = Vec::new();
+        let end = self.0.read_to_end(&mut bytes).map(drop);
+        (bytes, end)
+    }
+
+    /// Everything up to an orderly end, as text.
+    pub(crate) fn read_to_end(&mut self) -> String {
+        let (bytes, end) = self.read_all();
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        end.unwrap_or_else(|error| panic!("{error} after {text:?}"));
+        text
+    }
+
+    /// The next `n` bytes.
+    pub(crate) fn read(&mut self, n: usize) -> String {
+        let mut bytes = vec![0; n];
+        self.0.read_exact(&mut bytes).expect("so many bytes come");
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// One line, without its end.
+    pub(crate) fn read_line(&mut self) -> String {
+        self.read_until("\n").trim_end().into()
+    }
+
+    /// Up to and including `end`.
+    pub(crate) fn read_until(&mut self, end: &str) -> String {
+        let mut text = Vec::new();
+        while !text.ends_with(end.as_bytes()) {
+            let mut byte = [0];
+            self.0.read_exact(&mut byte).unwrap_or_else(|error| {
+                panic!("{error} after {:?}", String::from_utf8_lossy(&text))
+            });
+            text.push(byte[0]);
+        }
+        String::from_utf8(text).expect("it is text")
+    }
+
+    /// One HTTP response with a body, or the error that came instead.
+    pub(crate) fn try_response(&mut self) -> io::Result<Response> {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            self.0.read_exact(&mut byte)?;
+            head.push(byte[0]);
+        }
+        let head = String::from_utf8_lossy(&head).into_owned();
+        let length = head
+            .lines()
+            .find_map(|line| line.strip_prefix("Content-Length: ")?.parse().ok())
+            .unwrap_or_else(|| panic!("no length in {head:?}"));
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body)?;
+        Ok(Response {
+            head,
+            body: String::from_utf8_lossy(&body).into_owned(),
+        })
+    }
+
+    pub(crate) fn response(&mut self) -> Response {
+        self.try_response().expect("a response comes")
+    }
+
+    /// Sends a request for `path` that keeps the connection, and waits for the response.
+    pub(crate) fn get(&mut self, path: &str) -> Response {
+        self.send(request(path));
+        self.response()
+    }
+}
+
+/// A request for `path` that keeps the connection.
+pub(crate) fn request(path: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: test\r\n\r\n")
+}
+
+/// A response's head, with its last empty line, and body.
+#[derive(Debug)]
+pub(crate) struct Response {
+    pub(crate) head: String,
+    pub(crate) body: String,
+}
+
+impl Response {
+    pub(crate) fn status(&self) -> &str {
+        self.head
+            .split("\r\n")
+            .next()
+            .and_then(|line| line.strip_prefix("HTTP/1.1 "))
+            .unwrap_or("")
+    }
+}

@@ -1,0 +1,15 @@
+//! Tests of the release build of `wasinetd`, driven with curl and raw sockets.
+//!
+//! Each server listens on a port of its own and says which. Nothing waits for a fixed time: tests
+//! wait for what the server prints, or for what arrives on a socket.
+
+mod bad_input;
+mod ending;
+mod grants;
+mod harness;
+mod http;
+mod isolation;
+mod limits;
+mod load;
+mod output;
+mod shutdown;

@@ -1,0 +1,63 @@
+//! What guests print, and the log.
+
+use crate::harness::{MODES, Server, fixture, guest};
+
+#[test]
+fn what_a_guest_prints_is_logged_under_its_connection() {
+    for mode in MODES {
+        let server = Server::start(mode, &fixture("prints"), &[]);
+        server.connect().read_to_end();
+        server.wait_for_log(&["guest", "id=1 ", "stdout", "to standard output"]);
+        let line = server.wait_for_log(&["guest", "id=1 ", "stderr", "to standard error"]);
+        assert!(
+            !line.contains('\x1b'),
+            "a guest can send escapes to the terminal: {line:?}"
+        );
+    }
+}
+
+#[test]
+fn what_a_guest_prints_is_bounded() {
+    for mode in MODES {
+        let server = Server::start(mode, &fixture("prints"), &[]);
+        server.connect().read_to_end();
+        server.wait_for_log(&["id=1 ", "connection ended", "outcome=ok"]);
+        server.wait_for_log(&["WARN", "id=1 ", "guest output limit reached"]);
+        // The fixture prints 10,000 lines of 101 bytes; 64 KiB of them are let through.
+        let lines = server.log_lines("xxxxxxxxxx").len();
+        assert!((640..=650).contains(&lines), "{lines} lines");
+    }
+}
+
+#[test]
+fn the_log_can_be_json() {
+    let server = Server::start(
+        "spawn",
+        &guest("hello"),
+        &["--dir", "static::/static", "--log-format", "json"],
+    );
+    server.connect().get("/");
+    let line = server.wait_for_log(&["connection ended"]);
+    assert!(line.starts_with('{') && line.ends_with('}'), "{line}");
+    for part in [
+        r#""id":1"#,
+        r#""outcome":"ok""#,
+        r#""bytes_in":"#,
+        r#""peer":"127.0.0.1:"#,
+    ] {
+        assert!(line.contains(part), "no {part} in {line}");
+    }
+}
+
+#[test]
+fn the_log_can_be_quiet() {
+    let mut server = Server::start(
+        "spawn",
+        &guest("hello"),
+        &["--dir", "static::/static", "--log-level", "error"],
+    );
+    server.connect().get("/");
+    server.signal(rustix::process::Signal::TERM);
+    server.wait();
+    assert_eq!(server.log_lines("").len(), 0, "{server:?}");
+}

@@ -1,0 +1,87 @@
+//! Load by wrk, and what it says of it.
+
+use std::fmt;
+use std::process::Command;
+
+/// Connections that are open at once.
+pub(crate) const CONNECTIONS: u32 = 32;
+
+/// What is asked of a server.
+#[derive(Clone, Copy)]
+pub(crate) enum Work {
+    NewConnections,
+    KeptConnections,
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NewConnections => "A new connection for each request",
+            Self::KeptConnections => "Requests on kept-alive connections",
+        })
+    }
+}
+
+/// What wrk has measured.
+pub(crate) struct Load {
+    pub(crate) requests: f64,
+    pub(crate) seconds: f64,
+    /// Latencies, in microseconds.
+    pub(crate) p50: f64,
+    pub(crate) p99: f64,
+}
+
+/// Asks for the start page of the server at `address` for some seconds.
+///
+/// # Errors
+///
+/// Says why wrk did not run, or that not all requests were answered well.
+pub(crate) fn run(address: &str, work: Work, seconds: u32) -> Result<Load, String> {
+    let mut command = Command::new("wrk");
+    command
+        .args(["--threads", "1", "--latency", "--connections"])
+        .arg(CONNECTIONS.to_string());
+    command.arg("--duration").arg(format!("{seconds}s"));
+    if let Work::NewConnections = work {
+        command.args(["--header", "Connection: close"]);
+    }
+    command.arg(format!("http://{address}/"));
+    let output = command
+        .output()
+        .map_err(|error| format!("cannot run wrk: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() || text.contains("errors") || text.contains("Non-2xx") {
+        return Err(format!(
+            "{command:?} failed:\n{text}{}",
+            String::from_utf8_lossy(&output.stderr)
+        ));
+    }
+    parse(&text).ok_or_else(|| format!("{command:?} said something unexpected:\n{text}"))
+}
+
+fn parse(text: &str) -> Option<Load> {
+    let percentile = |name| {
+        text.lines()
+            .find_map(|line| microseconds(line.trim().strip_prefix(name)?.trim()))
+    };
+    let (requests, rest) = text
+        .lines()
+        .find_map(|line| line.trim().split_once(" requests in "))?;
+    let (seconds, _) = rest.split_once(',')?;
+    Some(Load {
+        requests: requests.parse().ok()?,
+        seconds: microseconds(seconds)? / 1e6,
+        p50: percentile("50%")?,
+        p99: percentile("99%")?,
+    })
+}
+
+/// A time as wrk writes it.
+fn microseconds(text: &str) -> Option<f64> {
+    for (unit, factor) in [("us", 1.0), ("ms", 1e3), ("s", 1e6), ("m", 6e7)] {
+        if let Some(number) = text.strip_suffix(unit) {
+            return Some(number.parse::<f64>().ok()? * factor);
+        }
+    }
+    None
+}
