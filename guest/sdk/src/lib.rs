@@ -115,13 +115,23 @@ macro_rules! export {
                 }
             }
 
-            #[cfg(target_family = "wasm")]
-    $crate::rt::export_handler!(Guest with_types_in $crate::rt::bindings);
-
-            // The names that the component model exports by are no symbol names on other targets,
-            // where a guest is compiled only to be tested: there it counts as used, no more.
-            #[cfg(not(target_family = "wasm"))]
-            const _: fn() = || _ = <Guest as $crate::rt::Handler>::handle_connection;
+            $crate::export_guest!(Guest);
         };
+    };
+}
+
+/// Exports a type that implements `rt::Handler` by hand, as the fixtures do that use the bindings
+/// in ways this crate does not. Not a public interface.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! export_guest {
+    ($guest:ident) => {
+        #[cfg(target_family = "wasm")]
+        $crate::rt::export_handler!($guest with_types_in $crate::rt::bindings);
+
+        // The names that the component model exports by are no symbol names on other targets,
+        // where a guest is compiled only to be tested: there it counts as used, no more.
+        #[cfg(not(target_family = "wasm"))]
+        const _: fn() = || _ = <$guest as $crate::rt::Handler>::handle_connection;
     };
 }
