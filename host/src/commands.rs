@@ -185,10 +185,13 @@ fn dispatch(dispatch: Dispatch) -> Result<(server::Dispatch, Runtime), Error> {
             server::Dispatch::Spawn,
             runtime::Builder::new_multi_thread(),
         ),
-        Dispatch::Concurrent => (
-            server::Dispatch::Concurrent,
-            runtime::Builder::new_current_thread(),
-        ),
+        Dispatch::Concurrent => {
+            let mut builder = runtime::Builder::new_current_thread();
+            // Sockets are looked at after so many turns of tasks. All connections are one task
+            // here, whose turn takes as long as theirs together.
+            builder.event_interval(1);
+            (server::Dispatch::Concurrent, builder)
+        }
     };
     let runtime = builder
         .enable_all()
