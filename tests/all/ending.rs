@@ -31,6 +31,16 @@ fn a_write_that_a_guest_has_begun_is_delivered_though_it_returns() {
 }
 
 #[test]
+fn a_guest_can_give_up_on_a_client_that_does_not_read() {
+    for mode in MODES {
+        let server = Server::start(mode, &fixture("gives_up"), &[]);
+        let client = server.connect();
+        server.wait_for_log(&["connection ended", "outcome=ok"]);
+        drop(client);
+    }
+}
+
+#[test]
 fn a_guest_can_connect_one_stream_to_the_other() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("splice"), &[]);

@@ -297,7 +297,8 @@ impl StreamConsumer<State> for Sender {
         finish: bool,
     ) -> Poll<wasmtime::Result<StreamResult>> {
         let mut source = source.as_direct(store.as_context_mut());
-        let result = if source.remaining().is_empty() && !self.taken {
+        let asks = source.remaining().is_empty() && !self.taken;
+        let result = if asks {
             // The guest asks whether it could write.
             match lock(&self.direction.transport).poll_sendable(cx) {
                 Poll::Ready(()) => Poll::Ready(Ok(StreamResult::Completed)),
@@ -307,7 +308,11 @@ impl StreamConsumer<State> for Sender {
             self.send_all(cx, &mut source, finish)
         };
         self.taken &= result.is_pending();
-        store.data_mut().sending.polled(result.is_pending());
+        // A question need not be answered before the guest may return.
+        store
+            .data_mut()
+            .sending
+            .polled(result.is_pending() && !asks);
         result
     }
 }
