@@ -48,8 +48,9 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7878", value_parser = address)]
     pub(crate) listen: Vec<SocketAddr>,
 
-    /// How connections share the processor: in parallel on all cores, or in one task on one core
-    #[arg(long, value_enum, default_value_t = Dispatch::Spawn)]
+    /// How connections share the processor: all in one task, which costs least, or in parallel on
+    /// all cores
+    #[arg(long, value_enum, default_value_t = Dispatch::Concurrent)]
     pub(crate) dispatch: Dispatch,
 
     /// Let guests read this directory of the host, under the second name if there is one

@@ -10,7 +10,7 @@ use futures::{Stream, stream};
 use tokio::net::TcpListener;
 use tokio::runtime::{self, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::warn;
+use tracing::{info, warn};
 use wasinetd::Error;
 use wasinetd::capacity::{self, Plan};
 use wasinetd::connection;
@@ -53,6 +53,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let stop = signals().map_err(internal("listening for signals"))?;
     let _log = logging::start(args.log_format, args.log_level);
     warn_of_capacity(&args, &plan, max_connections);
+    mention_idle_cores(args.dispatch);
     announce(&listeners)?;
 
     let controller = Controller::default();
@@ -209,6 +210,17 @@ fn warn_of_capacity(args: &ServeArgs, plan: &Plan, max_connections: usize) {
             bound = bound.name,
             lift_with = bound.fix,
             "fewer connections than the default fit on this machine"
+        );
+    }
+}
+
+/// The default suits a small machine; on a larger one its operator should know of the other way.
+fn mention_idle_cores(dispatch: Dispatch) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if matches!(dispatch, Dispatch::Concurrent) && cores > 2 {
+        info!(
+            cores,
+            "connections run on one core; --dispatch spawn uses all"
         );
     }
 }
