@@ -1,5 +1,7 @@
 //! Listening sockets as one stream of accepted connections.
 
+mod closing;
+
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -9,7 +11,7 @@ use std::time::Duration;
 
 use futures::Stream;
 use futures::future::BoxFuture;
-use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
@@ -26,10 +28,6 @@ const BACKLOG: i32 = 4096;
 /// How long to wait after a failed `accept`. A failure lasts (EMFILE, ENOBUFS) and would be met
 /// again at once, at the cost of a whole core; the wait doubles up to the second figure.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
-
-/// How long handshakes that are under way when the server begins to drain may take to complete: the
-/// round trip of a client that is not very far.
-const LAST_HANDSHAKES: Duration = Duration::from_millis(100);
 
 /// An address that is ours. Clients are not answered before [`Bound::listen`].
 pub struct Bound {
@@ -135,7 +133,7 @@ pub struct Incoming {
 enum Phase {
     Serving(BoxFuture<'static, ()>),
     /// New handshakes are refused, those under way may complete.
-    Closing(Pin<Box<Sleep>>),
+    Closing(BoxFuture<'static, ()>),
     /// What is left in the backlog is the last.
     Sweeping,
     Closed,
@@ -180,13 +178,13 @@ impl Incoming {
         if let Phase::Serving(draining) = &mut self.phase
             && draining.as_mut().poll(cx).is_ready()
         {
-            for listener in &self.listeners {
-                refuse_handshakes(listener);
-            }
-            self.phase = Phase::Closing(Box::pin(tokio::time::sleep(LAST_HANDSHAKES)));
+            self.listeners.iter().for_each(closing::refuse_handshakes);
+            let addresses = self.listeners.iter().flat_map(TcpListener::local_addr);
+            let ports = addresses.map(|address| address.port()).collect();
+            self.phase = Phase::Closing(Box::pin(closing::handshakes_completed(ports)));
         }
-        if let Phase::Closing(sleep) = &mut self.phase
-            && sleep.as_mut().poll(cx).is_ready()
+        if let Phase::Closing(completed) = &mut self.phase
+            && completed.as_mut().poll(cx).is_ready()
         {
             self.phase = Phase::Sweeping;
         }
@@ -275,28 +273,5 @@ fn accept_now(listener: &TcpListener) -> Poll<io::Result<(TcpStream, SocketAddr)
     match accept() {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
         result => Poll::Ready(result),
-    }
-}
-
-/// Makes the kernel ignore new handshakes on `listener`, while those under way complete.
-///
-/// Closing the listener at once would reset them, though the client may have seen its connection
-/// completed and sent its request. A client whose first packet is ignored sends it again after a
-/// second: it then meets our successor, or learns that there is none.
-fn refuse_handshakes(listener: &TcpListener) {
-    /// Offset of the flags in a TCP header (RFC 9293, section 3.1), where the filter's view starts.
-    const FLAGS: u32 = 13;
-    const SYN: u32 = 0x02;
-    const ACK: u32 = 0x10;
-    // Classic BPF: load the flags, keep SYN and ACK, drop the packet if it is SYN alone.
-    let program = [
-        SockFilter::new(0x30, 0, 0, FLAGS),
-        SockFilter::new(0x54, 0, 0, SYN | ACK),
-        SockFilter::new(0x15, 0, 1, SYN),
-        SockFilter::new(0x06, 0, 0, 0),
-        SockFilter::new(0x06, 0, 0, u32::MAX),
-    ];
-    if let Err(error) = SockRef::from(listener).attach_filter(&program) {
-        debug!(%error, "cannot refuse new handshakes; a client that connects now may be reset");
     }
 }

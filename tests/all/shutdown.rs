@@ -1,12 +1,17 @@
 //! SIGTERM and SIGINT: nothing that was asked for is lost, and nothing is waited for without end.
 
+use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Instant;
 
+use rustix::io::Errno;
 use rustix::process::Signal;
+use socket2::{Domain, SockFilter, Socket, Type};
 
-use crate::harness::{Client, MODES, Response, Server, fixture, guest, page, request};
+use crate::harness::{Client, MODES, PATIENCE, Response, Server, fixture, guest, page, request};
 
 fn hello(mode: &str, arguments: &[&str]) -> Server {
     let arguments = [&["--dir", "static::/static"], arguments].concat();
@@ -109,6 +114,59 @@ fn a_second_signal_ends_at_once() {
         assert_eq!(server.wait().code(), Some(75), "{server:?}");
         assert!(client.read_all().1.is_err());
     }
+}
+
+#[test]
+fn a_handshake_under_way_is_completed_and_its_request_answered() {
+    for mode in MODES {
+        let mut server = hello(mode, &["--drain-timeout", "1h"]);
+        let client = half_open(server.address());
+        server.signal(Signal::TERM);
+        server.wait_for_log(&["draining"]);
+        // The server's kernel answers again after a second, and the client waits for it.
+        client.detach_filter().unwrap();
+        client.set_nonblocking(false).unwrap();
+        let mut client = Client(client.into());
+        assert_eq!(client.get("/").body, page("hello.html"));
+        drop(client);
+        assert_eq!(server.wait().code(), Some(0), "{server:?}");
+    }
+}
+
+#[test]
+fn a_handshake_that_is_never_completed_does_not_hold_up_the_drain() {
+    for mode in MODES {
+        let mut server = hello(mode, &["--drain-timeout", "1h"]);
+        let _client = half_open(server.address());
+        server.signal(Signal::TERM);
+        assert_eq!(server.wait().code(), Some(0), "{server:?}");
+    }
+}
+
+/// A client that does not see what the server answers to its first packet.
+fn half_open(address: SocketAddr) -> Socket {
+    let client = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+    // One instruction: keep nothing of any packet.
+    client
+        .attach_filter(&[SockFilter::new(0x06, 0, 0, 0)])
+        .unwrap();
+    client.set_nonblocking(true).unwrap();
+    let begun = client.connect(&address.into()).unwrap_err();
+    assert_eq!(begun.raw_os_error(), Some(Errno::INPROGRESS.raw_os_error()));
+    let half_open = format!("0100007F:{:04X} 0100007F:", address.port());
+    let patience = Instant::now() + PATIENCE;
+    while !fs::read_to_string("/proc/net/tcp")
+        .unwrap()
+        .lines()
+        .any(|line| line.contains(&half_open) && line.contains(" 03 "))
+    {
+        assert!(
+            Instant::now() < patience,
+            "the server's kernel has not answered"
+        );
+        thread::yield_now();
+    }
+    client
 }
 
 /// Clients that send requests as fast as they are answered, until the server is gone.
