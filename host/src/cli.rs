@@ -48,10 +48,14 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7878", value_parser = address)]
     pub(crate) listen: Vec<SocketAddr>,
 
-    /// How connections share the processor: all in one task, which costs least, or in parallel on
-    /// all cores
+    /// How connections share the threads: each stays on one, which costs least, or goes on
+    /// wherever there is time
     #[arg(long, value_enum, default_value_t = Dispatch::Concurrent)]
     pub(crate) dispatch: Dispatch,
+
+    /// Threads that connections run on [default: one for each core but one]
+    #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
+    pub(crate) threads: Option<usize>,
 
     /// Let guests read this directory of the host, under the second name if there is one
     #[arg(long, value_name = "HOST[::GUEST]", value_parser = directory)]
@@ -114,9 +118,9 @@ pub(crate) struct CheckArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Dispatch {
-    /// A task for each connection, on as many threads as there are cores
+    /// A task for each connection, which any thread may go on with
     Spawn,
-    /// All connections in one task on one thread
+    /// A share of the connections for each thread, all of a share in one task
     Concurrent,
 }
 

@@ -7,17 +7,16 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use futures::{Stream, stream};
-use tokio::net::TcpListener;
-use tokio::runtime::{self, Runtime};
+use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::{info, warn};
+use tracing::warn;
 use wasinetd::Error;
 use wasinetd::capacity::{self, Plan};
 use wasinetd::connection;
 use wasinetd::lifecycle::Controller;
-use wasinetd::listener::{Bound, Incoming};
+use wasinetd::listener::{Bound, Incoming, Listening, Places};
 use wasinetd::sandbox::{Access, Engine, Grants, Guest, MAX_MEMORY_BYTES, Needs, Refusal, Report};
-use wasinetd::server::{self, Ended};
+use wasinetd::server::{self, Ended, Shards};
 
 use crate::cli::{CheckArgs, Dispatch, ServeArgs};
 use crate::logging;
@@ -34,48 +33,49 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let plan = Plan::new(&needs);
     let max_connections = plan.max_connections(args.max_connections)?;
     let grants = grants(&args)?;
-    let (dispatch, runtime) = dispatch(args.dispatch)?;
-    let _context = runtime.enter();
+    let shards = Shards::new(dispatch(args.dispatch), threads(&args))?;
     // An address that is taken should be heard of before the guest is compiled, and clients only
     // after.
     let bound: Vec<Bound> = args
         .listen
         .iter()
-        .copied()
-        .map(Bound::new)
+        .map(|address| Bound::new(*address, shards.count()))
         .collect::<Result<_, _>>()?;
     let engine = Engine::new(max_connections, &needs)?;
     let guest = Guest::new(&engine, &component, grants).map_err(refused(&args.guest))?;
-    let listeners: Vec<TcpListener> = bound
+    let listening: Vec<Listening> = bound
         .into_iter()
         .map(Bound::listen)
         .collect::<Result<_, _>>()?;
+    let control = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(internal("starting a runtime"))?;
+    let _context = control.enter();
     let stop = signals().map_err(internal("listening for signals"))?;
     let _log = logging::start(args.log_format, args.log_level);
     warn_of_capacity(&args, &plan, max_connections);
-    mention_idle_cores(args.dispatch);
-    announce(&listeners)?;
+    announce(&listening);
 
     let controller = Controller::default();
     let lifecycle = controller.lifecycle();
-    let incoming = Incoming::new(listeners, max_connections, &lifecycle);
+    let places = Places::new(max_connections);
+    let incoming = shards
+        .contexts()
+        .zip(Listening::by_shard(listening))
+        .map(|(_context, listeners)| Incoming::new(listeners, places.clone(), &lifecycle))
+        .collect::<Result<_, _>>()?;
     let guest = Arc::new(guest);
     let handler = move |accepted| connection::handle(accepted, guest.clone(), lifecycle.clone());
-    let drain_timeout = args.drain_timeout;
-    // In a task of its own the accept loop runs on the threads that connections run on. The thread
-    // that blocks here would have to be woken by one of them for each connection.
-    let server = tokio::spawn(async move {
-        server::serve(
-            incoming,
-            handler,
-            dispatch,
-            &controller,
-            stop,
-            drain_timeout,
-        )
-        .await
-    });
-    match runtime.block_on(server).map_err(internal("serving"))? {
+    let serving = server::serve(
+        shards,
+        incoming,
+        handler,
+        &controller,
+        stop,
+        args.drain_timeout,
+    );
+    match control.block_on(serving)? {
         Ended::Drained => Ok(ExitCode::SUCCESS),
         Ended::Cut => Ok(ExitCode::from(EX_TEMPFAIL)),
     }
@@ -179,26 +179,18 @@ fn grants(args: &ServeArgs) -> Result<Grants, Error> {
     })
 }
 
-/// The runtime that suits a way of dispatch.
-fn dispatch(dispatch: Dispatch) -> Result<(server::Dispatch, Runtime), Error> {
-    let (dispatch, mut builder) = match dispatch {
-        Dispatch::Spawn => (
-            server::Dispatch::Spawn,
-            runtime::Builder::new_multi_thread(),
-        ),
-        Dispatch::Concurrent => {
-            let mut builder = runtime::Builder::new_current_thread();
-            // Sockets are looked at after so many turns of tasks. All connections are one task
-            // here, whose turn takes as long as theirs together.
-            builder.event_interval(1);
-            (server::Dispatch::Concurrent, builder)
-        }
-    };
-    let runtime = builder
-        .enable_all()
-        .build()
-        .map_err(internal("starting the runtime"))?;
-    Ok((dispatch, runtime))
+fn dispatch(dispatch: Dispatch) -> server::Dispatch {
+    match dispatch {
+        Dispatch::Spawn => server::Dispatch::Spawn,
+        Dispatch::Concurrent => server::Dispatch::Concurrent,
+    }
+}
+
+/// The threads that connections run on: as asked for, or one for each core but one. That one is for
+/// all that goes on beside the guests, the kernel's share of the network most of all.
+fn threads(args: &ServeArgs) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    args.threads.unwrap_or((cores - 1).max(1))
 }
 
 /// A default that does not fit is lowered, and not in silence.
@@ -214,29 +206,14 @@ fn warn_of_capacity(args: &ServeArgs, plan: &Plan, max_connections: usize) {
     }
 }
 
-/// The default suits a small machine; on a larger one its operator should know of the other way.
-fn mention_idle_cores(dispatch: Dispatch) {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    if matches!(dispatch, Dispatch::Concurrent) && cores > 2 {
-        info!(
-            cores,
-            "connections run on one core; --dispatch spawn uses all"
-        );
-    }
-}
-
 /// Tells who started us where to connect. The one thing that goes to standard output.
-fn announce(listeners: &[TcpListener]) -> Result<(), Error> {
+fn announce(listening: &[Listening]) {
     let mut stdout = io::stdout().lock();
-    for listener in listeners {
-        let address = listener
-            .local_addr()
-            .map_err(internal("reading back an address"))?;
+    for Listening { address, .. } in listening {
         // The server is of use even where nobody reads this.
         let _ = writeln!(stdout, "listening on {address}");
     }
     let _ = stdout.flush();
-    Ok(())
 }
 
 /// An item for each SIGTERM and SIGINT.

@@ -1,24 +1,23 @@
 //! One connection, from `accept` to its line in the log.
 
+mod socket;
+
 use std::fmt;
+use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
-use rustix::net::{RecvFlags, recv};
-use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tracing::info;
 
 use crate::lifecycle::Lifecycle;
 use crate::listener::Accepted;
 use crate::sandbox::{self, Guest, Transport};
+use socket::Socket;
 
 /// How long after the last byte of an answer the client may take to close its side, and how much
 /// it may still send meanwhile.
@@ -41,9 +40,16 @@ pub async fn handle(accepted: Accepted, guest: Arc<Guest>, lifecycle: Lifecycle)
     let connection = Arc::new(Mutex::new(Connection::new(stream, peer, lifecycle.clone())));
     let outcome = {
         let mut call = Box::pin(guest.handle(connection.clone()));
+        let call = poll_fn(|cx| {
+            let polled = call.as_mut().poll(cx);
+            if polled.is_pending() {
+                lock(&connection).socket.push();
+            }
+            polled
+        });
         let result = tokio::select! {
             biased;
-            result = &mut call => Some(result),
+            result = call => Some(result),
             () = lifecycle.ended() => None,
         };
         Outcome::new(result, lock(&connection).lost)
@@ -57,7 +63,8 @@ pub async fn handle(accepted: Accepted, guest: Arc<Guest>, lifecycle: Lifecycle)
     let duration = started.elapsed();
     match outcome {
         Outcome::Ok => connection.close().await,
-        _ => connection.reset(),
+        // The client is not to take what it got for all.
+        _ => connection.socket.reset_when_dropped(),
     }
     connection.log(&outcome, duration);
     // The socket first: a place that is free has no file open.
@@ -109,13 +116,11 @@ impl fmt::Display for Outcome {
 /// A socket with what is counted and remembered about it.
 struct Connection {
     id: u64,
-    stream: TcpStream,
+    socket: Socket,
     peer: SocketAddr,
     lifecycle: Lifecycle,
     bytes_in: u64,
     bytes_out: u64,
-    /// The kernel was asked for the first message already.
-    tried: bool,
     /// The client is known to be gone.
     lost: bool,
     /// The client has closed its side.
@@ -131,12 +136,11 @@ impl Connection {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            stream,
+            socket: Socket::new(stream),
             peer,
             lifecycle,
             bytes_in: 0,
             bytes_out: 0,
-            tried: false,
             lost: false,
             received_end: false,
             sent_end: false,
@@ -150,27 +154,26 @@ impl Connection {
             return;
         }
         self.shutdown_sending();
-        if !self.received_end {
-            tokio::select! {
-                _ = drain_client(&self.stream) => {}
-                () = tokio::time::sleep(LINGER.0) => {}
-                () = self.lifecycle.ended() => {}
-            }
+        if self.received_end {
+            return;
+        }
+        // A client that has its answer mostly closes its side at once. When everyone else has had a
+        // turn that is known, and nothing has to be set up to wait for it.
+        tokio::task::yield_now().await;
+        if self.socket.is_at_end() {
+            return;
+        }
+        tokio::select! {
+            _ = self.socket.drain(LINGER.1) => {}
+            () = tokio::time::sleep(LINGER.0) => {}
+            () = self.lifecycle.ended() => {}
         }
     }
 
     fn shutdown_sending(&mut self) {
         if !std::mem::replace(&mut self.sent_end, true) {
-            // It fails when the client is gone, which the next operation finds out.
-            let _ = SockRef::from(&self.stream).shutdown(std::net::Shutdown::Write);
+            self.socket.shutdown_sending();
         }
-    }
-
-    /// Closes with RST, so that the client does not take what it got for all.
-    fn reset(&self) {
-        // Closing with a linger time of zero is how a reset is asked for (socket(7), SO_LINGER). It
-        // fails for no socket that is still open.
-        let _ = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
     }
 
     fn log(&self, outcome: &Outcome, duration: Duration) {
@@ -206,29 +209,6 @@ impl Connection {
     }
 }
 
-/// Whether an operation that does not wait is to be tried again.
-fn is_for_later(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-    )
-}
-
-/// Reads what the client still sends, and forgets it, until it closes its side.
-async fn drain_client(stream: &TcpStream) {
-    let mut left = LINGER.1;
-    while left > 0 && stream.readable().await.is_ok() {
-        // Not kept while waiting: each connection would take that much more memory.
-        let mut sink = [0; 1024];
-        match stream.try_read(&mut sink) {
-            Ok(0) => return,
-            Ok(n) => left = left.saturating_sub(n),
-            Err(error) if is_for_later(&error) => {}
-            Err(_) => return,
-        }
-    }
-}
-
 impl Transport for Connection {
     fn id(&self) -> u64 {
         self.id
@@ -239,31 +219,20 @@ impl Transport for Connection {
     }
 
     fn local_address(&self) -> io::Result<SocketAddr> {
-        self.stream.local_addr()
+        self.socket.local_addr()
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        // A client has often sent its first message before the guest gets to read it, and before
-        // the reactor has looked: asking the kernel then spares a turn through the reactor.
-        if !std::mem::replace(&mut self.tried, true) {
-            match recv(&self.stream, &mut *buf, RecvFlags::DONTWAIT).map_err(io::Error::from) {
-                Err(error) if is_for_later(&error) => {}
-                result => return Poll::Ready(self.received(result.map(|(n, _)| n))),
-            }
-        }
-        let mut buf = ReadBuf::new(buf);
-        // Not `try_read`: only this remembers that a short read has emptied the socket, which
-        // spares the system call that would find nothing.
-        let result = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buf));
-        Poll::Ready(self.received(result.map(|()| buf.filled().len())))
+        let result = ready!(self.socket.poll_receive(cx, buf));
+        Poll::Ready(self.received(result))
     }
 
     fn poll_receivable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.stream.poll_read_ready(cx).map(|_| ())
+        self.socket.poll_receivable(cx).map(|_| ())
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let result = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes));
+        let result = ready!(self.socket.poll_send(cx, bytes));
         if let Ok(n) = result {
             self.bytes_out += n as u64;
         }
@@ -271,7 +240,7 @@ impl Transport for Connection {
     }
 
     fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.stream.poll_write_ready(cx).map(|_| ())
+        self.socket.poll_sendable(cx).map(|_| ())
     }
 
     fn close_sending(&mut self) {

@@ -3,7 +3,7 @@
 mod closing;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -11,8 +11,11 @@ use std::time::Duration;
 
 use futures::Stream;
 use futures::future::BoxFuture;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, acceptfrom_with};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 use tokio_util::sync::PollSemaphore;
@@ -32,35 +35,73 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from
 /// An address that is ours. Clients are not answered before [`Bound::listen`].
 pub struct Bound {
     address: SocketAddr,
-    socket: Socket,
+    sockets: Vec<Socket>,
 }
 
 impl Bound {
-    /// Takes an address.
+    /// Takes an address, with a socket for each of `shards`: the kernel spreads clients over them.
     ///
     /// # Errors
     ///
     /// [`Error::Listen`] when it cannot be had.
-    pub fn new(address: SocketAddr) -> Result<Self, Error> {
-        bind(address)
-            .map(|socket| Self { address, socket })
+    pub fn new(address: SocketAddr, shards: usize) -> Result<Self, Error> {
+        bind_all(address, shards)
+            .map(|sockets| Self { address, sockets })
             .map_err(|error| cannot_listen(address, error))
     }
 
-    /// Lets clients connect. To be called within a tokio runtime.
+    /// Lets clients connect.
     ///
     /// # Errors
     ///
     /// [`Error::Listen`] when another server listens there.
-    pub fn listen(self) -> Result<TcpListener, Error> {
-        self.socket
-            .listen(BACKLOG)
-            .and_then(|()| TcpListener::from_std(self.socket.into()))
+    pub fn listen(self) -> Result<Listening, Error> {
+        self.sockets
+            .iter()
+            .try_for_each(|socket| socket.listen(BACKLOG))
+            .and_then(|()| {
+                let sockets: Vec<TcpListener> = self.sockets.into_iter().map(Into::into).collect();
+                let address = sockets[0].local_addr()?;
+                Ok(Listening { address, sockets })
+            })
             .map_err(|error| cannot_listen(self.address, error))
     }
 }
 
-fn bind(address: SocketAddr) -> io::Result<Socket> {
+/// An address that clients can connect to.
+pub struct Listening {
+    /// With the port that was found where any was asked for.
+    pub address: SocketAddr,
+    /// One for each shard.
+    sockets: Vec<TcpListener>,
+}
+
+impl Listening {
+    /// Sorts the sockets of all addresses by shard.
+    pub fn by_shard(listening: Vec<Self>) -> Vec<Vec<TcpListener>> {
+        let shards = listening.first().map_or(0, |one| one.sockets.len());
+        let mut sorted: Vec<Vec<TcpListener>> = (0..shards).map(|_| Vec::new()).collect();
+        for socket_of_each_shard in listening.into_iter().map(|one| one.sockets) {
+            for (shard, socket) in sorted.iter_mut().zip(socket_of_each_shard) {
+                shard.push(socket);
+            }
+        }
+        sorted
+    }
+}
+
+fn bind_all(address: SocketAddr, shards: usize) -> io::Result<Vec<Socket>> {
+    // Sockets that share a port by SO_REUSEPORT would share it with those of another server of ours
+    // that was started by mistake. The first one is bound without, and so meets any other.
+    let first = bind(address, false)?;
+    if shards == 1 {
+        return Ok(vec![first]);
+    }
+    let address = first.local_addr()?.as_socket().unwrap_or(address);
+    (0..shards).map(|_| bind(address, true)).collect()
+}
+
+fn bind(address: SocketAddr, share_port: bool) -> io::Result<Socket> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM,
@@ -69,6 +110,9 @@ fn bind(address: SocketAddr) -> io::Result<Socket> {
     socket.set_nonblocking(true)?;
     // A restart must not wait for the connections of its predecessor to be forgotten.
     socket.set_reuse_address(true)?;
+    if share_port {
+        socket.set_reuse_port(true)?;
+    }
     if address.is_ipv6() {
         // Otherwise [::] would take the IPv4 addresses too, and 0.0.0.0 beside it would be refused.
         socket.set_only_v6(true)?;
@@ -100,10 +144,22 @@ fn cannot_listen(address: SocketAddr, source: io::Error) -> Error {
     }
 }
 
+/// The places for connections, which all that accept share.
+#[derive(Clone)]
+pub struct Places(Arc<Semaphore>);
+
+impl Places {
+    /// Places for `max_connections` at once.
+    pub fn new(max_connections: usize) -> Self {
+        Self(Arc::new(Semaphore::new(max_connections)))
+    }
+}
+
 /// An accepted connection, and its place among those that may be open at once.
 #[derive(Debug)]
 pub struct Accepted {
-    /// The socket.
+    /// The socket, which does not block. It is not known to any runtime yet: where the connection
+    /// is to be handled is not decided.
     pub stream: TcpStream,
     /// The client.
     pub peer: SocketAddr,
@@ -111,19 +167,18 @@ pub struct Accepted {
     pub permit: OwnedSemaphorePermit,
 }
 
-/// The connections of all listeners, as a stream that outlives every error.
+/// The connections of some listeners, as a stream that outlives every error.
 ///
 /// A permit is taken before `accept`, so that a full server leaves clients in the kernel's backlog.
-/// One permit is waited for at a time, whatever the number of listeners: an idle one holds no place.
+/// It is given back when no client waits: an idle listener holds no place that another could use.
 ///
 /// Once the server drains, the stream ends: without losing a client whose connection the kernel
 /// has completed for us, because that client may have sent its request already.
 pub struct Incoming {
-    listeners: Vec<TcpListener>,
+    listeners: Vec<AsyncFd<TcpListener>>,
     /// The listener to ask first, so that a busy one does not starve the others.
     next: usize,
     permits: PollSemaphore,
-    permit: Option<OwnedSemaphorePermit>,
     backoff: Option<Pin<Box<Sleep>>>,
     delay: Duration,
     phase: Phase,
@@ -140,19 +195,32 @@ enum Phase {
 }
 
 impl Incoming {
-    /// Accepts from `listeners`, at most `max_connections` at once, until `lifecycle` drains.
-    pub fn new(listeners: Vec<TcpListener>, max_connections: usize, lifecycle: &Lifecycle) -> Self {
+    /// Accepts from `listeners`, at most as many at once as there are `places`, until `lifecycle`
+    /// drains. To be called within the tokio runtime that it is to be polled in.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Internal`] when the system has no more files for the runtime.
+    pub fn new(
+        listeners: Vec<TcpListener>,
+        places: Places,
+        lifecycle: &Lifecycle,
+    ) -> Result<Self, Error> {
         let (draining, ended) = (lifecycle.clone(), lifecycle.clone());
-        Self {
+        let listeners = listeners
+            .into_iter()
+            .map(watch)
+            .collect::<Result<_, _>>()
+            .map_err(|error| Error::internal("watching a listener", error))?;
+        Ok(Self {
             listeners,
             next: 0,
-            permits: PollSemaphore::new(Arc::new(Semaphore::new(max_connections))),
-            permit: None,
+            permits: PollSemaphore::new(places.0),
             backoff: None,
             delay: BACKOFF.0,
             phase: Phase::Serving(Box::pin(async move { draining.draining().await })),
             ended: Box::pin(async move { ended.ended().await }),
-        }
+        })
     }
 
     /// Asks each listener once. None when no client waits at any.
@@ -162,8 +230,8 @@ impl Incoming {
             self.next = (self.next + 1) % self.listeners.len();
             let accepted = match self.phase {
                 // The reactor may not have seen yet what the kernel has: ask the kernel.
-                Phase::Sweeping => accept_now(listener),
-                _ => listener.poll_accept(cx),
+                Phase::Sweeping => accept(listener.get_ref()),
+                _ => poll_accept(listener, cx),
             };
             if let Poll::Ready(result) = accepted {
                 return Some(result);
@@ -178,8 +246,9 @@ impl Incoming {
         if let Phase::Serving(draining) = &mut self.phase
             && draining.as_mut().poll(cx).is_ready()
         {
-            self.listeners.iter().for_each(closing::refuse_handshakes);
-            let addresses = self.listeners.iter().flat_map(TcpListener::local_addr);
+            let listeners = || self.listeners.iter().map(AsyncFd::get_ref);
+            listeners().for_each(closing::refuse_handshakes);
+            let addresses = listeners().flat_map(TcpListener::local_addr);
             let ports = addresses.map(|address| address.port()).collect();
             self.phase = Phase::Closing(Box::pin(closing::handshakes_completed(ports)));
         }
@@ -227,10 +296,7 @@ impl Stream for Incoming {
                 ready!(backoff.as_mut().poll(cx));
                 this.backoff = None;
             }
-            let permit = match this.permit.take() {
-                Some(permit) => permit,
-                None => ready!(this.permits.poll_acquire(cx)).expect("it is never closed"),
-            };
+            let permit = ready!(this.permits.poll_acquire(cx)).expect("it is never closed");
             match this.poll_accept(cx) {
                 Some(Ok((stream, peer))) => {
                     this.accepted();
@@ -242,10 +308,7 @@ impl Stream for Incoming {
                 }
                 Some(Err(error)) => this.failed(&error),
                 None if matches!(this.phase, Phase::Sweeping) => this.phase = Phase::Closed,
-                None => {
-                    this.permit = Some(permit);
-                    return Poll::Pending;
-                }
+                None => return Poll::Pending,
             }
         }
     }
@@ -263,15 +326,38 @@ fn is_clients_fault(error: &io::Error) -> bool {
     )
 }
 
-fn accept_now(listener: &TcpListener) -> Poll<io::Result<(TcpStream, SocketAddr)>> {
-    let accept = || {
-        let (socket, peer) = SockRef::from(listener).accept()?;
-        socket.set_nonblocking(true)?;
-        let peer = peer.as_socket().ok_or(io::ErrorKind::InvalidData)?;
-        io::Result::Ok((TcpStream::from_std(socket.into())?, peer))
-    };
-    match accept() {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
-        result => Poll::Ready(result),
+fn watch(listener: TcpListener) -> io::Result<AsyncFd<TcpListener>> {
+    // SAFETY: a `TcpListener` has the same file from its beginning to its end, and closes it only
+    // when it is dropped, which `AsyncFd` does after it has ceased to watch it.
+    let watched = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
+    watched.map_err(Into::into)
+}
+
+fn poll_accept(
+    listener: &AsyncFd<TcpListener>,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<(TcpStream, SocketAddr)>> {
+    loop {
+        let mut ready = ready!(listener.poll_read_ready(cx))?;
+        match accept(listener.get_ref()) {
+            // The next round waits until it is ready again.
+            Poll::Pending => ready.clear_ready(),
+            result => return result,
+        }
+    }
+}
+
+/// Accepts a client that waits. Pending, without a waker, when there is none.
+fn accept(listener: &TcpListener) -> Poll<io::Result<(TcpStream, SocketAddr)>> {
+    match acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
+        Ok((socket, peer)) => {
+            let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
+            Poll::Ready(match peer {
+                Some(peer) => Ok((socket.into(), peer)),
+                None => Err(io::ErrorKind::ConnectionAborted.into()),
+            })
+        }
+        Err(Errno::WOULDBLOCK) => Poll::Pending,
+        Err(error) => Poll::Ready(Err(error.into())),
     }
 }

@@ -10,11 +10,13 @@ mod inspect;
 mod output;
 mod tcp;
 mod trap;
+mod turns;
 mod wasi;
 
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
@@ -78,6 +80,51 @@ pub trait Transport: Send + 'static {
 /// A transport shared by the sandbox and by its owner, who ends it.
 pub(crate) type SharedTransport = Arc<Mutex<dyn Transport>>;
 
+/// The connection of a guest that is only tried out: it is over.
+struct NoTransport;
+
+impl Transport for NoTransport {
+    fn id(&self) -> u64 {
+        0
+    }
+
+    fn remote_address(&self) -> SocketAddr {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    }
+
+    fn local_address(&self) -> io::Result<SocketAddr> {
+        Err(io::ErrorKind::NotConnected.into())
+    }
+
+    fn poll_receive(&mut self, _: &mut Context<'_>, _: &mut [u8]) -> Poll<io::Result<usize>> {
+        Poll::Ready(Ok(0))
+    }
+
+    fn poll_receivable(&mut self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+
+    fn poll_send(&mut self, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+        Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+    }
+
+    fn poll_sendable(&mut self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+
+    fn close_sending(&mut self) {}
+
+    fn release(&mut self) {}
+
+    fn is_draining(&self) -> bool {
+        true
+    }
+
+    fn draining(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::ready(()))
+    }
+}
+
 /// Why a call of a guest did not succeed.
 #[derive(Debug, PartialEq)]
 pub enum Failure {
@@ -134,31 +181,63 @@ impl Guest {
     /// Says why the connection is to be reset.
     pub async fn handle<T: Transport>(&self, transport: Arc<Mutex<T>>) -> Result<(), Failure> {
         let transport: SharedTransport = transport;
+        let mut store = self.store(transport.clone());
+        // Dropped before the store is, whichever way this ends.
+        let _release = Release(transport);
+        let mut run = pin!(self.run(&mut store));
+        poll_fn(|cx| {
+            turns::begin(self.engine.clock());
+            let polled = run.as_mut().poll(cx);
+            turns::end();
+            polled
+        })
+        .await
+    }
+
+    /// Makes an instance and drops it.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure::NotStarted`] when the guest does not get as far as that.
+    pub async fn try_out(&self) -> Result<(), Failure> {
+        self.instantiate(&mut self.store(Arc::new(Mutex::new(NoTransport))))
+            .await
+            .map(drop)
+    }
+
+    fn store(&self, transport: SharedTransport) -> Store<State> {
         let id = tcp::lock(&transport).id();
         let mut store = Store::new(
             self.engine.wasmtime(),
             State {
                 wasi: Wasi::new(&self.grants, id),
                 table: ResourceTable::new(),
-                transport: transport.clone(),
+                transport,
                 sending: Sending::default(),
             },
         );
-        // Dropped before the store is, whichever way this ends.
-        let _release = Release(transport);
-        // Computing is shared out in ticks: at each one the guest makes way for whoever waits.
         store.set_epoch_deadline(1);
-        store.epoch_deadline_callback(|_| {
-            Ok(UpdateDeadline::YieldCustom(
-                1,
-                Box::pin(tokio::task::yield_now()),
-            ))
+        let clock = self.engine.clock().clone();
+        store.epoch_deadline_callback(move |_| {
+            Ok(if turns::is_over(&clock) {
+                UpdateDeadline::YieldCustom(1, Box::pin(turns::make_way(clock.clone())))
+            } else {
+                UpdateDeadline::Continue(1)
+            })
         });
-        let guest = self
-            .pre
-            .instantiate_async(&mut store)
+        store
+    }
+
+    async fn instantiate(&self, store: &mut Store<State>) -> Result<tcp::bindings::Guest, Failure> {
+        self.pre
+            .instantiate_async(store)
             .await
-            .map_err(|error| Failure::NotStarted(trap::reason(&error)))?;
+            .map_err(|error| Failure::NotStarted(trap::reason(&error)))
+    }
+
+    /// Makes an instance in `store` and calls it.
+    async fn run(&self, store: &mut Store<State>) -> Result<(), Failure> {
+        let guest = self.instantiate(store).await?;
         let result = store
             .run_concurrent(async |accessor| call(&guest, accessor).await)
             .await

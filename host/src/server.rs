@@ -1,21 +1,30 @@
 //! Hands connections to a handler, one way or the other, and drains them at the end.
 
+mod balance;
+mod shards;
+
+use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
+use futures::future::try_join_all;
+use futures::stream::FuturesUnordered;
 use futures::{FutureExt, Stream, StreamExt};
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
+use crate::Error;
 use crate::lifecycle::Controller;
+pub use shards::Shards;
 
 /// How connections share the processor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Dispatch {
-    /// A task for each connection: they run in parallel on all cores.
+    /// A task for each connection, which any thread may go on with.
     Spawn,
-    /// All connections in one task: they run concurrently on one core.
+    /// A share of the connections for each thread, all of a share in one task.
     Concurrent,
 }
 
@@ -28,30 +37,36 @@ pub enum Ended {
     Cut,
 }
 
-/// Calls `handler` for each of `connections` until they end, as they should once the server
-/// drains.
+/// Calls `handler` for each of `connections`, on the threads of `shards`, until they end, as they
+/// should once the server drains. There is a stream for each shard.
 ///
 /// The first item of `stop` begins to drain: the open connections have `drain_timeout` to finish.
 /// Then, or at the second item of `stop`, those that are left are told to end, through the
 /// lifecycle of `controller`, which the handler must heed.
+///
+/// # Errors
+///
+/// [`Error::Internal`] when a thread cannot be started, or has died.
 pub async fn serve<S, H, F>(
-    connections: S,
+    shards: Shards,
+    connections: Vec<S>,
     handler: H,
-    dispatch: Dispatch,
     controller: &Controller,
     stop: impl Stream<Item = ()>,
     drain_timeout: Duration,
-) -> Ended
+) -> Result<Ended, Error>
 where
-    S: Stream + Send,
+    S: Stream + Send + Unpin + 'static,
     S::Item: Send + 'static,
-    H: Fn(S::Item) -> F,
+    H: Fn(S::Item) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
     let mut stop = pin!(stop.fuse());
-    let mut work = pin!(dispatch_all(connections, handler, dispatch).fuse());
+    let threads = shards.run(connections, handler)?;
+    let mut work = pin!(try_join_all(threads).fuse());
+    let died = |_| Error::internal("serving", "a thread has died");
     futures::select! {
-        () = work => return Ended::Drained,
+        ended = work => return ended.map(|_| Ended::Drained).map_err(died),
         _ = stop.next() => {}
     }
     info!(
@@ -60,9 +75,10 @@ where
     );
     controller.drain();
     futures::select! {
-        () = work => {
+        ended = work => {
+            ended.map_err(died)?;
             info!("drained");
-            return Ended::Drained;
+            return Ok(Ended::Drained);
         }
         () = tokio::time::sleep(drain_timeout).fuse() => {
             warn!(?drain_timeout, "the drain timeout is over: ending the open connections");
@@ -70,10 +86,10 @@ where
         _ = stop.next() => warn!("asked to stop a second time: ending the open connections"),
     }
     controller.end();
-    work.await;
-    Ended::Cut
+    work.await.map(|_| Ended::Cut).map_err(died)
 }
 
+/// Handles all of `connections` on the present runtime.
 async fn dispatch_all<S, H, F>(connections: S, handler: H, dispatch: Dispatch)
 where
     S: Stream,
@@ -82,7 +98,7 @@ where
 {
     let handle = |connection| contain(handler(connection));
     match dispatch {
-        Dispatch::Concurrent => connections.for_each_concurrent(None, handle).await,
+        Dispatch::Concurrent => concurrently(connections, handle).await,
         Dispatch::Spawn => {
             let tasks = TaskTracker::new();
             connections
@@ -96,10 +112,59 @@ where
     }
 }
 
+/// How many connections are begun in a turn, at least. Of those that are open, an eighth comes on
+/// top, so that a crowd is let in before it has grown impatient.
+const BEGUN: usize = 8;
+
+/// Handles all of `connections` in one task.
+///
+/// In each of its turns some are begun, everyone who is ready is polled, and then the reactor is
+/// asked who else is. A [`StreamExt::for_each_concurrent`] goes on for as long as it makes progress,
+/// which under load is for long: those whom only the reactor knows of would wait.
+async fn concurrently<S, F>(connections: S, handle: impl Fn(S::Item) -> F)
+where
+    S: Stream,
+    F: Future<Output = ()>,
+{
+    let mut connections = pin!(connections.fuse());
+    let mut open = FuturesUnordered::new();
+    poll_fn(|cx| {
+        let most = BEGUN + open.len() / 8;
+        let begun = (0..most)
+            .map_while(|_| match connections.as_mut().poll_next(cx) {
+                Poll::Ready(connection) => connection,
+                Poll::Pending => None,
+            })
+            .map(|connection| open.push(handle(connection)))
+            .count();
+        let mut done = 0;
+        // As many as there were: more may have become ready meanwhile, for the next turn.
+        let turns = open.len();
+        while done < turns
+            && let Poll::Ready(Some(())) = open.poll_next_unpin(cx)
+        {
+            done += 1;
+        }
+        if connections.is_done() && open.is_empty() {
+            return Poll::Ready(());
+        }
+        if begun == most || (done == turns && done > 0) {
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
+    })
+    .await;
+}
+
 /// Keeps a panic in the handling of one connection away from the others.
-async fn contain(handling: impl Future<Output = ()>) {
+///
+/// Not an async function: that would hold the handling twice, as its argument and as what it waits
+/// for.
+fn contain(handling: impl Future<Output = ()>) -> impl Future<Output = ()> {
     // What the handler shares with others is behind locks that do not hide a panic.
-    if AssertUnwindSafe(handling).catch_unwind().await.is_err() {
-        error!("the handling of a connection panicked; this is a bug in wasinetd");
-    }
+    AssertUnwindSafe(handling).catch_unwind().map(|outcome| {
+        if outcome.is_err() {
+            error!("the handling of a connection panicked; this is a bug in wasinetd");
+        }
+    })
 }

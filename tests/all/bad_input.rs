@@ -1,7 +1,9 @@
 //! Each mistake is named with its value and its fix, and has its exit code.
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
+
+use socket2::{Domain, Socket, Type};
 
 use crate::harness::{fixture, guest, run, wasinetd};
 
@@ -149,11 +151,32 @@ fn serve() -> Command {
 fn a_port_that_is_taken() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    refuses(
-        serve().args(["--listen", &address]),
-        69,
-        &[&address, "--listen", "in use", "choose another"],
-    );
+    for threads in ["1", "2"] {
+        refuses(
+            serve().args(["--threads", threads, "--listen", &address]),
+            69,
+            &[&address, "--listen", "in use", "choose another"],
+        );
+    }
+}
+
+#[test]
+fn a_port_that_another_server_would_share() {
+    let taken = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    taken.set_reuse_address(true).unwrap();
+    taken.set_reuse_port(true).unwrap();
+    taken
+        .bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())
+        .unwrap();
+    taken.listen(1).unwrap();
+    let address = taken.local_addr().unwrap().as_socket().unwrap().to_string();
+    for threads in ["1", "2"] {
+        refuses(
+            serve().args(["--threads", threads, "--listen", &address]),
+            69,
+            &[&address, "in use"],
+        );
+    }
 }
 
 #[test]
@@ -232,6 +255,16 @@ fn values_that_are_out_of_range() {
         serve().args(["--dispatch", "magic"]),
         64,
         &["--dispatch", "magic", "concurrent"],
+    );
+    refuses(
+        serve().args(["--threads", "0"]),
+        64,
+        &["--threads", "0", "above zero"],
+    );
+    refuses(
+        serve().args(["--threads", "0"]),
+        64,
+        &["--threads", "0", "above zero"],
     );
     refuses(
         serve().args(["--log-format", "xml"]),

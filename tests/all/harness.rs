@@ -137,6 +137,10 @@ impl Server {
     fn spawn(mode: &str, guest: &Path, arguments: &[&str], turn: Turn) -> Self {
         let mut command = wasinetd();
         command.args(["serve", "--dispatch", mode]);
+        if !arguments.contains(&"--threads") {
+            // More than one, on machines with few cores as well.
+            command.args(["--threads", "2"]);
+        }
         if !arguments.contains(&"--listen") {
             command.args(["--listen", "127.0.0.1:0"]);
         }
@@ -281,6 +285,22 @@ impl Server {
             reader.join().expect("no reader panics");
         }
         status
+    }
+
+    /// How many threads of this name have used a tenth of a second of processor time or more.
+    pub(crate) fn busy_threads(&self, name: &str) -> usize {
+        let tasks = format!("/proc/{}/task", self.child.id());
+        std::fs::read_dir(tasks)
+            .expect("the server runs")
+            .flatten()
+            .filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok())
+            .filter_map(|stat| {
+                let fields = stat.split_once(&format!("({name})"))?.1;
+                // User time, in ticks of 10 ms (proc(5)).
+                fields.split_whitespace().nth(11)?.parse().ok()
+            })
+            .filter(|ticks: &u64| *ticks >= 10)
+            .count()
     }
 
     /// A figure of `/proc/PID/status` in KiB, such as `VmRSS`.

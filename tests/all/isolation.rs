@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::harness::{MODES, Server, fixture, guest, page, request};
+use crate::harness::{MODES, PATIENCE, Server, fixture, guest, page, request};
 
 #[test]
 fn a_static_counter_starts_anew_for_every_connection() {
@@ -82,5 +82,23 @@ fn spinning_guests_hold_nobody_up() {
             "a spinning guest has ended"
         );
         drop(spinning);
+    }
+}
+
+#[test]
+fn connections_are_spread_over_the_threads() {
+    // Chance alone would leave one of three without any once in some ten thousand times.
+    let server = Server::start_alone("concurrent", &fixture("spin"), &["--threads", "3"]);
+    let _spinning: Vec<_> = (0..24)
+        .map(|_| {
+            let mut client = server.connect();
+            client.send("x");
+            client
+        })
+        .collect();
+    let patience = Instant::now() + PATIENCE;
+    while server.busy_threads("connections") < 3 {
+        assert!(Instant::now() < patience, "a thread has nothing to do");
+        thread::yield_now();
     }
 }

@@ -4,10 +4,10 @@
 //! and sent its request. So new handshakes are ignored first, and those under way are waited for.
 
 use std::io;
+use std::net::TcpListener;
 use std::time::Duration;
 
 use socket2::{SockFilter, SockRef};
-use tokio::net::TcpListener;
 use tracing::debug;
 
 /// How often the kernel is asked for handshakes under way. The first time is after one pause too: a

@@ -12,6 +12,7 @@ use wasmtime::{
 use wasmtime_wasi::{p2, p3};
 
 use super::inspect::{MAX_CORE_INSTANCES, Needs};
+use super::turns::Clock;
 use super::{State, tcp};
 use crate::Error;
 
@@ -36,6 +37,7 @@ pub struct Engine(Arc<Inner>);
 struct Inner {
     wasmtime: wasmtime::Engine,
     linker: Linker<State>,
+    clock: Clock,
     /// Stops when the last clone is dropped.
     _ticker: Ticker,
 }
@@ -51,16 +53,22 @@ impl Engine {
             .map_err(|error| Error::pool(max_connections, error))?;
         let linker =
             linker(&wasmtime).map_err(|error| Error::internal("linking the host", error))?;
-        let ticker = Ticker::start(wasmtime.clone());
+        let clock = Clock::default();
+        let ticker = Ticker::start(wasmtime.clone(), clock.clone());
         Ok(Self(Arc::new(Inner {
             wasmtime,
             linker,
+            clock,
             _ticker: ticker,
         })))
     }
 
     pub(super) fn wasmtime(&self) -> &wasmtime::Engine {
         &self.0.wasmtime
+    }
+
+    pub(super) fn clock(&self) -> &Clock {
+        &self.0.clock
     }
 
     pub(super) fn linker(&self) -> &Linker<State> {
@@ -151,10 +159,12 @@ struct Ticker {
 }
 
 impl Ticker {
-    fn start(engine: wasmtime::Engine) -> Self {
+    fn start(engine: wasmtime::Engine, clock: Clock) -> Self {
         let (stop, stopped) = mpsc::channel();
         let thread = thread::spawn(move || {
             while stopped.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+                // First: a guest that sees the epoch looks at the clock.
+                clock.tick();
                 engine.increment_epoch();
             }
         });

@@ -1,0 +1,215 @@
+//! The socket of a connection, worked on with as few system calls and turns of the reactor as will
+//! do.
+
+use std::io;
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+/// A socket that does not block.
+///
+/// The kernel is asked before the reactor: a client has often sent its first message before anyone
+/// gets to read it, and there is always room for a first answer. The reactor learns of the socket
+/// when something has to wait.
+pub(super) struct Socket {
+    state: State,
+    /// What was received first is asked of the kernel.
+    received: bool,
+    pushing: Pushing,
+}
+
+enum State {
+    /// Not known to the reactor.
+    Fresh(std::net::TcpStream),
+    Watched(TcpStream),
+    /// The reactor would not have it.
+    Closed,
+}
+
+/// When the kernel sends what is written.
+///
+/// A guest that answers and ends would make two packets, and two interrupts of the client, where one
+/// will do: so what it writes before it first waits for anything is held by the kernel until it does,
+/// or ends. From then on it is in a conversation, and each write is sent at once.
+#[derive(Clone, Copy, PartialEq)]
+enum Pushing {
+    /// With what follows.
+    Later,
+    /// Some is held.
+    Due,
+    /// At once.
+    Now,
+}
+
+impl Socket {
+    /// Takes a socket that is set not to block.
+    pub(super) fn new(stream: std::net::TcpStream) -> Self {
+        Self {
+            state: State::Fresh(stream),
+            received: false,
+            pushing: Pushing::Later,
+        }
+    }
+
+    pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
+        match &self.state {
+            State::Fresh(stream) => stream.local_addr(),
+            State::Watched(stream) => stream.local_addr(),
+            State::Closed => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// Receives into `buf`.
+    pub(super) fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        if !std::mem::replace(&mut self.received, true) {
+            match self.try_receive(buf) {
+                Err(error) if is_for_later(&error) => {}
+                result => return Poll::Ready(result),
+            }
+        }
+        let mut buf = ReadBuf::new(buf);
+        // Not `try_read`: only this remembers that a short read has emptied the socket, which
+        // spares the system call that would find nothing.
+        ready!(Pin::new(self.watched()?).poll_read(cx, &mut buf))?;
+        Poll::Ready(Ok(buf.filled().len()))
+    }
+
+    /// Ready when something can be received.
+    pub(super) fn poll_receivable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.watched()?.poll_read_ready(cx)
+    }
+
+    /// Sends some of `bytes`.
+    pub(super) fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if self.pushing != Pushing::Now {
+            let flags = SendFlags::MORE | SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match self.with_fd(|fd| send(fd, bytes, flags)) {
+                // A conversation, if of one side only.
+                Err(error) if is_for_later(&error) => self.push(),
+                result => {
+                    self.pushing = Pushing::Due;
+                    return Poll::Ready(result);
+                }
+            }
+        }
+        Pin::new(self.watched()?).poll_write(cx, bytes)
+    }
+
+    /// Ready when something can be sent.
+    pub(super) fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.watched()?.poll_write_ready(cx)
+    }
+
+    /// Sends what the kernel holds back. To be called when the guest waits.
+    pub(super) fn push(&mut self) {
+        if self.pushing == Pushing::Due {
+            // It has been set before: setting it is how the kernel is told to wait for no more
+            // (tcp(7), TCP_NODELAY). It fails where nothing can be sent any more.
+            let _ = self.with_socket(|socket| socket.set_tcp_nodelay(true));
+        }
+        if self.pushing != Pushing::Later {
+            self.pushing = Pushing::Now;
+        }
+    }
+
+    /// Sends all that was written, and FIN.
+    pub(super) fn shutdown_sending(&self) {
+        // It fails when the client is gone, which the next operation finds out.
+        let _ = self.with_socket(|socket| socket.shutdown(Shutdown::Write));
+    }
+
+    /// Makes the end of this a reset.
+    pub(super) fn reset_when_dropped(&self) {
+        // Closing with a linger time of zero is how a reset is asked for (socket(7), SO_LINGER). It
+        // fails for no socket that is still open.
+        let _ = self.with_socket(|socket| socket.set_linger(Some(Duration::ZERO)));
+    }
+
+    /// Whether the client is known to have closed its side, or to be gone, and nothing that it sent
+    /// is left. Takes a byte if there is one.
+    pub(super) fn is_at_end(&self) -> bool {
+        match self.try_receive(&mut [0]) {
+            Ok(n) => n == 0,
+            Err(error) => !is_for_later(&error),
+        }
+    }
+
+    /// Reads what the client still sends, and forgets it, until it closes its side or has sent
+    /// `most`.
+    pub(super) async fn drain(&mut self, most: usize) -> io::Result<()> {
+        let stream = self.watched()?;
+        let mut left = most;
+        while left > 0 {
+            stream.readable().await?;
+            // Not kept while waiting: each connection would take that much more memory.
+            let mut sink = [0; 1024];
+            match stream.try_read(&mut sink) {
+                Ok(0) => return Ok(()),
+                Ok(n) => left = left.saturating_sub(n),
+                Err(error) if is_for_later(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn try_receive(&self, buf: &mut [u8]) -> io::Result<usize> {
+        self.with_fd(|fd| recv(fd, buf, RecvFlags::DONTWAIT).map(|(n, _)| n))
+    }
+
+    /// The socket as the reactor has it.
+    fn watched(&mut self) -> io::Result<&mut TcpStream> {
+        if let State::Fresh(_) = self.state
+            && let State::Fresh(stream) = std::mem::replace(&mut self.state, State::Closed)
+        {
+            self.state = State::Watched(TcpStream::from_std(stream)?);
+        }
+        match &mut self.state {
+            State::Watched(stream) => Ok(stream),
+            _ => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    fn with_fd<T>(
+        &self,
+        operate: impl FnOnce(BorrowedFd<'_>) -> rustix::io::Result<T>,
+    ) -> io::Result<T> {
+        let fd = match &self.state {
+            State::Fresh(stream) => stream.as_fd(),
+            State::Watched(stream) => stream.as_fd(),
+            State::Closed => return Err(io::ErrorKind::NotConnected.into()),
+        };
+        operate(fd).map_err(io::Error::from)
+    }
+
+    fn with_socket<T>(&self, operate: impl FnOnce(SockRef<'_>) -> io::Result<T>) -> io::Result<T> {
+        match &self.state {
+            State::Fresh(stream) => operate(SockRef::from(stream)),
+            State::Watched(stream) => operate(SockRef::from(stream)),
+            State::Closed => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+}
+
+/// Whether an operation that does not wait is to be tried again.
+fn is_for_later(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}

@@ -1,0 +1,136 @@
+//! The threads that connections run on.
+
+use std::sync::Arc;
+use std::thread;
+
+use futures::Stream;
+use futures::channel::oneshot;
+use tokio::runtime::{Builder, EnterGuard, Runtime};
+use tokio::task::unconstrained;
+
+use super::balance::{Balanced, Load, balanced};
+use super::{Dispatch, dispatch_all};
+use crate::Error;
+
+/// Runtimes for connections: with [`Dispatch::Spawn`] one of several threads, which share all
+/// tasks, and with [`Dispatch::Concurrent`] one for each thread, which share nothing.
+///
+/// A thread that shares nothing with others serves a connection at less cost, for want of locks and
+/// of caches that change hands. In return a connection stays on the thread that it began on: so
+/// each is begun where there are fewer.
+pub struct Shards {
+    dispatch: Dispatch,
+    runtimes: Vec<Runtime>,
+}
+
+impl Shards {
+    /// Makes runtimes for `threads` threads.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Internal`] when the system has no more files or threads for us.
+    pub fn new(dispatch: Dispatch, threads: usize) -> Result<Self, Error> {
+        let count = match dispatch {
+            Dispatch::Spawn => 1,
+            Dispatch::Concurrent => threads,
+        };
+        let runtimes = (0..count)
+            .map(|_| runtime(dispatch, threads))
+            .collect::<Result<_, _>>()
+            .map_err(|error| Error::internal("starting a runtime", error))?;
+        Ok(Self { dispatch, runtimes })
+    }
+
+    /// How many streams of connections there are to be: one for each runtime.
+    pub fn count(&self) -> usize {
+        self.runtimes.len()
+    }
+
+    /// Enters each runtime in turn, to make what is to be polled there.
+    pub fn contexts(&self) -> impl Iterator<Item = EnterGuard<'_>> {
+        self.runtimes.iter().map(Runtime::enter)
+    }
+
+    /// Handles the connections of each stream on its runtime. The futures resolve when their stream
+    /// has ended and the connections are done; to an error if the thread has died.
+    pub(super) fn run<S, H, F>(
+        self,
+        connections: Vec<S>,
+        handler: H,
+    ) -> Result<Vec<oneshot::Receiver<()>>, Error>
+    where
+        S: Stream + Send + Unpin + 'static,
+        S::Item: Send + 'static,
+        H: Fn(S::Item) -> F + Clone + Send + Sync + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let dispatch = self.dispatch;
+        self.runtimes
+            .into_iter()
+            .zip(balanced(connections))
+            .map(|(runtime, connections)| {
+                let work = count_open(connections, handler.clone(), dispatch);
+                // A task is let do only so much at a time. Here all connections are one, and those
+                // whose turn came last would be put off again and again: the others, of which the
+                // reactor hears first, use up what there is. Connections make way of themselves.
+                let work = async move {
+                    match dispatch {
+                        Dispatch::Spawn => work.await,
+                        Dispatch::Concurrent => unconstrained(work).await,
+                    }
+                };
+                let (done, ended) = oneshot::channel();
+                thread::Builder::new()
+                    .name("connections".into())
+                    .spawn(move || {
+                        // A task of its own runs on the runtime's threads. The one that blocks here
+                        // would have to be woken by one of them for each connection.
+                        let outcome = runtime.block_on(async { tokio::spawn(work).await });
+                        if outcome.is_ok() {
+                            // Whoever waited for it may have given up.
+                            let _ = done.send(());
+                        }
+                    })
+                    .map_err(|error| Error::internal("starting a thread", error))?;
+                Ok(ended)
+            })
+            .collect()
+    }
+}
+
+/// Handles `connections`, and keeps count of those that are open for the sake of the balance.
+async fn count_open<S, H, F>(connections: Balanced<S>, handler: H, dispatch: Dispatch)
+where
+    S: Stream + Unpin,
+    H: Fn(S::Item) -> F,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let load: Arc<Load> = connections.load();
+    let handler = |connection| {
+        let place = load.clone().place();
+        let handling = handler(connection);
+        async move {
+            handling.await;
+            drop(place);
+        }
+    };
+    dispatch_all(connections, handler, dispatch).await;
+}
+
+fn runtime(dispatch: Dispatch, threads: usize) -> std::io::Result<Runtime> {
+    let mut builder = match dispatch {
+        Dispatch::Spawn => {
+            let mut builder = Builder::new_multi_thread();
+            builder.worker_threads(threads);
+            builder
+        }
+        Dispatch::Concurrent => {
+            let mut builder = Builder::new_current_thread();
+            // Sockets are looked at after so many turns of tasks. All connections are one task
+            // here, whose turn takes as long as theirs together.
+            builder.event_interval(1);
+            builder
+        }
+    };
+    builder.enable_all().build()
+}
