@@ -5,8 +5,10 @@ ADDR ?= 127.0.0.1:7878
 GUEST_TARGET := wasm32-wasip2
 GUEST_OUT := target/$(GUEST_TARGET)/guest
 GUESTS := hello echo
+# To measure against: the version that the host is built with.
+WASMTIME := ~48.0
 
-.PHONY: help run test build guests lint bench toolchain test-tools bench-tools
+.PHONY: help run test build guests lint bench bench-guests toolchain test-tools bench-tools
 
 help:
 	@echo 'make run     build everything and serve static/ on $(ADDR) (ADDR=… for another address)'
@@ -14,7 +16,7 @@ help:
 	@echo 'make build   build target/release/wasinetd and target/guests/NAME.wasm'
 	@echo 'make guests  build the guests only'
 	@echo 'make lint    check format, clippy and documentation'
-	@echo 'make bench   measure against a native server (needs wrk)'
+	@echo 'make bench   measure against a native server and others (needs wrk; BENCH=--help for parts of it)'
 
 run: build
 	target/release/wasinetd serve --listen $(ADDR) --dir static::/static target/guests/hello.wasm
@@ -38,11 +40,22 @@ lint: toolchain
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(CARGO) clippy --profile guest --target $(GUEST_TARGET) $(GUESTS:%=--package %) --package fixtures --examples -- -D warnings
+	$(CARGO) clippy --profile guest --target $(GUEST_TARGET) --package http-p2 --package http-p3 --package padded -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --workspace --no-deps
 
-bench: bench-tools build
+bench: bench-tools build bench-guests
+	$(CARGO) bench --package wasinetd
 	$(CARGO) build --release --package bench
-	target/release/bench
+	target/release/bench $(BENCH)
+
+# Apart from ours: built together, the features of their dependencies would change our guests.
+bench-guests: toolchain
+	@mkdir -p target/guests/bench
+	$(CARGO) build --profile guest --target $(GUEST_TARGET) --package http-p2 --package http-p3
+	@cp $(GUEST_OUT)/http_p2.wasm $(GUEST_OUT)/http_p3.wasm target/guests/bench/
+	@for kib in 0 64 256 1024 4096 16384; do \
+		PADDING_KIB=$$kib $(CARGO) build --quiet --profile guest --target $(GUEST_TARGET) --package padded && \
+		cp $(GUEST_OUT)/padded.wasm target/guests/bench/padded_$$kib.wasm || exit 1; done
 
 # rust-toolchain.toml names the toolchain and the guests' target; rustup fetches both by itself
 # unless it is told not to.
@@ -54,5 +67,10 @@ toolchain:
 test-tools:
 	@command -v curl >/dev/null || { echo 'make: curl is missing: apt-get install curl' >&2; exit 1; }
 
-bench-tools:
+# What is missing beside wrk is left out of the report by name.
+bench-tools: toolchain
 	@command -v wrk >/dev/null || { echo 'make: wrk is missing: apt-get install wrk' >&2; exit 1; }
+	@for tool in nginx socat; do command -v $$tool >/dev/null || echo "make: without $$tool the benchmark has one server less: apt-get install $$tool" >&2; done
+	@test -x target/bench/tools/bin/wasmtime || $(CARGO) install wasmtime-cli --version '$(WASMTIME)' --locked \
+		--root target/bench/tools --no-default-features \
+		--features run,serve,cranelift,parallel-compilation,pooling-allocator,component-model-async

@@ -20,6 +20,7 @@ fn a_directory_can_be_read_and_not_written() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("grants"), &["--dir", &grant]);
         assert_eq!(ask(&server, "read /data/file"), "ok content");
+        assert_eq!(ask(&server, "fetch /data/file"), "ok content");
         for path in ["/data/file", "/data/new"] {
             let answer = ask(&server, &format!("write {path}"));
             assert!(answer.starts_with("error "), "{answer}");
@@ -68,7 +69,7 @@ fn no_path_leads_out_of_a_directory() {
             "/etc/passwd",
             "../secret",
         ] {
-            for verb in ["read", "write"] {
+            for verb in ["read", "write", "fetch"] {
                 let answer = ask(&server, &format!("{verb} {path}"));
                 assert!(answer.starts_with("error "), "{verb} {path}: {answer}");
             }
@@ -83,6 +84,7 @@ fn nothing_is_there_without_a_grant() {
         let server = Server::start(mode, &fixture("grants"), &[]);
         assert!(ask(&server, "read /etc/passwd").starts_with("error "));
         assert!(ask(&server, "read Cargo.toml").starts_with("error "));
+        assert!(ask(&server, "fetch /etc/passwd").starts_with("error "));
         assert!(ask(&server, "env PATH").starts_with("error "));
         assert!(ask(&server, "env HOME").starts_with("error "));
     }
@@ -100,5 +102,47 @@ fn a_variable_is_granted_with_a_value_or_with_ours() {
         assert_eq!(ask(&server, "env GREETING"), "ok hello=there");
         assert_eq!(ask(&server, "env PATH"), format!("ok {path}"));
         assert!(ask(&server, "env HOME").starts_with("error "));
+    }
+}
+
+#[test]
+fn the_short_way_to_a_file_reads_all_of_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let inner = directory.path().join("inner");
+    fs::create_dir(&inner).unwrap();
+    fs::create_dir(directory.path().join("other")).unwrap();
+    fs::write(directory.path().join("other/file"), "of the nearer grant").unwrap();
+    let grant = |path: &str, name| format!("{}{path}::{name}", directory.path().display());
+    for mode in MODES {
+        let server = Server::start(
+            mode,
+            &fixture("grants"),
+            &[
+                "--dir",
+                &grant("", "/data"),
+                "--dir",
+                &grant("/other", "/data/inner"),
+            ],
+        );
+        // Around the length of one step, and of several.
+        for length in [0, 1, 4095, 4096, 4097, 20_000] {
+            let text = "x".repeat(length);
+            fs::write(directory.path().join("file"), &text).unwrap();
+            let answer = ask(&server, "fetch /data/file");
+            assert_eq!(answer, format!("ok {text}").trim_end());
+        }
+        assert_eq!(
+            ask(&server, "fetch /data/inner/file"),
+            "ok of the nearer grant"
+        );
+        for (path, kind) in [
+            ("/data/none", "NotFound"),
+            ("/database", "NotFound"),
+            ("/data", "IsADirectory"),
+            ("/data/file/below", "NotADirectory"),
+        ] {
+            let answer = ask(&server, &format!("fetch {path}"));
+            assert!(answer.ends_with(&format!("({kind})")), "{path}: {answer}");
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! HTTP/1.1 message framing (RFC 9112), as far as a server of two pages needs it.
 
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The longest request head that is accepted, request line and fields together. What common
 /// servers accept by default.
@@ -200,6 +200,7 @@ pub(crate) enum Next {
 pub(crate) fn respond(
     out: &mut Vec<u8>,
     status: Status,
+    date: &str,
     content_type: &str,
     body: &[u8],
     with_body: bool,
@@ -207,7 +208,6 @@ pub(crate) fn respond(
 ) {
     use std::io::Write;
 
-    let date = httpdate::fmt_http_date(SystemTime::now());
     let allow = match status {
         Status::MethodNotAllowed => "Allow: GET, HEAD\r\n",
         _ => "",
@@ -229,9 +229,43 @@ pub(crate) fn respond(
     }
 }
 
+/// The value of the field Date, written once a second.
+#[derive(Default)]
+pub(crate) struct Date {
+    second: u64,
+    text: String,
+}
+
+impl Date {
+    pub(crate) fn at(&mut self, now: SystemTime) -> &str {
+        // A clock before 1970 is not set; any date will do.
+        let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+        if self.text.is_empty() || self.second != since.as_secs() {
+            self.second = since.as_secs();
+            self.text = httpdate::fmt_http_date(UNIX_EPOCH + since);
+        }
+        &self.text
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    #[test]
+    fn the_date_follows_the_clock_by_the_second() {
+        let mut date = Date::default();
+        let mut at = |millis| {
+            date.at(UNIX_EPOCH + Duration::from_millis(millis))
+                .to_owned()
+        };
+        assert_eq!(at(784_111_777_000), "Sun, 06 Nov 1994 08:49:37 GMT");
+        assert_eq!(at(784_111_777_999), "Sun, 06 Nov 1994 08:49:37 GMT");
+        assert_eq!(at(784_111_778_000), "Sun, 06 Nov 1994 08:49:38 GMT");
+        assert_eq!(at(0), "Thu, 01 Jan 1970 00:00:00 GMT");
+    }
 
     fn ok(head: &str) -> Request {
         parse(head.as_bytes()).unwrap().unwrap().0

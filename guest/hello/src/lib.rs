@@ -11,6 +11,7 @@ mod http;
 mod server;
 
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use wasinetd_guest::{Drain, TcpStream};
@@ -39,11 +40,11 @@ impl Platform for Sandbox {
         wasinetd_guest::sleep(duration).await;
     }
 
-    fn is_draining(&self) -> bool {
-        self.drain.has_begun()
-    }
-
     async fn draining(&self) {
         self.drain.begun().await;
+    }
+
+    fn read_file(&self, path: &Path) -> io::Result<Vec<u8>> {
+        wasinetd_guest::fs::read(path)
     }
 }

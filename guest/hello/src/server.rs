@@ -1,15 +1,15 @@
 //! Requests in, pages out.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
-use std::pin::pin;
-use std::time::{Duration, Instant};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
 
-use futures::future::{self, Either};
+use futures::future::{self, Either, Fuse, FusedFuture, FutureExt};
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::http::{self, Method, Next, Request, Status};
+use crate::http::{self, Date, Method, Next, Request, Status};
 
 /// What the handler asks of its surroundings.
 #[allow(
@@ -20,11 +20,11 @@ pub trait Platform {
     /// Waits for `duration`.
     async fn sleep(&self, duration: Duration);
 
-    /// Whether the server is going away.
-    fn is_draining(&self) -> bool;
-
     /// Waits until the server is going away.
     async fn draining(&self);
+
+    /// Reads a whole file.
+    fn read_file(&self, path: &Path) -> io::Result<Vec<u8>>;
 }
 
 /// How long `GET /sleep` takes to answer.
@@ -41,7 +41,7 @@ const PAGE_AGE: Duration = Duration::from_secs(1);
 
 /// How much is received at once. Most requests are smaller, and what a sandbox has touched has to
 /// be cleared for the next connection.
-const RECEIVE_BYTES: usize = 2048;
+const RECEIVE_BYTES: usize = 1024;
 
 /// Serves HTTP/1.1 on `stream` with the pages in the directory `pages`, until the client or the
 /// server has no more use for the connection.
@@ -54,11 +54,15 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
     P: Platform,
 {
+    let draining = AtomicBool::new(false);
     let mut connection = Connection {
         stream,
         platform,
+        draining: &draining,
+        idle_end: pin!(idle_end(platform, &draining).fuse()),
         received: Vec::new(),
         response: Vec::new(),
+        date: Date::default(),
         hello: Page::new("hello.html"),
         not_found: Page::new("404.html"),
         pages,
@@ -67,21 +71,28 @@ where
     connection.stream.flush().await
 }
 
-struct Connection<'a, S, P> {
+struct Connection<'a, S, P, E> {
     stream: S,
     platform: &'a P,
+    /// Resolves when the connection should be given up if no request has begun. One for all
+    /// requests: to begin to wait for the host costs as much as a small answer.
+    idle_end: Pin<&'a mut Fuse<E>>,
+    /// Whether the server is going away, as far as `idle_end` has found out.
+    draining: &'a AtomicBool,
     pages: &'a Path,
     /// What was received and not yet understood.
     received: Vec<u8>,
     response: Vec<u8>,
+    date: Date,
     hello: Page,
     not_found: Page,
 }
 
-impl<S, P> Connection<'_, S, P>
+impl<S, P, E> Connection<'_, S, P, E>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     P: Platform,
+    E: Future<Output = ()>,
 {
     /// Reads one request and answers it. False when it was the last.
     async fn exchange(&mut self) -> io::Result<bool> {
@@ -124,8 +135,10 @@ where
             if old > 0 {
                 // A request has begun: it is not cut off.
                 read.await
+            } else if self.idle_end.is_terminated() {
+                Ok(0)
             } else {
-                match future::select(read, pin!(idle_end(self.platform))).await {
+                match future::select(read, self.idle_end.as_mut()).await {
                     Either::Left((n, _)) => n,
                     Either::Right(((), _)) => Ok(0),
                 }
@@ -154,12 +167,15 @@ where
         }
         // What has been sent behind this request was asked for before the client could know.
         let more = self.received.len() as u64 > request.body;
-        let keep_alive = request.keep_alive && (more || !self.platform.is_draining());
+        let keep_alive = request.keep_alive && (more || !self.is_draining().await);
         let next = match (keep_alive, request.says_keep_alive) {
             (true, false) => Next::Open,
             (true, true) => Next::OpenSaidSo,
             (false, _) => Next::Close,
         };
+        // Asked for once: it is a call of the host.
+        let now = SystemTime::now();
+        let date = self.date.at(now);
         self.response.clear();
         let mut text = |status: Status| {
             let line = format!("{}\n", status.line());
@@ -167,6 +183,7 @@ where
             http::respond(
                 &mut self.response,
                 status,
+                date,
                 TEXT,
                 line.as_bytes(),
                 with_body,
@@ -180,10 +197,18 @@ where
                 true => (Status::Ok, &mut self.hello),
                 false => (Status::NotFound, &mut self.not_found),
             };
-            match page.read(self.pages) {
+            match page.read(self.pages, self.platform, now) {
                 Ok(body) => {
                     let with_body = request.method != Method::Head;
-                    http::respond(&mut self.response, status, HTML, body, with_body, next);
+                    http::respond(
+                        &mut self.response,
+                        status,
+                        date,
+                        HTML,
+                        body,
+                        with_body,
+                        next,
+                    );
                 }
                 Err(error) => {
                     eprintln!(
@@ -198,6 +223,12 @@ where
         Ok(keep_alive)
     }
 
+    async fn is_draining(&mut self) -> bool {
+        // Once it has begun to wait, a look costs no call of the host.
+        let _ = futures::poll!(self.idle_end.as_mut());
+        self.draining.load(Ordering::Relaxed)
+    }
+
     /// Answers what is not a request. The connection ends with it.
     async fn refuse(&mut self, status: Status) -> io::Result<bool> {
         self.response.clear();
@@ -205,6 +236,7 @@ where
         http::respond(
             &mut self.response,
             status,
+            self.date.at(SystemTime::now()),
             TEXT,
             line.as_bytes(),
             true,
@@ -237,33 +269,16 @@ const HTML: &str = "text/html; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
 
 /// Resolves when a connection on which no request has begun should be given up.
-async fn idle_end(platform: &impl Platform) {
+async fn idle_end(platform: &impl Platform, draining: &AtomicBool) {
     platform.draining().await;
+    draining.store(true, Ordering::Relaxed);
     platform.sleep(DRAIN_GRACE).await;
-}
-
-/// Reads a whole file. Unlike [`std::fs::read`] it asks neither for the file's size first nor for
-/// what follows its last byte, which in a sandbox costs as much as reading a small file does.
-fn read_file(path: &Path) -> io::Result<Vec<u8>> {
-    const STEP: usize = 2048;
-    let mut file = File::open(path)?;
-    let mut bytes = Vec::new();
-    loop {
-        let old = bytes.len();
-        bytes.resize(old + STEP, 0);
-        let n = file.read(&mut bytes[old..])?;
-        bytes.truncate(old + n);
-        // A regular file yields less than was asked for only at its end (POSIX, read).
-        if n < STEP {
-            return Ok(bytes);
-        }
-    }
 }
 
 /// A file that was read, and when.
 struct Page {
     name: &'static str,
-    read: Option<(Instant, Vec<u8>)>,
+    read: Option<(SystemTime, Vec<u8>)>,
 }
 
 impl Page {
@@ -271,14 +286,21 @@ impl Page {
         Self { name, read: None }
     }
 
-    fn read(&mut self, directory: &Path) -> io::Result<&[u8]> {
-        let fresh = matches!(&self.read, Some((when, _)) if when.elapsed() < PAGE_AGE);
+    fn read(
+        &mut self,
+        directory: &Path,
+        platform: &impl Platform,
+        now: SystemTime,
+    ) -> io::Result<&[u8]> {
+        // A clock that was set back says nothing of the age.
+        let is_young = |when| now.duration_since(when).is_ok_and(|age| age < PAGE_AGE);
+        let fresh = matches!(&self.read, Some((when, _)) if is_young(*when));
         if !fresh {
             self.read = None;
         }
         let (_, bytes) = match &mut self.read {
             Some(page) => page,
-            none => none.insert((Instant::now(), read_file(&directory.join(self.name))?)),
+            none => none.insert((now, platform.read_file(&directory.join(self.name))?)),
         };
         Ok(bytes)
     }

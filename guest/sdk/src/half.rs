@@ -23,7 +23,7 @@ const BUFFER_BYTES: usize = 64 * 1024;
 
 /// How much the first reads ask for; it grows with a stream that fills it. Most messages are
 /// small, and what a sandbox has touched has to be cleared for the next connection.
-const FIRST_BUFFER_BYTES: usize = 4 * 1024;
+const FIRST_BUFFER_BYTES: usize = 2 * 1024;
 
 /// Moves bytes for one direction; resolves when the direction has ended.
 type Pump = Pin<Box<dyn Future<Output = Result<(), ErrorCode>>>>;

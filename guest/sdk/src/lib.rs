@@ -70,6 +70,7 @@
 
 #![deny(missing_docs)]
 
+pub mod fs;
 mod half;
 mod stream;
 

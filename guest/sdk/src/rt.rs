@@ -17,6 +17,7 @@ pub mod bindings {
             world guest {
                 import wasinetd:tcp/types@0.1.0;
                 import wasi:clocks/monotonic-clock@0.3.0;
+                import wasi:filesystem/preopens@0.2.12;
                 export wasinetd:tcp/handler@0.1.0;
             }
         ",

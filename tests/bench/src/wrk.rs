@@ -1,25 +1,18 @@
 //! Load by wrk, and what it says of it.
 
-use std::fmt;
+use std::net::SocketAddr;
 use std::process::Command;
 
-/// Connections that are open at once.
+/// Connections that are open at once, unless their number is what is looked at.
 pub(crate) const CONNECTIONS: u32 = 32;
 
 /// What is asked of a server.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Work {
-    NewConnections,
-    KeptConnections,
-}
-
-impl fmt::Display for Work {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::NewConnections => "A new connection for each request",
-            Self::KeptConnections => "Requests on kept-alive connections",
-        })
-    }
+    /// A connection for each request.
+    New,
+    /// Request after request on connections that are kept.
+    Kept,
 }
 
 /// What wrk has measured.
@@ -36,13 +29,17 @@ pub(crate) struct Load {
 /// # Errors
 ///
 /// Says why wrk did not run, or that not all requests were answered well.
-pub(crate) fn run(address: &str, work: Work, seconds: u32) -> Result<Load, String> {
+pub(crate) fn run(
+    address: SocketAddr,
+    work: Work,
+    connections: u32,
+    seconds: u32,
+) -> Result<Load, String> {
     let mut command = Command::new("wrk");
-    command
-        .args(["--threads", "1", "--latency", "--connections"])
-        .arg(CONNECTIONS.to_string());
+    command.args(["--threads", "1", "--latency", "--timeout", "10s"]);
+    command.arg("--connections").arg(connections.to_string());
     command.arg("--duration").arg(format!("{seconds}s"));
-    if let Work::NewConnections = work {
+    if work == Work::New {
         command.args(["--header", "Connection: close"]);
     }
     command.arg(format!("http://{address}/"));
@@ -68,8 +65,10 @@ fn parse(text: &str) -> Option<Load> {
         .lines()
         .find_map(|line| line.trim().split_once(" requests in "))?;
     let (seconds, _) = rest.split_once(',')?;
+    let requests: f64 = requests.parse().ok()?;
+    (requests > 0.0).then_some(())?;
     Some(Load {
-        requests: requests.parse().ok()?,
+        requests,
         seconds: microseconds(seconds)? / 1e6,
         p50: percentile("50%")?,
         p99: percentile("99%")?,

@@ -1,7 +1,7 @@
 //! The handler against a mock stream, as the book tests it.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -70,14 +70,14 @@ impl Platform for MockPlatform {
         self.slept.set(self.slept.get() + duration);
     }
 
-    fn is_draining(&self) -> bool {
-        self.draining
-    }
-
     async fn draining(&self) {
         if !self.draining {
             std::future::pending().await
         }
+    }
+
+    fn read_file(&self, path: &Path) -> io::Result<Vec<u8>> {
+        std::fs::read(path)
     }
 }
 

@@ -1,0 +1,138 @@
+//! What a sandbox costs by itself, over a transport in memory: no socket, no kernel, no client.
+//!
+//! `make bench` runs these before it measures whole servers; a regression shows here first.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use futures::future::BoxFuture;
+use tokio::runtime::{Builder, Runtime};
+use wasinetd::sandbox::{Engine, Grants, Guest, Needs, Transport};
+
+/// As in the command: what is measured is what is served with.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Room for more than one, so that slots are chosen as in a server.
+const SLOTS: usize = 64;
+
+fn guest(name: &str) -> Guest {
+    let path = format!(
+        "{}/../target/guests/{name}.wasm",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let component = std::fs::read(&path).unwrap_or_else(|error| {
+        panic!("{path}: {error}; run `make build` first");
+    });
+    let needs = Needs::of(&component).expect("the guest is accepted");
+    let engine = Engine::new(SLOTS, &needs).expect("the pool fits");
+    Guest::new(&engine, &component, Grants::default()).expect("the guest is accepted")
+}
+
+fn runtime() -> Runtime {
+    Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("there are files enough")
+}
+
+/// A client that sends a message, again each time that it is back, and so many times.
+struct Client {
+    message: [u8; 64],
+    rounds: u64,
+    /// Bytes that are not back yet.
+    out: usize,
+}
+
+impl Client {
+    fn new(rounds: u64) -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Self {
+            message: [b'x'; 64],
+            rounds,
+            out: 0,
+        }))
+    }
+}
+
+impl Transport for Client {
+    fn id(&self) -> u64 {
+        1
+    }
+
+    fn remote_address(&self) -> SocketAddr {
+        ([127, 0, 0, 1], 1).into()
+    }
+
+    fn local_address(&self) -> io::Result<SocketAddr> {
+        Ok(([127, 0, 0, 1], 2).into())
+    }
+
+    fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        if self.out > 0 {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        if self.rounds == 0 {
+            return Poll::Ready(Ok(0));
+        }
+        self.rounds -= 1;
+        self.out = self.message.len();
+        buf[..self.out].copy_from_slice(&self.message);
+        Poll::Ready(Ok(self.out))
+    }
+
+    fn poll_receivable(&mut self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+
+    fn poll_send(&mut self, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.out -= bytes.len();
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_sendable(&mut self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+
+    fn close_sending(&mut self) {}
+
+    fn release(&mut self) {}
+
+    fn is_draining(&self) -> bool {
+        false
+    }
+
+    fn draining(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
+    }
+}
+
+fn connection(runtime: &Runtime, guest: &Guest, rounds: u64) -> Duration {
+    let started = Instant::now();
+    runtime
+        .block_on(guest.handle(Client::new(rounds)))
+        .expect("the guest says that all is well");
+    started.elapsed()
+}
+
+fn sandbox(criterion: &mut Criterion) {
+    let (runtime, echo, hello) = (runtime(), guest("echo"), guest("hello"));
+    for (name, guest) in [("echo", &echo), ("hello", &hello)] {
+        criterion.bench_function(&format!("instantiate and drop, {name}"), |bencher| {
+            bencher.iter(|| runtime.block_on(guest.try_out()).expect("it starts"));
+        });
+    }
+    criterion.bench_function("a connection of one message, echo", |bencher| {
+        bencher.iter(|| connection(&runtime, &echo, 1));
+    });
+    criterion.bench_function("a round trip on an open connection, echo", |bencher| {
+        bencher.iter_custom(|rounds| connection(&runtime, &echo, rounds));
+    });
+}
+
+criterion_group!(benches, sandbox);
+criterion_main!(benches);

@@ -1,0 +1,117 @@
+//! Clients of protocols that wrk does not speak. They are the same for every server.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long an answer may take before a server counts as stuck.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(crate) fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// Sends `bytes` over each of so many connections to an echo server, in turn with what comes back.
+/// Returns the seconds until the last byte was back.
+pub(crate) fn bulk(address: SocketAddr, connections: usize, bytes: usize) -> io::Result<f64> {
+    const CHUNK: usize = 256 * 1024;
+    let streams: Vec<TcpStream> = (0..connections)
+        .map(|_| connect(address))
+        .collect::<Result<_, _>>()?;
+    let started = Instant::now();
+    let one = |mut stream: TcpStream| {
+        let mut sending = stream.try_clone()?;
+        let sender = thread::spawn(move || {
+            let chunk = vec![b'x'; CHUNK];
+            for offset in (0..bytes).step_by(CHUNK) {
+                sending.write_all(&chunk[..CHUNK.min(bytes - offset)])?;
+            }
+            sending.shutdown(Shutdown::Write)
+        });
+        let mut chunk = vec![0; CHUNK];
+        let mut received = 0;
+        loop {
+            match stream.read(&mut chunk)? {
+                0 => break,
+                n => received += n,
+            }
+        }
+        sender.join().expect("sending does not panic")?;
+        match received == bytes {
+            true => Ok(()),
+            false => Err(io::Error::other(format!(
+                "{received} of {bytes} bytes came back"
+            ))),
+        }
+    };
+    thread::scope(|scope| {
+        let clients: Vec<_> = streams
+            .into_iter()
+            .map(|stream| scope.spawn(move || one(stream)))
+            .collect();
+        clients
+            .into_iter()
+            .try_for_each(|client| client.join().expect("receiving does not panic"))
+    })?;
+    Ok(started.elapsed().as_secs_f64())
+}
+
+/// Sends so many bytes to an echo server and waits for them, over and over for `seconds`. Returns
+/// the round trips in microseconds.
+pub(crate) fn ping_pong(address: SocketAddr, bytes: usize, seconds: u32) -> io::Result<Vec<f64>> {
+    let mut stream = connect(address)?;
+    let (ping, mut pong) = (vec![b'x'; bytes], vec![0; bytes]);
+    let mut times = Vec::new();
+    let end = Instant::now() + Duration::from_secs(seconds.into());
+    while Instant::now() < end {
+        let sent = Instant::now();
+        stream.write_all(&ping)?;
+        stream.read_exact(&mut pong)?;
+        times.push(micros(sent));
+    }
+    Ok(times)
+}
+
+/// Asks a server that answers in lines, on a connection for each question, so many times. Returns
+/// the times from the connection to the answer, in microseconds.
+pub(crate) fn ask(address: SocketAddr, question: &str, times: usize) -> io::Result<Vec<f64>> {
+    let ask_once = |_| {
+        let started = Instant::now();
+        let mut stream = connect(address)?;
+        stream.write_all(question.as_bytes())?;
+        let mut answer = [0; 64];
+        match stream.read(&mut answer)? {
+            0 => Err(io::Error::other("no answer")),
+            _ => Ok(micros(started)),
+        }
+    };
+    (0..times).map(ask_once).collect()
+}
+
+/// Opens so many connections to an HTTP server, has each answered once, and keeps them open.
+pub(crate) fn idlers(address: SocketAddr, connections: usize) -> io::Result<Vec<TcpStream>> {
+    let one = |_| {
+        let mut stream = connect(address)?;
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n")?;
+        let mut answer = [0; 4096];
+        let mut length = 0;
+        // The page ends with this tag and a line end.
+        while !answer[..length].trim_ascii_end().ends_with(b"</html>") {
+            match stream.read(&mut answer[length..])? {
+                0 => return Err(io::Error::other("the answer was cut off")),
+                n => length += n,
+            }
+        }
+        Ok(stream)
+    };
+    (0..connections).map(one).collect()
+}
+
+fn micros(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e6
+}
