@@ -48,8 +48,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7878", value_parser = address)]
     pub(crate) listen: Vec<SocketAddr>,
 
-    /// How connections share the threads: each stays on one, which costs least, or goes on
-    /// wherever there is time
+    /// How connections share the threads: each stays on one, or any thread goes on with it where
+    /// there is time
     #[arg(long, value_enum, default_value_t = Dispatch::Concurrent)]
     pub(crate) dispatch: Dispatch,
 

@@ -15,9 +15,9 @@ use crate::Error;
 /// Runtimes for connections: with [`Dispatch::Spawn`] one of several threads, which share all
 /// tasks, and with [`Dispatch::Concurrent`] one for each thread, which share nothing.
 ///
-/// A thread that shares nothing with others serves a connection at less cost, for want of locks and
-/// of caches that change hands. In return a connection stays on the thread that it began on: so
-/// each is begun where there are fewer.
+/// A thread that shares nothing with others needs no locks, and its caches stay its own. In return a
+/// connection stays on the thread that it began on: so each is begun where there are not clearly
+/// more.
 pub struct Shards {
     dispatch: Dispatch,
     runtimes: Vec<Runtime>,
