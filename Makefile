@@ -44,7 +44,7 @@ lint: toolchain
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --workspace --no-deps
 
 bench: bench-tools build bench-guests
-	$(CARGO) bench --package wasinetd
+	$(CARGO) bench --package wasinetd --bench sandbox
 	$(CARGO) build --release --package bench
 	target/release/bench $(BENCH)
 

@@ -184,14 +184,7 @@ impl Guest {
         let mut store = self.store(transport.clone());
         // Dropped before the store is, whichever way this ends.
         let _release = Release(transport);
-        let mut run = pin!(self.run(&mut store));
-        poll_fn(|cx| {
-            turns::begin(self.engine.clock());
-            let polled = run.as_mut().poll(cx);
-            turns::end();
-            polled
-        })
-        .await
+        self.in_turns(self.run(&mut store)).await
     }
 
     /// Makes an instance and drops it.
@@ -200,9 +193,20 @@ impl Guest {
     ///
     /// [`Failure::NotStarted`] when the guest does not get as far as that.
     pub async fn try_out(&self) -> Result<(), Failure> {
-        self.instantiate(&mut self.store(Arc::new(Mutex::new(NoTransport))))
-            .await
-            .map(drop)
+        let mut store = self.store(Arc::new(Mutex::new(NoTransport)));
+        self.in_turns(self.instantiate(&mut store)).await.map(drop)
+    }
+
+    /// Runs what computes in a sandbox, a turn for each poll.
+    async fn in_turns<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            turns::begin(self.engine.clock());
+            let polled = work.as_mut().poll(cx);
+            turns::end();
+            polled
+        })
+        .await
     }
 
     fn store(&self, transport: SharedTransport) -> Store<State> {
