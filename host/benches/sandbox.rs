@@ -123,7 +123,11 @@ fn sandbox(criterion: &mut Criterion) {
     let (runtime, echo, hello) = (runtime(), guest("echo"), guest("hello"));
     for (name, guest) in [("echo", &echo), ("hello", &hello)] {
         criterion.bench_function(&format!("instantiate and drop, {name}"), |bencher| {
-            bencher.iter(|| runtime.block_on(guest.try_out()).expect("it starts"));
+            bencher.iter(|| {
+                runtime
+                    .block_on(guest.try_out(Client::new(0)))
+                    .expect("it starts")
+            });
         });
     }
     criterion.bench_function("a connection of one message, echo", |bencher| {

@@ -15,7 +15,7 @@ mod wasi;
 
 use std::future::poll_fn;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
@@ -80,51 +80,6 @@ pub trait Transport: Send + 'static {
 /// A transport shared by the sandbox and by its owner, who ends it.
 pub(crate) type SharedTransport = Arc<Mutex<dyn Transport>>;
 
-/// The connection of a guest that is only tried out: it is over.
-struct NoTransport;
-
-impl Transport for NoTransport {
-    fn id(&self) -> u64 {
-        0
-    }
-
-    fn remote_address(&self) -> SocketAddr {
-        (Ipv4Addr::UNSPECIFIED, 0).into()
-    }
-
-    fn local_address(&self) -> io::Result<SocketAddr> {
-        Err(io::ErrorKind::NotConnected.into())
-    }
-
-    fn poll_receive(&mut self, _: &mut Context<'_>, _: &mut [u8]) -> Poll<io::Result<usize>> {
-        Poll::Ready(Ok(0))
-    }
-
-    fn poll_receivable(&mut self, _: &mut Context<'_>) -> Poll<()> {
-        Poll::Ready(())
-    }
-
-    fn poll_send(&mut self, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
-        Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
-    }
-
-    fn poll_sendable(&mut self, _: &mut Context<'_>) -> Poll<()> {
-        Poll::Ready(())
-    }
-
-    fn close_sending(&mut self) {}
-
-    fn release(&mut self) {}
-
-    fn is_draining(&self) -> bool {
-        true
-    }
-
-    fn draining(&self) -> BoxFuture<'static, ()> {
-        Box::pin(std::future::ready(()))
-    }
-}
-
 /// Why a call of a guest did not succeed.
 #[derive(Debug, PartialEq)]
 pub enum Failure {
@@ -187,13 +142,13 @@ impl Guest {
         self.in_turns(self.run(&mut store)).await
     }
 
-    /// Makes an instance and drops it.
+    /// Makes an instance for a connection, and drops it without a call.
     ///
     /// # Errors
     ///
     /// [`Failure::NotStarted`] when the guest does not get as far as that.
-    pub async fn try_out(&self) -> Result<(), Failure> {
-        let mut store = self.store(Arc::new(Mutex::new(NoTransport)));
+    pub async fn try_out<T: Transport>(&self, transport: Arc<Mutex<T>>) -> Result<(), Failure> {
+        let mut store = self.store(transport);
         self.in_turns(self.instantiate(&mut store)).await.map(drop)
     }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 use futures::future::try_join_all;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, Stream, StreamExt};
+use tokio::task::unconstrained;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
@@ -98,7 +99,10 @@ where
 {
     let handle = |connection| contain(handler(connection));
     match dispatch {
-        Dispatch::Concurrent => concurrently(connections, handle).await,
+        // A task is let do only so much at a time. Here all connections are one, and those whose turn
+        // came last would be put off again and again: the others, of which the reactor hears first,
+        // use up what there is. Connections make way of themselves.
+        Dispatch::Concurrent => unconstrained(concurrently(connections, handle)).await,
         Dispatch::Spawn => {
             let tasks = TaskTracker::new();
             connections

@@ -262,11 +262,6 @@ fn values_that_are_out_of_range() {
         &["--threads", "0", "above zero"],
     );
     refuses(
-        serve().args(["--threads", "0"]),
-        64,
-        &["--threads", "0", "above zero"],
-    );
-    refuses(
         serve().args(["--log-format", "xml"]),
         64,
         &["--log-format", "xml", "json"],

@@ -98,7 +98,7 @@ impl Socket {
     ) -> Poll<io::Result<usize>> {
         if self.pushing != Pushing::Now {
             let flags = SendFlags::MORE | SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match self.with_fd(|fd| send(fd, bytes, flags)) {
+            match self.fd().and_then(|fd| Ok(send(fd, bytes, flags)?)) {
                 // A conversation, if of one side only.
                 Err(error) if is_for_later(&error) => self.push(),
                 result => {
@@ -120,7 +120,9 @@ impl Socket {
         if self.pushing == Pushing::Due {
             // It has been set before: setting it is how the kernel is told to wait for no more
             // (tcp(7), TCP_NODELAY). It fails where nothing can be sent any more.
-            let _ = self.with_socket(|socket| socket.set_tcp_nodelay(true));
+            let _ = self
+                .fd()
+                .and_then(|fd| SockRef::from(&fd).set_tcp_nodelay(true));
         }
         if self.pushing != Pushing::Later {
             self.pushing = Pushing::Now;
@@ -130,14 +132,18 @@ impl Socket {
     /// Sends all that was written, and FIN.
     pub(super) fn shutdown_sending(&self) {
         // It fails when the client is gone, which the next operation finds out.
-        let _ = self.with_socket(|socket| socket.shutdown(Shutdown::Write));
+        let _ = self
+            .fd()
+            .and_then(|fd| SockRef::from(&fd).shutdown(Shutdown::Write));
     }
 
     /// Makes the end of this a reset.
     pub(super) fn reset_when_dropped(&self) {
         // Closing with a linger time of zero is how a reset is asked for (socket(7), SO_LINGER). It
         // fails for no socket that is still open.
-        let _ = self.with_socket(|socket| socket.set_linger(Some(Duration::ZERO)));
+        let _ = self
+            .fd()
+            .and_then(|fd| SockRef::from(&fd).set_linger(Some(Duration::ZERO)));
     }
 
     /// Whether the client is known to have closed its side, or to be gone, and nothing that it sent
@@ -169,7 +175,8 @@ impl Socket {
     }
 
     fn try_receive(&self, buf: &mut [u8]) -> io::Result<usize> {
-        self.with_fd(|fd| recv(fd, buf, RecvFlags::DONTWAIT).map(|(n, _)| n))
+        let (n, _) = recv(self.fd()?, buf, RecvFlags::DONTWAIT)?;
+        Ok(n)
     }
 
     /// The socket as the reactor has it.
@@ -185,22 +192,10 @@ impl Socket {
         }
     }
 
-    fn with_fd<T>(
-        &self,
-        operate: impl FnOnce(BorrowedFd<'_>) -> rustix::io::Result<T>,
-    ) -> io::Result<T> {
-        let fd = match &self.state {
-            State::Fresh(stream) => stream.as_fd(),
-            State::Watched(stream) => stream.as_fd(),
-            State::Closed => return Err(io::ErrorKind::NotConnected.into()),
-        };
-        operate(fd).map_err(io::Error::from)
-    }
-
-    fn with_socket<T>(&self, operate: impl FnOnce(SockRef<'_>) -> io::Result<T>) -> io::Result<T> {
+    fn fd(&self) -> io::Result<BorrowedFd<'_>> {
         match &self.state {
-            State::Fresh(stream) => operate(SockRef::from(stream)),
-            State::Watched(stream) => operate(SockRef::from(stream)),
+            State::Fresh(stream) => Ok(stream.as_fd()),
+            State::Watched(stream) => Ok(stream.as_fd()),
             State::Closed => Err(io::ErrorKind::NotConnected.into()),
         }
     }

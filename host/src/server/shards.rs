@@ -6,7 +6,6 @@ use std::thread;
 use futures::Stream;
 use futures::channel::oneshot;
 use tokio::runtime::{Builder, EnterGuard, Runtime};
-use tokio::task::unconstrained;
 
 use super::balance::{Balanced, Load, balanced};
 use super::{Dispatch, dispatch_all};
@@ -70,15 +69,6 @@ impl Shards {
             .zip(balanced(connections))
             .map(|(runtime, connections)| {
                 let work = count_open(connections, handler.clone(), dispatch);
-                // A task is let do only so much at a time. Here all connections are one, and those
-                // whose turn came last would be put off again and again: the others, of which the
-                // reactor hears first, use up what there is. Connections make way of themselves.
-                let work = async move {
-                    match dispatch {
-                        Dispatch::Spawn => work.await,
-                        Dispatch::Concurrent => unconstrained(work).await,
-                    }
-                };
                 let (done, ended) = oneshot::channel();
                 thread::Builder::new()
                     .name("connections".into())

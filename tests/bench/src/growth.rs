@@ -4,9 +4,9 @@ use std::path::Path;
 
 use crate::report::{Chart, Section, Table};
 use crate::samples::Samples;
-use crate::server::{Address, PAGES, Server, wasinetd};
+use crate::server::{Address, PAGES, QUIET_PAGES, Server, contenders, wasinetd};
 use crate::wrk::{self, CONNECTIONS, Work};
-use crate::{Effort, machine, native};
+use crate::{Effort, machine};
 
 /// The data that the guests of growing size carry, in KiB: their names end with it.
 const PADDING_KIB: [u32; 6] = [0, 64, 256, 1024, 4096, 16384];
@@ -31,17 +31,6 @@ pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
     })
 }
 
-fn cpu_per_request(
-    server: &Server,
-    work: Work,
-    connections: u32,
-    seconds: u32,
-) -> Result<f64, String> {
-    let before = server.cpu_micros();
-    let load = wrk::run(server.address(), work, connections, seconds)?;
-    Ok((server.cpu_micros() - before) / load.requests)
-}
-
 fn by_connections(effort: Effort, work: Work) -> Result<(Table, Chart), String> {
     let (steps, title, name) = match work {
         Work::Kept => (
@@ -55,18 +44,9 @@ fn by_connections(effort: Effort, work: Work) -> Result<(Table, Chart), String> 
             "growth-new",
         ),
     };
-    let quiet = [PAGES.as_slice(), &["--log-level", "warn"]].concat();
-    let commands = [
-        ("native, tokio", native::command(&["hello"])),
-        (
-            "wasinetd, concurrent",
-            wasinetd("concurrent", "hello", &quiet),
-        ),
-        ("wasinetd, spawn", wasinetd("spawn", "hello", &quiet)),
-    ];
-    let servers = commands
-        .iter()
-        .map(|(name, command)| Server::start(name, command, Address::Printed))
+    let servers = contenders("hello", &QUIET_PAGES)
+        .map(|(name, command)| Server::start(name, &command, Address::Printed))
+        .into_iter()
         .collect::<Result<Vec<_>, _>>()?;
     let mut lines: Vec<(String, Vec<(f64, f64)>)> = servers
         .iter()
@@ -81,7 +61,7 @@ fn by_connections(effort: Effort, work: Work) -> Result<(Table, Chart), String> 
         }
         for _ in 0..effort.rounds {
             for (server, cpu) in servers.iter().zip(&mut cpu) {
-                cpu.push(cpu_per_request(server, work, *connections, effort.seconds)?);
+                cpu.push(wrk::measure(server, work, *connections, effort.seconds)?.1);
             }
         }
         let mut row = vec![connections.to_string()];
@@ -115,18 +95,11 @@ fn by_threads(effort: Effort) -> Result<Table, String> {
     let mut rows = Vec::new();
     for threads in 1..=machine::cores() {
         let count = threads.to_string();
-        let with = |dispatch| {
-            let arguments = [PAGES.as_slice(), &["--threads", &count]].concat();
-            (
-                format!("wasinetd, {dispatch}"),
-                wasinetd(dispatch, "hello", &arguments),
-            )
-        };
-        let native = ("native, tokio".to_string(), native::command(&["hello"]));
+        let arguments = [PAGES.as_slice(), &["--threads", &count]].concat();
         let environment = [("TOKIO_WORKER_THREADS", count.as_str())];
-        let servers = [native, with("concurrent"), with("spawn")]
+        let servers = contenders("hello", &arguments)
             .map(|(name, command)| {
-                Server::start_with(&name, &command, Address::Printed, &environment)
+                Server::start_with(name, &command, Address::Printed, &environment)
             })
             .into_iter()
             .collect::<Result<Vec<_>, _>>()?;
@@ -134,7 +107,7 @@ fn by_threads(effort: Effort) -> Result<Table, String> {
         for _ in 0..effort.rounds {
             for (server, cpu) in servers.iter().zip(&mut cpu) {
                 for (work, cpu) in [Work::New, Work::Kept].into_iter().zip(cpu) {
-                    cpu.push(cpu_per_request(server, work, CONNECTIONS, effort.seconds)?);
+                    cpu.push(wrk::measure(server, work, CONNECTIONS, effort.seconds)?.1);
                 }
             }
         }
@@ -169,12 +142,7 @@ fn by_guest_size(effort: Effort) -> Result<(Table, Chart), String> {
     }
     for _ in 0..effort.rounds {
         for (_, server, cpu) in &mut servers {
-            cpu.push(cpu_per_request(
-                server,
-                Work::New,
-                CONNECTIONS,
-                effort.seconds,
-            )?);
+            cpu.push(wrk::measure(server, Work::New, CONNECTIONS, effort.seconds)?.1);
         }
     }
     let rows = servers

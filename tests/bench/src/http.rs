@@ -106,7 +106,7 @@ fn nginx() -> Result<Vec<String>, String> {
         .join("target/bench/nginx");
     std::fs::create_dir_all(&directory).map_err(|error| error.to_string())?;
     let directory = directory.display();
-    // The port is not known yet; a directive on the command line adds to the file.
+    // The port is filled in when it is started: so the shell writes the file.
     let settings = format!(
         "daemon off; pid {directory}/pid; worker_processes auto; error_log {directory}/error.log; \
          events {{ worker_connections 4096; }} \
@@ -196,9 +196,8 @@ fn rounds(servers: &[Server], work: Work, effort: Effort) -> Result<Vec<Row>, St
     let mut rows: Vec<Row> = servers.iter().map(|_| Row::default()).collect();
     for _ in 0..effort.rounds {
         for (server, row) in servers.iter().zip(&mut rows) {
-            let before = server.cpu_micros();
-            let load = wrk::run(server.address(), work, CONNECTIONS, effort.seconds)?;
-            row.cpu.push((server.cpu_micros() - before) / load.requests);
+            let (load, cpu) = wrk::measure(server, work, CONNECTIONS, effort.seconds)?;
+            row.cpu.push(cpu);
             row.rate.push(load.requests / load.seconds);
             row.p50.push(load.p50);
             row.p99.push(load.p99);

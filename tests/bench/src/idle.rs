@@ -2,9 +2,9 @@
 
 use crate::report::{Section, Table};
 use crate::samples::Samples;
-use crate::server::{Address, PAGES, Server, wasinetd};
+use crate::server::{Address, QUIET_PAGES, Server, contenders};
 use crate::wrk::{self, Work};
-use crate::{Effort, client, native};
+use crate::{Effort, client};
 
 /// The connections that memory is measured with.
 const HELD: usize = 2_000;
@@ -12,18 +12,6 @@ const HELD: usize = 2_000;
 /// The connections that are open while few are active, and how many of them are.
 const OPEN: usize = 10_000;
 const ACTIVE: usize = OPEN / 100;
-
-fn commands() -> [(&'static str, Vec<String>); 3] {
-    let quiet = [PAGES.as_slice(), &["--log-level", "warn"]].concat();
-    [
-        ("native, tokio", native::command(&["hello"])),
-        (
-            "wasinetd, concurrent",
-            wasinetd("concurrent", "hello", &quiet),
-        ),
-        ("wasinetd, spawn", wasinetd("spawn", "hello", &quiet)),
-    ]
-}
 
 pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
     Ok(Section {
@@ -39,7 +27,7 @@ pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
 
 fn held(effort: Effort) -> Result<Table, String> {
     let mut rows = Vec::new();
-    for (name, command) in commands() {
+    for (name, command) in contenders("hello", &QUIET_PAGES) {
         let (mut memory, mut mappings) = (Samples::default(), Samples::default());
         for _ in 0..effort.rounds.min(3) {
             let server = Server::start(name, &command, Address::Printed)?;
@@ -65,7 +53,7 @@ fn held(effort: Effort) -> Result<Table, String> {
 }
 
 fn mostly_idle(effort: Effort) -> Result<Table, String> {
-    let mut rows: Vec<(String, Samples, Samples, Samples)> = commands()
+    let mut rows: Vec<(String, Samples, Samples, Samples)> = contenders("hello", &QUIET_PAGES)
         .iter()
         .map(|(name, _)| {
             let none = Samples::default;
@@ -73,15 +61,14 @@ fn mostly_idle(effort: Effort) -> Result<Table, String> {
         })
         .collect();
     for _ in 0..effort.rounds {
-        for ((name, command), row) in commands().iter().zip(&mut rows) {
+        for ((name, command), row) in contenders("hello", &QUIET_PAGES).iter().zip(&mut rows) {
             let server = Server::start(name, command, Address::Printed)?;
             let idle = client::idlers(server.address(), OPEN - ACTIVE)
                 .map_err(|error| format!("{name}, {OPEN} connections: {error}"))?;
-            let before = server.cpu_micros();
-            let load = wrk::run(server.address(), Work::Kept, ACTIVE as u32, effort.seconds)?;
+            let (load, cpu) = wrk::measure(&server, Work::Kept, ACTIVE as u32, effort.seconds)?;
             row.1.push(load.p50);
             row.2.push(load.p99);
-            row.3.push((server.cpu_micros() - before) / load.requests);
+            row.3.push(cpu);
             drop(idle);
         }
     }

@@ -7,6 +7,8 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::native;
+
 /// How long a server may take until it can be connected to.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -215,5 +217,20 @@ pub(crate) fn wasinetd(dispatch: &str, guest: &str, arguments: &[&str]) -> Vec<S
     command
 }
 
+/// The servers that a handler is compared on: native first, which the others are divided by.
+pub(crate) fn contenders(handler: &str, arguments: &[&str]) -> [(&'static str, Vec<String>); 3] {
+    [
+        ("native, tokio", native::command(&[handler])),
+        (
+            "wasinetd, concurrent",
+            wasinetd("concurrent", handler, arguments),
+        ),
+        ("wasinetd, spawn", wasinetd("spawn", handler, arguments)),
+    ]
+}
+
 /// What `hello` is granted.
 pub(crate) const PAGES: [&str; 2] = ["--dir", "static::/static"];
+
+/// [`PAGES`], without a line in the log for each of many connections.
+pub(crate) const QUIET_PAGES: [&str; 4] = ["--dir", "static::/static", "--log-level", "warn"];

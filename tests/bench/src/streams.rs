@@ -2,8 +2,8 @@
 
 use crate::report::{Section, Table};
 use crate::samples::{Samples, quantile};
-use crate::server::{Address, Server, wasinetd};
-use crate::{Effort, client, native};
+use crate::server::{Address, Server, contenders};
+use crate::{Effort, client};
 
 const GIB: usize = 1 << 30;
 
@@ -11,12 +11,10 @@ const GIB: usize = 1 << 30;
 const PING: usize = 64;
 
 pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
-    let start = |name, command: Vec<String>| Server::start(name, &command, Address::Printed);
-    let servers = [
-        start("native, tokio", native::command(&["echo"]))?,
-        start("wasinetd, concurrent", wasinetd("concurrent", "echo", &[]))?,
-        start("wasinetd, spawn", wasinetd("spawn", "echo", &[]))?,
-    ];
+    let servers = contenders("echo", &[])
+        .map(|(name, command)| Server::start(name, &command, Address::Printed))
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
     let failed = |server: &Server| {
         let name = server.name().to_string();
         move |error: std::io::Error| format!("{name}: {error}")

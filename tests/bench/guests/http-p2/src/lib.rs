@@ -5,17 +5,17 @@
 //! anything else with `404.html`, read at each request from the directory that is granted as
 //! `/static`. It looks at no method, and there is no `/sleep`: only GET of pages is measured.
 
+#[path = "../../read.rs"]
+mod read;
+
 use std::io::Write;
 
 use wasip2::exports::http::incoming_handler::Guest;
-use wasip2::filesystem::preopens::get_directories;
-use wasip2::filesystem::types::{DescriptorFlags, ErrorCode as FileError, OpenFlags, PathFlags};
 use wasip2::http::types::{
     ErrorCode, Fields, IncomingRequest, OutgoingBody, OutgoingResponse, ResponseOutparam,
 };
 
-/// How much of a page is read at once.
-const STEP: usize = 4096;
+use read::read;
 
 /// What the host calls.
 pub struct Pages;
@@ -48,27 +48,6 @@ impl Guest for Pages {
         // host buffers.
         ResponseOutparam::set(out, Ok(response));
         send(body, &page);
-    }
-}
-
-/// Reads a page whole, as `guest/hello` does: without the questions that `std::fs` asks the host
-/// first, which would be a fifth of the request's cost.
-fn read(name: &str) -> Result<Vec<u8>, FileError> {
-    let granted = get_directories();
-    let (pages, _) = granted
-        .iter()
-        .find(|(_, directory)| directory == "/static")
-        .ok_or(FileError::NoEntry)?;
-    let (follow, read) = (PathFlags::SYMLINK_FOLLOW, DescriptorFlags::READ);
-    let file = pages.open_at(follow, name, OpenFlags::empty(), read)?;
-    let mut page = Vec::new();
-    loop {
-        let (bytes, end) = file.read(STEP as u64, page.len() as u64)?;
-        page.extend_from_slice(&bytes);
-        // Only the last part of a regular file is short.
-        if end || bytes.len() < STEP {
-            return Ok(page);
-        }
     }
 }
 

@@ -6,14 +6,14 @@
 //! request from the directory that is granted as `/static`. It looks at no method, and there is no
 //! `/sleep`: only GET of pages is measured.
 
-use wasip2::filesystem::preopens::get_directories;
-use wasip2::filesystem::types::{DescriptorFlags, ErrorCode as FileError, OpenFlags, PathFlags};
+#[path = "../../read.rs"]
+mod read;
+
 use wasip3::exports::http::handler::Guest;
 use wasip3::http::types::{ErrorCode, Fields, Request, Response};
 use wasip3::{spawn_local, wit_future, wit_stream};
 
-/// How much of a page is read at once.
-const STEP: usize = 4096;
+use read::read;
 
 /// What the host calls.
 pub struct Pages;
@@ -46,30 +46,6 @@ impl Guest for Pages {
             let _ = trailers.write(Ok(None)).await;
         });
         Ok(response)
-    }
-}
-
-/// Reads a page whole, as `guest/hello` does: without the questions that `std::fs` asks the host
-/// first, which would be a tenth of the request's cost.
-///
-/// The files are those of WASI 0.2, like those of `std::fs`: 0.3 has a stream and a future for each
-/// read, which costs more than a small page is worth.
-fn read(name: &str) -> Result<Vec<u8>, FileError> {
-    let granted = get_directories();
-    let (pages, _) = granted
-        .iter()
-        .find(|(_, directory)| directory == "/static")
-        .ok_or(FileError::NoEntry)?;
-    let (follow, read) = (PathFlags::SYMLINK_FOLLOW, DescriptorFlags::READ);
-    let file = pages.open_at(follow, name, OpenFlags::empty(), read)?;
-    let mut page = Vec::new();
-    loop {
-        let (bytes, end) = file.read(STEP as u64, page.len() as u64)?;
-        page.extend_from_slice(&bytes);
-        // Only the last part of a regular file is short.
-        if end || bytes.len() < STEP {
-            return Ok(page);
-        }
     }
 }
 
