@@ -167,8 +167,10 @@ fn reset(client: Client) {
 #[test]
 fn a_client_that_resets_before_it_says_anything_is_gone() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("count"), &["--max-connections", "1"]);
-        // It waits in the backlog until it has reset.
+        // One thread: two would each have a backlog, and take from them in either order.
+        let one = ["--max-connections", "1", "--threads", "1"];
+        let server = Server::start(mode, &fixture("count"), &one);
+        // The second waits in the backlog until it has reset.
         let first = server.connect();
         let second = server.connect();
         reset(second);
