@@ -3,53 +3,56 @@
 
 use std::io;
 
-use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use futures::io::{AsyncBufRead, AsyncWrite, copy_buf};
 use wasinetd_guest::TcpStream;
 
 wasinetd_guest::export!(handle_connection);
 
 async fn handle_connection(stream: TcpStream) -> io::Result<()> {
-    echo(stream).await
+    let (reader, writer) = stream.into_split();
+    echo(reader, writer).await
 }
 
-/// Bytes moved at once: the most that one read of a [`TcpStream`] yields.
-const BUFFER_BYTES: usize = 64 * 1024;
-
-/// Sends back what `stream` receives, and returns when it has received its last byte and all has
-/// been sent.
+/// Sends to `writer` what `reader` receives, and returns when it has received its last byte and all
+/// has been sent.
 ///
 /// # Errors
 ///
-/// Fails when the stream does.
-pub async fn echo(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        match stream.read(&mut buffer).await? {
-            0 => return stream.flush().await,
-            n => stream.write_all(&buffer[..n]).await?,
-        }
-    }
+/// Fails when either does.
+pub async fn echo(
+    reader: impl AsyncBufRead,
+    mut writer: impl AsyncWrite + Unpin,
+) -> io::Result<()> {
+    copy_buf(reader, &mut writer).await.map(drop)
 }
 
 #[cfg(test)]
 mod tests {
     use std::pin::Pin;
-    use std::task::{Context, Poll};
+    use std::task::{Context, Poll, ready};
 
+    use futures::AsyncRead;
     use futures::executor::block_on;
+    use futures::io::BufReader;
 
     use super::*;
 
-    /// Reads from one vector and writes to another, at most `step` bytes at a time, and is pending
-    /// before each step.
-    struct MockStream {
-        unread: Vec<u8>,
-        written: Vec<u8>,
+    /// Moves at most `step` bytes at a time, and is pending before each step.
+    struct Steps<T> {
+        inner: T,
         step: usize,
         ready: bool,
     }
 
-    impl MockStream {
+    impl<T> Steps<T> {
+        fn new(inner: T, step: usize) -> Self {
+            Self {
+                inner,
+                step,
+                ready: true,
+            }
+        }
+
         fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<usize> {
             self.ready = !self.ready;
             if self.ready {
@@ -60,33 +63,25 @@ mod tests {
         }
     }
 
-    impl AsyncRead for MockStream {
+    impl AsyncRead for Steps<&[u8]> {
         fn poll_read(
             mut self: Pin<&mut Self>,
             cx: &mut Context<'_>,
             buffer: &mut [u8],
         ) -> Poll<io::Result<usize>> {
-            self.poll_step(cx).map(|step| {
-                let n = step.min(buffer.len()).min(self.unread.len());
-                let rest = self.unread.split_off(n);
-                buffer[..n].copy_from_slice(&self.unread);
-                self.unread = rest;
-                Ok(n)
-            })
+            let step = ready!(self.poll_step(cx)).min(buffer.len());
+            Pin::new(&mut self.inner).poll_read(cx, &mut buffer[..step])
         }
     }
 
-    impl AsyncWrite for MockStream {
+    impl AsyncWrite for Steps<&mut Vec<u8>> {
         fn poll_write(
             mut self: Pin<&mut Self>,
             cx: &mut Context<'_>,
             bytes: &[u8],
         ) -> Poll<io::Result<usize>> {
-            self.poll_step(cx).map(|step| {
-                let n = step.min(bytes.len());
-                self.written.extend_from_slice(&bytes[..n]);
-                Ok(n)
-            })
+            let step = ready!(self.poll_step(cx)).min(bytes.len());
+            Pin::new(&mut self.inner).poll_write(cx, &bytes[..step])
         }
 
         fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -102,14 +97,10 @@ mod tests {
     fn every_byte_comes_back_in_order_whatever_the_steps() {
         let bytes: Vec<u8> = (0..200_000_u32).map(|n| (n % 251) as u8).collect();
         for step in [997, 4096, 1 << 20] {
-            let mut stream = MockStream {
-                unread: bytes.clone(),
-                written: Vec::new(),
-                step,
-                ready: true,
-            };
-            block_on(echo(&mut stream)).unwrap();
-            assert!(stream.written == bytes, "with steps of {step}");
+            let mut written = Vec::new();
+            let reader = BufReader::new(Steps::new(bytes.as_slice(), step));
+            block_on(echo(reader, Steps::new(&mut written, step))).unwrap();
+            assert!(written == bytes, "with steps of {step}");
         }
     }
 }

@@ -2,16 +2,16 @@
 //! component model.
 //!
 //! A component-model read or write owns its buffer until it completes, while
-//! [`AsyncRead`](futures::io::AsyncRead) and [`AsyncWrite`](futures::io::AsyncWrite) lend one for
-//! the length of a poll. Each half therefore has a buffer of its own.
+//! [`AsyncRead`] and [`AsyncWrite`] lend one for the length of a poll. Each half therefore has a buffer of its own.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
+use futures::io::{AsyncBufRead, AsyncRead, AsyncWrite};
 use wit_bindgen::rt::async_support::{FutureReader, StreamResult, StreamWriter};
 
 use crate::rt::bindings::wit_stream;
@@ -25,70 +25,114 @@ const BUFFER_BYTES: usize = 64 * 1024;
 /// small, and what a sandbox has touched has to be cleared for the next connection.
 const FIRST_BUFFER_BYTES: usize = 2 * 1024;
 
+/// The receiving direction of a [`TcpStream`](crate::TcpStream), by
+/// [`into_split`](crate::TcpStream::into_split).
+///
+/// As an [`AsyncBufRead`] it lends what the host has written into its buffer, without a copy.
+pub struct ReadHalf(&'static mut Receiving);
+
+impl ReadHalf {
+    pub(crate) fn new(connection: &'static Connection) -> Self {
+        Self(Box::leak(Box::new(Receiving::new(connection))))
+    }
+}
+
+impl AsyncBufRead for ReadHalf {
+    fn poll_fill_buf(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
+        self.get_mut().0.poll_fill(cx)
+    }
+
+    fn consume(mut self: Pin<&mut Self>, n: usize) {
+        self.0.consume(n);
+    }
+}
+
+impl AsyncRead for ReadHalf {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        if buffer.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let receiving = &mut *self.get_mut().0;
+        let received = ready!(receiving.poll_fill(cx))?;
+        let n = received.len().min(buffer.len());
+        buffer[..n].copy_from_slice(&received[..n]);
+        receiving.consume(n);
+        Poll::Ready(Ok(n))
+    }
+}
+
 /// Moves bytes for one direction; resolves when the direction has ended.
 type Pump = Pin<Box<dyn Future<Output = Result<(), ErrorCode>>>>;
 
-/// Received bytes that the handler has not consumed yet.
+/// What the pump fills, and who has it.
 #[derive(Default)]
-struct Inbox {
-    bytes: Vec<u8>,
-    consumed: usize,
+enum Inbox {
+    /// The reader, while there are bytes in it that were not consumed.
+    #[default]
+    Lent,
+    /// The pump, which is to fill it.
+    Empty(Vec<u8>),
+    /// Nobody yet: the pump has filled it.
+    Filled(Vec<u8>),
 }
 
-/// The receiving direction.
-///
-/// A future, boxed once per connection, fills the inbox whenever it is empty. It and `poll_read`
-/// take turns: it runs only inside of a poll, so that the inbox is never borrowed twice.
-pub(crate) struct ReadHalf {
-    inbox: Rc<RefCell<Inbox>>,
+/// A future, boxed once per connection, fills the buffer whenever all of it has been consumed. The
+/// two hand the buffer to each other by way of the inbox: whoever does not have it finds
+/// [`Inbox::Lent`] there.
+struct Receiving {
     pump: Pump,
+    inbox: Rc<Cell<Inbox>>,
+    bytes: Vec<u8>,
+    consumed: usize,
     ended: Option<Result<(), ErrorCode>>,
 }
 
-impl ReadHalf {
-    pub(crate) fn new(connection: Rc<Connection>) -> Self {
-        let inbox = Rc::new(RefCell::new(Inbox::default()));
+impl Receiving {
+    fn new(connection: &'static Connection) -> Self {
+        let inbox = Rc::new(Cell::default());
         Self {
             pump: Box::pin(receive(connection, inbox.clone())),
             inbox,
+            bytes: Vec::new(),
+            consumed: 0,
             ended: None,
         }
     }
 
-    /// Hands received bytes to `consume`, which says how many it took. None at the end of the
-    /// stream.
-    pub(crate) fn poll_read<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        consume: impl FnOnce(&[u8]) -> (usize, T),
-    ) -> Poll<io::Result<T>> {
-        if self.inbox.borrow().is_empty() && self.ended.is_none() {
+    /// Received bytes that were not consumed. None at the end of the stream.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
+        if self.consumed == self.bytes.len() && self.ended.is_none() {
+            if self.bytes.capacity() > 0 {
+                // The pump has lent it: it gets it back.
+                self.inbox
+                    .set(Inbox::Empty(std::mem::take(&mut self.bytes)));
+                self.consumed = 0;
+            }
             if let Poll::Ready(result) = self.pump.as_mut().poll(cx) {
                 self.ended = Some(result);
-            } else if self.inbox.borrow().is_empty() {
+            } else if let Inbox::Filled(bytes) = self.inbox.take() {
+                self.bytes = bytes;
+            } else {
                 return Poll::Pending;
             }
         }
-        let mut inbox = self.inbox.borrow_mut();
-        if inbox.is_empty()
-            && let Some(Err(code)) = &self.ended
-        {
-            return Poll::Ready(Err(io_error(code)));
+        match &self.ended {
+            Some(Err(code)) => Poll::Ready(Err(io_error(code))),
+            _ => Poll::Ready(Ok(&self.bytes[self.consumed..])),
         }
-        let (taken, value) = consume(&inbox.bytes[inbox.consumed..]);
-        inbox.consumed += taken;
-        Poll::Ready(Ok(value))
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.consumed = (self.consumed + n).min(self.bytes.len());
     }
 }
 
-impl Inbox {
-    fn is_empty(&self) -> bool {
-        self.consumed == self.bytes.len()
-    }
-}
-
-/// Fills the inbox each time that it is empty.
-async fn receive(connection: Rc<Connection>, inbox: Rc<RefCell<Inbox>>) -> Result<(), ErrorCode> {
+/// Fills a buffer, and does so again each time that it comes back.
+async fn receive(connection: &'static Connection, inbox: Rc<Cell<Inbox>>) -> Result<(), ErrorCode> {
     let (mut stream, end) = connection.receive();
     let mut buffer = Vec::with_capacity(FIRST_BUFFER_BYTES);
     loop {
@@ -96,41 +140,81 @@ async fn receive(connection: Rc<Connection>, inbox: Rc<RefCell<Inbox>>) -> Resul
         if result == StreamResult::Dropped {
             return end.await;
         }
-        *inbox.borrow_mut() = Inbox {
-            bytes: filled,
-            consumed: 0,
-        };
-        buffer = poll_fn(|_| {
-            let mut inbox = inbox.borrow_mut();
-            if !inbox.is_empty() {
-                // The next `poll_read` that finds the inbox empty polls this again.
-                return Poll::Pending;
+        if filled.is_empty() {
+            // Nothing is lent that would look like the end.
+            buffer = filled;
+            continue;
+        }
+        inbox.set(Inbox::Filled(filled));
+        buffer = poll_fn(|_| match inbox.take() {
+            Inbox::Empty(buffer) => Poll::Ready(buffer),
+            // `Receiving` polls again when it has put it there.
+            other => {
+                inbox.set(other);
+                Poll::Pending
             }
-            Poll::Ready(std::mem::take(&mut *inbox).bytes)
         })
         .await;
         let full = buffer.len() == buffer.capacity();
         buffer.clear();
         if full && buffer.capacity() < BUFFER_BYTES {
-            buffer.reserve_exact(4 * buffer.capacity());
+            buffer.reserve_exact(BUFFER_BYTES.min(4 * buffer.capacity()));
         }
     }
 }
 
-/// The sending direction.
+/// The sending direction of a [`TcpStream`](crate::TcpStream), by
+/// [`into_split`](crate::TcpStream::into_split).
 ///
+/// Dropping it does not close this direction: [`futures::AsyncWriteExt::close`] does, and returning
+/// from the handler.
+pub struct WriteHalf(&'static mut Sending);
+
+impl WriteHalf {
+    pub(crate) fn new(connection: &'static Connection) -> Self {
+        Self(Box::leak(Box::new(Sending {
+            connection,
+            state: State::Unused,
+            end: None,
+            buffer: Vec::new(),
+        })))
+    }
+}
+
+impl AsyncWrite for WriteHalf {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.0.poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Nothing is held back.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.poll_close(cx)
+    }
+}
+
 /// It holds no bytes back: what a write has accepted, the host has taken. A write that the host
 /// cannot take at once is cancelled, and a write of no bytes waits for its turn instead, so that
 /// the bytes stay with the caller, who may drop the write or change its mind.
-pub(crate) struct WriteHalf {
-    state: Sending,
+struct Sending {
+    connection: &'static Connection,
+    state: State,
     /// Why the host took no more, once it does not.
     end: Option<FutureReader<Result<(), ErrorCode>>>,
     /// Reused for each write: the host takes bytes only from a buffer that it is handed.
     buffer: Vec<u8>,
 }
 
-enum Sending {
+enum State {
+    /// Nothing was written yet, and the host has no stream to take it from.
+    Unused,
     Open(StreamWriter<u8>),
     /// Until the host can take more.
     Waiting(Pin<Box<dyn Future<Output = (StreamWriter<u8>, StreamResult)>>>),
@@ -139,50 +223,47 @@ enum Sending {
     Ended(Result<(), ErrorCode>),
 }
 
-impl WriteHalf {
-    pub(crate) fn new(connection: &Connection) -> Self {
+impl Sending {
+    fn begin(&mut self) {
         let (writer, reader) = wit_stream::new();
-        Self {
-            state: Sending::Open(writer),
-            end: Some(connection.send(reader)),
-            buffer: Vec::new(),
-        }
+        self.end = Some(self.connection.send(reader));
+        self.state = State::Open(writer);
     }
 
     /// Sends some of `bytes`.
-    pub(crate) fn poll_write(
-        &mut self,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if bytes.is_empty() {
             return Poll::Ready(Ok(0));
         }
         loop {
             match &mut self.state {
-                Sending::Open(writer) => match try_write(writer, &mut self.buffer, cx, bytes) {
+                State::Unused => self.begin(),
+                State::Open(writer) => match try_write(writer, &mut self.buffer, cx, bytes) {
                     StreamResult::Complete(n) => return Poll::Ready(Ok(n)),
                     StreamResult::Dropped => self.end(),
                     StreamResult::Cancelled => self.wait(),
                 },
-                Sending::Waiting(waiting) => match ready!(waiting.as_mut().poll(cx)) {
+                State::Waiting(waiting) => match ready!(waiting.as_mut().poll(cx)) {
                     (_, StreamResult::Dropped) => self.end(),
-                    (writer, _) => self.state = Sending::Open(writer),
+                    (writer, _) => self.state = State::Open(writer),
                 },
-                Sending::Ending(_) => {
+                State::Ending(_) => {
                     let _ = ready!(self.poll_end(cx));
                 }
-                Sending::Ended(Ok(())) => {
+                State::Ended(Ok(())) => {
                     return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
                 }
-                Sending::Ended(Err(code)) => return Poll::Ready(Err(io_error(code))),
+                State::Ended(Err(code)) => return Poll::Ready(Err(io_error(code))),
             }
         }
     }
 
     /// Closes this direction.
-    pub(crate) fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if let Sending::Open(_) | Sending::Waiting(_) = self.state {
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let State::Unused = self.state {
+            self.begin();
+        }
+        if let State::Open(_) | State::Waiting(_) = self.state {
             self.end();
         }
         self.poll_end(cx)
@@ -191,7 +272,7 @@ impl WriteHalf {
     /// Drops the writer, which ends the stream if the host has not, and asks how it ended.
     fn end(&mut self) {
         let end = self.end.take();
-        self.state = Sending::Ending(Box::pin(async move {
+        self.state = State::Ending(Box::pin(async move {
             match end {
                 Some(end) => end.await,
                 None => Ok(()),
@@ -202,9 +283,9 @@ impl WriteHalf {
     /// Waits until the host can take more.
     fn wait(&mut self) {
         // The placeholder is replaced in the next line but one.
-        let open = std::mem::replace(&mut self.state, Sending::Ended(Ok(())));
-        if let Sending::Open(mut writer) = open {
-            self.state = Sending::Waiting(Box::pin(async move {
+        let open = std::mem::replace(&mut self.state, State::Ended(Ok(())));
+        if let State::Open(mut writer) = open {
+            self.state = State::Waiting(Box::pin(async move {
                 let (result, _) = writer.write(Vec::new()).await;
                 (writer, result)
             }));
@@ -212,11 +293,11 @@ impl WriteHalf {
     }
 
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if let Sending::Ending(end) = &mut self.state {
-            self.state = Sending::Ended(ready!(end.as_mut().poll(cx)));
+        if let State::Ending(end) = &mut self.state {
+            self.state = State::Ended(ready!(end.as_mut().poll(cx)));
         }
         match &self.state {
-            Sending::Ended(Err(code)) => Poll::Ready(Err(io_error(code))),
+            State::Ended(Err(code)) => Poll::Ready(Err(io_error(code))),
             _ => Poll::Ready(Ok(())),
         }
     }

@@ -38,14 +38,9 @@ where
     F: FnOnce(TcpStream) -> Fut,
     Fut: Future<Output = io::Result<()>>,
 {
-    let stream = TcpStream::new(connection);
-    let last = stream.share();
-    let result = handler(stream).await;
-    // Dropping the streams now would tell the client that the answer is complete (FIN), which after
-    // an error it is not; and after a success the host closes the connection as soon as this
-    // returns. The instance ends with this call, so nothing is leaked.
-    std::mem::forget(last);
-    result.map_err(|error| error_code(&error))
+    handler(TcpStream::new(connection))
+        .await
+        .map_err(|error| error_code(&error))
 }
 
 /// The error code that stands for `error` in the host's log.

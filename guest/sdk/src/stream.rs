@@ -1,13 +1,11 @@
 //! The connection as the futures crate sees a stream.
 
-use std::cell::RefCell;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::pin::Pin;
-use std::rc::Rc;
 use std::task::{Context, Poll};
 
-use futures::io::{AsyncRead, AsyncWrite};
+use futures::io::{AsyncBufRead, AsyncRead, AsyncWrite};
 
 use crate::half::{ReadHalf, WriteHalf};
 use crate::rt::Connection;
@@ -15,42 +13,39 @@ use crate::rt::bindings::wasinetd::tcp::types::SocketAddress;
 
 /// The connection that a handler is called with.
 ///
-/// It reads and writes as any stream of the [futures] crate does.
+/// It reads and writes as any stream of the [futures] crate does; as an [`AsyncBufRead`] it has
+/// `read_line` and `lines`, and lends what was received without a copy.
 /// What a write has accepted is on its way when it returns, and needs no flush. A write waits
 /// while the client does not read, and fails once the client is gone.
 ///
 /// Dropping it does not end the connection: returning from the handler does.
 pub struct TcpStream {
-    shared: Rc<Shared>,
-}
-
-struct Shared {
-    connection: Rc<Connection>,
-    read: RefCell<Option<ReadHalf>>,
-    write: RefCell<Option<WriteHalf>>,
+    // All of it is left where it is when the handler returns, and gone with the instance: to drop
+    // the writing direction would tell the client that the answer is complete (FIN), which after an
+    // error it is not, and to drop the rest would be calls of the host for nothing.
+    connection: &'static Connection,
+    read: ReadHalf,
+    write: WriteHalf,
 }
 
 impl TcpStream {
     pub(crate) fn new(connection: Connection) -> Self {
+        let connection: &'static Connection = Box::leak(Box::new(connection));
         Self {
-            shared: Rc::new(Shared {
-                connection: Rc::new(connection),
-                read: RefCell::default(),
-                write: RefCell::default(),
-            }),
+            connection,
+            read: ReadHalf::new(connection),
+            write: WriteHalf::new(connection),
         }
     }
 
-    /// Another handle to the same connection.
-    pub(crate) fn share(&self) -> Self {
-        Self {
-            shared: self.shared.clone(),
-        }
+    /// The two directions, to be used side by side.
+    pub fn into_split(self) -> (ReadHalf, WriteHalf) {
+        (self.read, self.write)
     }
 
     /// The number by which the host's log names this connection.
     pub fn id(&self) -> u64 {
-        self.shared.connection.id()
+        self.connection.id()
     }
 
     /// The address of the client.
@@ -59,7 +54,7 @@ impl TcpStream {
     ///
     /// [`io::ErrorKind::Unsupported`] when the client did not connect over IP.
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
-        socket_addr(self.shared.connection.remote_address())
+        socket_addr(self.connection.remote_address())
     }
 
     /// The address that the client connected to.
@@ -68,73 +63,52 @@ impl TcpStream {
     ///
     /// [`io::ErrorKind::Unsupported`] when the client did not connect over IP.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        socket_addr(self.shared.connection.local_address())
+        socket_addr(self.connection.local_address())
     }
 
     /// How to learn that the host is draining, for as long as the stream itself is in use.
     pub fn drain(&self) -> Drain {
         Drain {
-            connection: self.shared.connection.clone(),
+            connection: self.connection,
         }
     }
+}
 
-    /// Polls the receiving direction, which starts with the first call.
-    fn poll_receive<T>(
-        &self,
-        cx: &mut Context<'_>,
-        consume: impl FnOnce(&[u8]) -> (usize, T),
-    ) -> Poll<io::Result<T>> {
-        self.shared
-            .read
-            .borrow_mut()
-            .get_or_insert_with(|| ReadHalf::new(self.shared.connection.clone()))
-            .poll_read(cx, consume)
+impl AsyncBufRead for TcpStream {
+    fn poll_fill_buf(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
+        Pin::new(&mut self.get_mut().read).poll_fill_buf(cx)
     }
 
-    /// Polls the sending direction, which starts with the first call.
-    fn poll_send<T>(&self, poll: impl FnOnce(&mut WriteHalf) -> T) -> T {
-        poll(
-            self.shared
-                .write
-                .borrow_mut()
-                .get_or_insert_with(|| WriteHalf::new(&self.shared.connection)),
-        )
+    fn consume(mut self: Pin<&mut Self>, n: usize) {
+        Pin::new(&mut self.read).consume(n);
     }
 }
 
 impl AsyncRead for TcpStream {
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        if buffer.is_empty() {
-            return Poll::Ready(Ok(0));
-        }
-        self.poll_receive(cx, |received| {
-            let n = received.len().min(buffer.len());
-            buffer[..n].copy_from_slice(&received[..n]);
-            (n, n)
-        })
+        Pin::new(&mut self.read).poll_read(cx, buffer)
     }
 }
 
 impl AsyncWrite for TcpStream {
     fn poll_write(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.poll_send(|write| write.poll_write(cx, bytes))
+        Pin::new(&mut self.write).poll_write(cx, bytes)
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // Nothing is held back.
-        Poll::Ready(Ok(()))
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.write).poll_flush(cx)
     }
 
-    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_send(|write| write.poll_close(cx))
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.write).poll_close(cx)
     }
 }
 
@@ -143,7 +117,7 @@ impl AsyncWrite for TcpStream {
 /// A protocol that keeps connections open between exchanges should end them at the next pause: the
 /// host waits only for so long (`--drain-timeout`).
 pub struct Drain {
-    connection: Rc<Connection>,
+    connection: &'static Connection,
 }
 
 impl Drain {

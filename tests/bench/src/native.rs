@@ -5,10 +5,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use futures::io::BufReader;
 use hello::Platform;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Runtime};
-use tokio_util::compat::TokioAsyncReadCompatExt;
+use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
+
+/// How much is received at once to be sent back: as much as a guest's stream does.
+const ECHO_BYTES: usize = 64 * 1024;
 
 /// Serves as `arguments` say: `hello` or `echo` on a free port of 127.0.0.1, which it prints, with
 /// `one-thread` before it if there is to be only one; or `stdio`, which is `hello` for the one
@@ -57,7 +61,9 @@ async fn hello(stream: TcpStream) -> io::Result<()> {
 }
 
 async fn echo(stream: TcpStream) -> io::Result<()> {
-    echo::echo(stream.compat()).await
+    let (reader, writer) = stream.into_split();
+    let reader = BufReader::with_capacity(ECHO_BYTES, reader.compat());
+    echo::echo(reader, writer.compat_write()).await
 }
 
 async fn stdio() -> io::Result<()> {
