@@ -303,6 +303,21 @@ impl Server {
             .count()
     }
 
+    /// The processor time that it has used so far.
+    pub(crate) fn processor_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))
+            .expect("the server runs");
+        let (_, fields) = stat.rsplit_once(") ").expect("the name is in parentheses");
+        // User and system time, in ticks of 10 ms (proc(5)).
+        let ticks: u64 = fields
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .map(|ticks| ticks.parse::<u64>().expect("it is a number"))
+            .sum();
+        Duration::from_millis(ticks * 10)
+    }
+
     /// A figure of `/proc/PID/status` in KiB, such as `VmRSS`.
     pub(crate) fn memory(&self, name: &str) -> u64 {
         let path = format!("/proc/{}/status", self.child.id());
