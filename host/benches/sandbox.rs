@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, criterion_group, criterion_main};
 use futures::future::BoxFuture;
 use tokio::runtime::{Builder, Runtime};
-use wasinetd::sandbox::{Engine, Grants, Guest, Needs, Transport};
+use wasinetd::limit::Limit;
+use wasinetd::sandbox::{Engine, Grants, Guest, Limits, Needs, Transport};
 
 /// As in the command: what is measured is what is served with.
 #[global_allocator]
@@ -29,7 +30,7 @@ fn guest(name: &str) -> Guest {
         panic!("{path}: {error}; run `make build` first");
     });
     let needs = Needs::of(&component).expect("the guest is accepted");
-    let engine = Engine::new(SLOTS, &needs).expect("the pool fits");
+    let engine = Engine::new(SLOTS, &needs, Limits::default()).expect("the pool fits");
     Guest::new(&engine, &component, Grants::default()).expect("the guest is accepted")
 }
 
@@ -99,6 +100,10 @@ impl Transport for Client {
     }
 
     fn close_sending(&mut self) {}
+
+    fn limited(&mut self, limit: Limit) {
+        panic!("{limit}");
+    }
 
     fn release(&mut self) {}
 

@@ -3,14 +3,14 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::Error;
-use crate::sandbox::Needs;
+use crate::sandbox::{HOST_STACK_BYTES, Limits, Needs};
 
 /// The connections that are allowed at once unless the operator says otherwise, as far as they
 /// fit. Arbitrary: what a default Linux can hold.
 pub const DEFAULT_MAX_CONNECTIONS: usize = 10_000;
 
-/// Open files that are not connections: the listeners, the reactor, granted directories, files
-/// that guests read.
+/// Open files that are neither connections nor of guests: the listeners, the reactor, granted
+/// directories.
 const OTHER_FILES: u64 = 256;
 
 /// Memory mappings that are not sandboxes': libraries, thread stacks, the allocator's, compiled
@@ -27,9 +27,6 @@ const MAPPINGS_PER_MEMORY: u64 = 4;
 /// The address space that a memory reserves: all that a 32-bit guest can address, so that most
 /// accesses need no check, and a guard for the rest.
 const ADDRESSES_PER_MEMORY: u64 = (4 << 30) + (32 << 20);
-
-/// The address space that a stack reserves.
-const ADDRESSES_PER_STACK: u64 = (2 << 20) + 4096;
 
 /// The address space that everything else takes: the allocator and threads reserve generously.
 const OTHER_ADDRESSES: u64 = 4 << 30;
@@ -49,28 +46,55 @@ pub struct Bound {
     pub fix: String,
 }
 
+/// What one connection takes at most.
+struct Each {
+    files: u64,
+    mappings: u64,
+    addresses: u64,
+}
+
+impl Each {
+    fn new(needs: &Needs, limits: &Limits, directories: bool) -> Self {
+        let memories = u64::from(needs.memories);
+        let stack = limits.stack.saturating_add(HOST_STACK_BYTES) as u64;
+        let files = if directories {
+            limits.open_files as u64
+        } else {
+            0
+        };
+        Self {
+            // The socket.
+            files: files.saturating_add(1),
+            mappings: MAPPINGS_PER_STACK + MAPPINGS_PER_MEMORY.saturating_mul(memories),
+            addresses: stack.saturating_add(ADDRESSES_PER_MEMORY.saturating_mul(memories)),
+        }
+    }
+}
+
 /// How many connections fit, by each bound.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     /// The bounds of this machine.
     pub bounds: Vec<Bound>,
+    /// How many connections fit if each guest has as many files open as it may. Not a bound: few
+    /// guests open any, and thousands of connections are to fit on a machine where they do not.
+    pub all_open: Bound,
 }
 
 impl Plan {
-    /// Reads the limits of this process and machine, for guests with such `needs`.
-    pub fn new(needs: &Needs) -> Self {
+    /// Reads the limits of this process and machine, for guests with such `needs` and `limits`,
+    /// which can open files if `directories` are granted.
+    pub fn new(needs: &Needs, limits: &Limits, directories: bool) -> Self {
         let files = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
         let addresses = getrlimit(Resource::As)
             .current
             .unwrap_or(u64::MAX)
             .min(ADDRESSES);
-        Self::from_limits(needs, files, max_map_count(), addresses)
+        let each = Each::new(needs, limits, directories);
+        Self::from_limits(&each, files, max_map_count(), addresses)
     }
 
-    fn from_limits(needs: &Needs, files: u64, mappings: Option<u64>, addresses: u64) -> Self {
-        let memories = u64::from(needs.memories);
-        let per_connection = MAPPINGS_PER_STACK + MAPPINGS_PER_MEMORY.saturating_mul(memories);
-        let address_space = ADDRESSES_PER_STACK + ADDRESSES_PER_MEMORY.saturating_mul(memories);
+    fn from_limits(each: &Each, files: u64, mappings: Option<u64>, addresses: u64) -> Self {
         let fits = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
         let twice = |now: u64| now.saturating_mul(2);
         let mut bounds = vec![
@@ -81,16 +105,24 @@ impl Plan {
             },
             Bound {
                 name: "address space",
-                fits: fits(addresses.saturating_sub(OTHER_ADDRESSES) / address_space),
+                fits: fits(addresses.saturating_sub(OTHER_ADDRESSES) / each.addresses),
                 fix: "ulimit -v unlimited; beyond the processor's own limit, use a guest with fewer memories".into(),
             },
         ];
         bounds.extend(mappings.map(|mappings| Bound {
             name: "memory mappings (vm.max_map_count)",
-            fits: fits(mappings.saturating_sub(OTHER_MAPPINGS) / per_connection),
+            fits: fits(mappings.saturating_sub(OTHER_MAPPINGS) / each.mappings),
             fix: format!("sysctl -w vm.max_map_count={}", twice(mappings)),
         }));
-        Self { bounds }
+        let all_open = Bound {
+            name: "open files (ulimit -Hn), if each guest opens as many as it may",
+            fits: fits(files.saturating_sub(OTHER_FILES) / each.files),
+            fix: format!(
+                "ulimit -Hn {} as root, LimitNOFILE= in the systemd unit, or a lower --max-open-files",
+                twice(files)
+            ),
+        };
+        Self { bounds, all_open }
     }
 
     /// Adds the bound that the operator chooses: what `--max-connections` is, or would be.
@@ -137,6 +169,31 @@ impl Plan {
     }
 }
 
+/// The memory that this process may use, in bytes: what the machine has, or less where a control
+/// group says so (cgroup v2, `memory.max`). The largest number where neither can be read.
+pub fn memory() -> usize {
+    let machine = std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|meminfo| mem_total(&meminfo));
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max")
+        .ok()
+        .and_then(|max| max.trim().parse().ok());
+    [machine, group]
+        .into_iter()
+        .flatten()
+        .min()
+        .unwrap_or(usize::MAX)
+}
+
+/// The figure of `MemTotal` (proc(5)), in bytes.
+fn mem_total(meminfo: &str) -> Option<usize> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: usize = line.split_whitespace().next()?.parse().ok()?;
+    kib.checked_mul(1024)
+}
+
 /// The mappings that the kernel lets a process have. None where the kernel does not say.
 fn max_map_count() -> Option<u64> {
     std::fs::read_to_string("/proc/sys/vm/max_map_count")
@@ -177,7 +234,30 @@ mod tests {
     };
 
     fn plan(files: u64, mappings: u64, addresses: u64) -> Plan {
-        Plan::from_limits(&ONE_MEMORY, files, Some(mappings), addresses)
+        let each = Each::new(&ONE_MEMORY, &Limits::default(), false);
+        Plan::from_limits(&each, files, Some(mappings), addresses)
+    }
+
+    #[test]
+    fn files_that_guests_may_open_are_counted() {
+        let limits = Limits {
+            open_files: 3,
+            ..Limits::default()
+        };
+        let each = Each::new(&ONE_MEMORY, &limits, true);
+        let plan = Plan::from_limits(&each, OTHER_FILES + 40, None, ADDRESSES);
+        assert_eq!((plan.tightest().fits, plan.all_open.fits), (40, 10));
+        let none = Each::new(&ONE_MEMORY, &limits, false);
+        let plan = Plan::from_limits(&none, OTHER_FILES + 40, None, ADDRESSES);
+        assert_eq!(plan.all_open.fits, 40);
+    }
+
+    #[test]
+    fn memory_is_read_in_bytes() {
+        let meminfo = "MemTotal:       24689764 kB\nMemFree:        1 kB\n";
+        assert_eq!(mem_total(meminfo), Some(24_689_764 * 1024));
+        assert_eq!(mem_total("MemFree: 1 kB"), None);
+        assert!(memory() > 1 << 20);
     }
 
     #[test]

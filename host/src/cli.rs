@@ -4,8 +4,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use wasinetd::sandbox::{Access, DirGrant};
+use wasinetd::connection;
+use wasinetd::sandbox::{self, Access, DirGrant};
 
 /// The exit code for a mistake on the command line (BSD `sysexits.h`).
 pub(crate) const EX_USAGE: u8 = 64;
@@ -27,7 +29,7 @@ connections had to be ended before they were done, 78 for a setting that this ma
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Accept connections and hand each to a fresh instance of the guest
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Say whether a guest would be accepted, what it needs, and how many fit on this machine
     #[command(after_help = GRANTED)]
     Check(CheckArgs),
@@ -74,6 +76,12 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
     pub(crate) max_connections: Option<usize>,
 
+    #[command(flatten)]
+    pub(crate) guest_limits: GuestLimits,
+
+    #[command(flatten)]
+    pub(crate) connection_limits: ConnectionLimits,
+
     /// How long open connections may take to finish after SIGTERM or SIGINT; a second signal ends
     /// them at once
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, allow_hyphen_values = true)]
@@ -105,6 +113,114 @@ impl ServeArgs {
     }
 }
 
+/// What one guest may use: it is stopped, or refused more.
+#[derive(Args)]
+#[command(next_help_heading = "Limits of a guest")]
+pub(crate) struct GuestLimits {
+    /// Memories and tables together. Many times what a protocol handler needs, and a hundred that
+    /// take it all do not fill a machine
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
+    max_memory: usize,
+
+    /// Memory of all guests together, beyond the first 1 MiB of each
+    /// [default: half of the machine's, or of the cgroup's]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    max_total_memory: Option<usize>,
+
+    /// Time computing, not waiting, of one connection. An answer that takes longer is a job
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
+    cpu_time: Duration,
+
+    /// Call stack. wasmtime's own default: deep recursion of sane programs fits
+    #[arg(long, value_name = "SIZE", default_value = "512KiB", value_parser = stack)]
+    stack: usize,
+
+    /// Live handles of resources, streams, futures and calls. A handler has tens; each takes some
+    /// hundred bytes of the host
+    #[arg(long, value_name = "N", default_value = "1024", value_parser = positive, allow_hyphen_values = true)]
+    max_handles: usize,
+
+    /// Files, directories and other things of the host open at once. Each may be one of the host's
+    /// open files
+    #[arg(long, value_name = "N", default_value = "32", value_parser = positive, allow_hyphen_values = true)]
+    max_open_files: usize,
+
+    /// Bytes handed to the host in one call, which it holds meanwhile. Streams are not concerned:
+    /// they go through no buffer of the host
+    #[arg(long, value_name = "SIZE", default_value = "1MiB", value_parser = size)]
+    max_call_size: usize,
+
+    /// What is logged of standard output, and as much of standard error. Enough to explain a fault,
+    /// too little to fill a disk
+    #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = size)]
+    max_output: usize,
+}
+
+impl GuestLimits {
+    /// As the sandbox wants them; `memory` is what this machine has.
+    pub(crate) fn limits(&self, memory: usize) -> sandbox::Limits {
+        sandbox::Limits {
+            memory: self.max_memory,
+            total_memory: self.max_total_memory.unwrap_or(memory / 2),
+            cpu_time: self.cpu_time,
+            stack: self.stack,
+            handles: self.max_handles,
+            open_files: self.max_open_files,
+            call_size: self.max_call_size,
+            output: self.max_output,
+        }
+    }
+}
+
+/// What one connection may take: it is reset. `off` is no limit.
+#[derive(Args)]
+#[command(next_help_heading = "Limits of a connection")]
+pub(crate) struct ConnectionLimits {
+    /// Time without a byte either way. Longer than a person thinks about an answer
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration_or_off)]
+    idle_timeout: OrOff<Duration>,
+
+    /// Time that a guest waits for the first byte. A client that connects to speak does so at once;
+    /// ten seconds are several lost packets
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration_or_off)]
+    first_byte_timeout: OrOff<Duration>,
+
+    /// Time that a client takes nothing of what is to be sent
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration_or_off)]
+    write_timeout: OrOff<Duration>,
+
+    /// Time open. A day: no exchange of a client that lives takes longer, and what was forgotten
+    /// ends some time
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration_or_off)]
+    max_lifetime: OrOff<Duration>,
+
+    /// Bytes received. Off: what is too much depends on the protocol
+    #[arg(long, value_name = "SIZE", default_value = "off", value_parser = size_or_off)]
+    max_bytes_in: OrOff<usize>,
+
+    /// Bytes sent. Off: what is too much depends on the protocol
+    #[arg(long, value_name = "SIZE", default_value = "off", value_parser = size_or_off)]
+    max_bytes_out: OrOff<usize>,
+}
+
+impl ConnectionLimits {
+    /// As the connection wants them.
+    pub(crate) fn limits(&self) -> connection::Limits {
+        connection::Limits {
+            idle: self.idle_timeout.0,
+            first_byte: self.first_byte_timeout.0,
+            write: self.write_timeout.0,
+            lifetime: self.max_lifetime.0,
+            bytes_in: self.max_bytes_in.0.map(|bytes| bytes as u64),
+            bytes_out: self.max_bytes_out.0.map(|bytes| bytes as u64),
+        }
+    }
+}
+
+/// The value of a limit, if it is not off.
+#[derive(Clone, Copy)]
+struct OrOff<T>(Option<T>);
+
 #[derive(Args)]
 pub(crate) struct CheckArgs {
     /// The guest: a component that exports wasinetd:tcp/handler
@@ -114,6 +230,9 @@ pub(crate) struct CheckArgs {
     /// The connections to plan for, as given to serve [default: 10000]
     #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
     pub(crate) max_connections: Option<usize>,
+
+    #[command(flatten)]
+    pub(crate) guest_limits: GuestLimits,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -174,6 +293,49 @@ fn positive(value: &str) -> Result<usize, String> {
         Ok(n) if n > 0 => Ok(n),
         _ => Err("not a whole number above zero".into()),
     }
+}
+
+/// A size in bytes that is not zero.
+fn size(value: &str) -> Result<usize, String> {
+    match value
+        .parse::<ByteSize>()
+        .map(|size| usize::try_from(size.0))
+    {
+        Ok(Ok(bytes)) if bytes > 0 => Ok(bytes),
+        _ => {
+            Err("not a size above zero; write a number and a unit, such as 512KiB or 64MiB".into())
+        }
+    }
+}
+
+/// Less, and a guest does not get as far as its first function; more, and thousands of them do not
+/// fit into what a processor can address.
+const STACK_BYTES: std::ops::RangeInclusive<usize> = (16 << 10)..=(64 << 20);
+
+fn stack(value: &str) -> Result<usize, String> {
+    let bytes = size(value)?;
+    if STACK_BYTES.contains(&bytes) {
+        Ok(bytes)
+    } else {
+        Err("not between 16KiB and 64MiB".into())
+    }
+}
+
+fn or_off<T>(value: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<OrOff<T>, String> {
+    if value == "off" {
+        return Ok(OrOff(None));
+    }
+    parse(value)
+        .map(|value| OrOff(Some(value)))
+        .map_err(|error| format!("{error}, or off"))
+}
+
+fn size_or_off(value: &str) -> Result<OrOff<usize>, String> {
+    or_off(value, size)
+}
+
+fn duration_or_off(value: &str) -> Result<OrOff<Duration>, String> {
+    or_off(value, duration)
 }
 
 fn duration(value: &str) -> Result<Duration, String> {

@@ -15,7 +15,7 @@ use wasinetd::capacity::{self, Plan};
 use wasinetd::connection;
 use wasinetd::lifecycle::Controller;
 use wasinetd::listener::{Bound, Incoming, Listening, Places};
-use wasinetd::sandbox::{Access, Engine, Grants, Guest, MAX_MEMORY_BYTES, Needs, Refusal, Report};
+use wasinetd::sandbox::{Access, Engine, Grants, Guest, Needs, Refusal, Report};
 use wasinetd::server::{self, Ended, Shards};
 
 use crate::cli::{CheckArgs, Dispatch, ServeArgs};
@@ -30,7 +30,8 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     capacity::raise_open_files()?;
     let component = read(&args.guest)?;
     let needs = Needs::of(&component).map_err(refused(&args.guest))?;
-    let plan = Plan::new(&needs);
+    let limits = args.guest_limits.limits(capacity::memory());
+    let plan = Plan::new(&needs, &limits, !args.directories().is_empty());
     let max_connections = plan.max_connections(args.max_connections)?;
     let grants = grants(&args)?;
     let shards = Shards::new(dispatch(args.dispatch), threads(&args))?;
@@ -41,7 +42,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         .iter()
         .map(|address| Bound::new(*address, shards.count()))
         .collect::<Result<_, _>>()?;
-    let engine = Engine::new(max_connections, &needs)?;
+    let engine = Engine::new(max_connections, &needs, limits)?;
     let guest = Guest::new(&engine, &component, grants).map_err(refused(&args.guest))?;
     let listening: Vec<Listening> = bound
         .into_iter()
@@ -66,7 +67,9 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         .map(|(_context, listeners)| Incoming::new(listeners, places.clone(), &lifecycle))
         .collect::<Result<_, _>>()?;
     let guest = Arc::new(guest);
-    let handler = move |accepted| connection::handle(accepted, guest.clone(), lifecycle.clone());
+    let limits = args.connection_limits.limits();
+    let handler =
+        move |accepted| connection::handle(accepted, guest.clone(), limits, lifecycle.clone());
     let serving = server::serve(
         shards,
         incoming,
@@ -85,8 +88,10 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
 pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode, Error> {
     let component = read(&args.guest)?;
     let needs = Needs::of(&component).map_err(refused(&args.guest))?;
+    let limits = args.guest_limits.limits(capacity::memory());
+    let plan = Plan::new(&needs, &limits, true).with_pool(args.max_connections);
     // One slot is enough to compile and link for.
-    let engine = Engine::new(1, &needs)?;
+    let engine = Engine::new(1, &needs, limits.clone())?;
     let guest = Guest::new(&engine, &component, Grants::default()).map_err(refused(&args.guest))?;
     let mut stdout = io::stdout().lock();
     // Whoever closes the pipe has read enough.
@@ -94,14 +99,20 @@ pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode, Error> {
         stdout,
         "{}: accepted\n\n{}\n{}",
         args.guest.display(),
-        Lists(guest.report()),
-        Capacity(Plan::new(&needs).with_pool(args.max_connections)),
+        Lists {
+            report: guest.report(),
+            max_memory: limits.memory,
+        },
+        Capacity(plan),
     );
     Ok(ExitCode::SUCCESS)
 }
 
 /// What a guest imports, exports and needs, for people.
-struct Lists<'a>(&'a Report);
+struct Lists<'a> {
+    report: &'a Report,
+    max_memory: usize,
+}
 
 impl fmt::Display for Lists<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -109,7 +120,7 @@ impl fmt::Display for Lists<'_> {
             imports,
             exports,
             needs,
-        } = self.0;
+        } = self.report;
         for (title, names) in [("imports", imports), ("exports", exports)] {
             writeln!(f, "{title}:")?;
             for name in names {
@@ -120,10 +131,10 @@ impl fmt::Display for Lists<'_> {
         writeln!(f, "  core instances: {}", needs.core_instances)?;
         writeln!(
             f,
-            "  memories: {} ({} KiB to start with, {} KiB each at most)",
+            "  memories: {} ({} KiB to start with, {} KiB with tables at most)",
             needs.memories,
             needs.memory_bytes / 1024,
-            MAX_MEMORY_BYTES / 1024
+            self.max_memory / 1024
         )?;
         writeln!(f, "  tables: {}", needs.tables)
     }
@@ -193,7 +204,7 @@ fn threads(args: &ServeArgs) -> usize {
     args.threads.unwrap_or((cores - 1).max(1))
 }
 
-/// A default that does not fit is lowered, and not in silence.
+/// A default that does not fit is lowered, and not in silence. Nor is what might not hold.
 fn warn_of_capacity(args: &ServeArgs, plan: &Plan, max_connections: usize) {
     if args.max_connections.is_none() && max_connections < capacity::DEFAULT_MAX_CONNECTIONS {
         let bound = plan.tightest();
@@ -202,6 +213,14 @@ fn warn_of_capacity(args: &ServeArgs, plan: &Plan, max_connections: usize) {
             bound = bound.name,
             lift_with = bound.fix,
             "fewer connections than the default fit on this machine"
+        );
+    }
+    if plan.all_open.fits < max_connections {
+        warn!(
+            max_connections,
+            suffices_for = plan.all_open.fits,
+            lift_with = plan.all_open.fix,
+            "guests that open as many files as they may could use up those of this process"
         );
     }
 }

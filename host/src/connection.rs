@@ -1,5 +1,6 @@
 //! One connection, from `accept` to its line in the log.
 
+mod limits;
 mod socket;
 
 use std::fmt;
@@ -15,8 +16,11 @@ use futures::future::BoxFuture;
 use tracing::info;
 
 use crate::lifecycle::Lifecycle;
+use crate::limit::{Limit, Met};
 use crate::listener::Accepted;
 use crate::sandbox::{self, Guest, Transport};
+pub use limits::Limits;
+use limits::{Timer, Times};
 use socket::Socket;
 
 /// How long after the last byte of an answer the client may take to close its side, and how much
@@ -29,30 +33,35 @@ const LINGER: (Duration, usize) = (Duration::from_secs(2), 4 << 20);
 
 /// Serves one accepted connection in a fresh sandbox of `guest`, and logs how it went.
 ///
-/// The connection is reset when `lifecycle` ends before the guest is done.
-pub async fn handle(accepted: Accepted, guest: Arc<Guest>, lifecycle: Lifecycle) {
+/// The connection is reset when it meets one of `limits`, or when `lifecycle` ends before the guest
+/// is done.
+pub async fn handle(accepted: Accepted, guest: Arc<Guest>, limits: Limits, lifecycle: Lifecycle) {
     let started = Instant::now();
     let Accepted {
         stream,
         peer,
         permit,
     } = accepted;
-    let connection = Arc::new(Mutex::new(Connection::new(stream, peer, lifecycle.clone())));
+    let connection = Connection::new(stream, peer, started, limits, lifecycle.clone());
+    let connection = Arc::new(Mutex::new(connection));
     let outcome = {
         let mut call = Box::pin(guest.handle(connection.clone()));
+        let mut timer = Timer::default();
         let call = poll_fn(|cx| {
             let polled = call.as_mut().poll(cx);
-            if polled.is_pending() {
-                lock(&connection).socket.push();
+            if polled.is_ready() {
+                return polled.map(Ending::Guest);
             }
-            polled
+            let mut connection = lock(&connection);
+            connection.socket.push();
+            connection.poll_limit(cx, &mut timer).map(Ending::Limit)
         });
-        let result = tokio::select! {
+        let ending = tokio::select! {
             biased;
-            result = call => Some(result),
-            () = lifecycle.ended() => None,
+            ending = call => ending,
+            () = lifecycle.ended() => Ending::Server,
         };
-        Outcome::new(result, lock(&connection).lost)
+        Outcome::new(ending, lock(&connection).lost)
         // The sandbox is gone after this block: none is held by a client that takes its time to
         // close.
     };
@@ -72,6 +81,13 @@ pub async fn handle(accepted: Accepted, guest: Arc<Guest>, lifecycle: Lifecycle)
     drop(permit);
 }
 
+/// Who ends a connection.
+enum Ending {
+    Guest(Result<(), sandbox::Failure>),
+    Limit(Limit),
+    Server,
+}
+
 /// How a connection ended, for the log.
 #[derive(Debug, PartialEq)]
 enum Outcome {
@@ -81,6 +97,8 @@ enum Outcome {
     Trap(sandbox::Trap),
     /// The guest gave up because the client was gone.
     ClientGone,
+    /// It met a limit.
+    Limit(Limit),
     /// The server ended first.
     DrainTimeout,
     /// No sandbox could be made.
@@ -88,14 +106,15 @@ enum Outcome {
 }
 
 impl Outcome {
-    fn new(result: Option<Result<(), sandbox::Failure>>, client_lost: bool) -> Self {
-        match result {
-            None => Self::DrainTimeout,
-            Some(Ok(())) => Self::Ok,
-            Some(Err(sandbox::Failure::Guest(_))) if client_lost => Self::ClientGone,
-            Some(Err(sandbox::Failure::Guest(text))) => Self::GuestError(text),
-            Some(Err(sandbox::Failure::Trap(trap))) => Self::Trap(trap),
-            Some(Err(sandbox::Failure::NotStarted(reason))) => Self::NoSandbox(reason),
+    fn new(ending: Ending, client_lost: bool) -> Self {
+        match ending {
+            Ending::Guest(Ok(())) => Self::Ok,
+            Ending::Guest(Err(sandbox::Failure::Guest(_))) if client_lost => Self::ClientGone,
+            Ending::Guest(Err(sandbox::Failure::Guest(text))) => Self::GuestError(text),
+            Ending::Guest(Err(sandbox::Failure::Trap(trap))) => Self::Trap(trap),
+            Ending::Guest(Err(sandbox::Failure::NotStarted(reason))) => Self::NoSandbox(reason),
+            Ending::Limit(limit) => Self::Limit(limit),
+            Ending::Server => Self::DrainTimeout,
         }
     }
 }
@@ -107,6 +126,7 @@ impl fmt::Display for Outcome {
             Self::GuestError(text) => write!(f, "guest error: {text}"),
             Self::Trap(trap) => write!(f, "trap: {}", trap.reason),
             Self::ClientGone => write!(f, "client gone"),
+            Self::Limit(limit) => write!(f, "limit: {limit}"),
             Self::DrainTimeout => write!(f, "drain timeout"),
             Self::NoSandbox(reason) => write!(f, "no sandbox: {reason}"),
         }
@@ -118,6 +138,11 @@ struct Connection {
     id: u64,
     socket: Socket,
     peer: SocketAddr,
+    limits: Limits,
+    times: Times,
+    /// A limit of bytes that the guest or the client wants to go beyond.
+    exceeded: Option<Limit>,
+    met: Met,
     lifecycle: Lifecycle,
     bytes_in: u64,
     bytes_out: u64,
@@ -132,12 +157,22 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(stream: TcpStream, peer: SocketAddr, lifecycle: Lifecycle) -> Self {
+    fn new(
+        stream: TcpStream,
+        peer: SocketAddr,
+        now: Instant,
+        limits: Limits,
+        lifecycle: Lifecycle,
+    ) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             socket: Socket::new(stream),
             peer,
+            limits,
+            times: Times::new(now),
+            exceeded: None,
+            met: Met::default(),
             lifecycle,
             bytes_in: 0,
             bytes_out: 0,
@@ -170,6 +205,28 @@ impl Connection {
         }
     }
 
+    /// Ready with a limit that the connection has met and ends for.
+    fn poll_limit(&mut self, cx: &mut Context<'_>, timer: &mut Timer) -> Poll<Limit> {
+        let limit = match self.exceeded {
+            Some(limit) => limit,
+            None => ready!(self.poll_time(cx, timer)),
+        };
+        self.met.add(limit);
+        Poll::Ready(limit)
+    }
+
+    fn poll_time(&mut self, cx: &mut Context<'_>, timer: &mut Timer) -> Poll<Limit> {
+        loop {
+            let limit = ready!(timer.poll(cx, &self.times, &self.limits));
+            // A guest may have given up a write that was stuck, and the client have read since.
+            if limit == Limit::WriteTimeout && self.socket.can_send() {
+                self.times.can_send();
+                continue;
+            }
+            return Poll::Ready(limit);
+        }
+    }
+
     fn shutdown_sending(&mut self) {
         if !std::mem::replace(&mut self.sent_end, true) {
             self.socket.shutdown_sending();
@@ -188,6 +245,7 @@ impl Connection {
             bytes_in = self.bytes_in,
             bytes_out = self.bytes_out,
             outcome = %outcome,
+            limit = self.met.names(),
             backtrace,
             "connection ended"
         );
@@ -198,6 +256,7 @@ impl Connection {
         if let Ok(n) = result {
             self.bytes_in += n as u64;
             self.received_end |= n == 0;
+            self.times.received(Instant::now());
         }
         self.note(result)
     }
@@ -223,18 +282,43 @@ impl Transport for Connection {
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        let result = ready!(self.socket.poll_receive(cx, buf));
-        Poll::Ready(self.received(result))
+        let left = left(self.limits.bytes_in, self.bytes_in);
+        // With nothing left, the end may still come.
+        let most = left.max(1).min(buf.len());
+        match self.socket.poll_receive(cx, &mut buf[..most]) {
+            Poll::Ready(Ok(1..)) if left == 0 => {
+                self.exceeded = Some(Limit::MaxBytesIn);
+                Poll::Pending
+            }
+            Poll::Ready(result) => Poll::Ready(self.received(result)),
+            Poll::Pending => {
+                self.times.waits_to_receive();
+                Poll::Pending
+            }
+        }
     }
 
     fn poll_receivable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.socket.poll_receivable(cx).map(|_| ())
+        let receivable = self.socket.poll_receivable(cx);
+        if receivable.is_pending() {
+            self.times.waits_to_receive();
+        }
+        receivable.map(|_| ())
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let result = ready!(self.socket.poll_send(cx, bytes));
+        let most = left(self.limits.bytes_out, self.bytes_out).min(bytes.len());
+        if most == 0 {
+            self.exceeded = Some(Limit::MaxBytesOut);
+            return Poll::Pending;
+        }
+        let Poll::Ready(result) = self.socket.poll_send(cx, &bytes[..most]) else {
+            self.times.waits_to_send();
+            return Poll::Pending;
+        };
         if let Ok(n) = result {
             self.bytes_out += n as u64;
+            self.times.sent(Instant::now());
         }
         Poll::Ready(self.note(result))
     }
@@ -249,6 +333,10 @@ impl Transport for Connection {
         }
     }
 
+    fn limited(&mut self, limit: Limit) {
+        self.met.add(limit);
+    }
+
     fn release(&mut self) {
         self.released = true;
     }
@@ -261,6 +349,13 @@ impl Transport for Connection {
         let lifecycle = self.lifecycle.clone();
         Box::pin(async move { lifecycle.draining().await })
     }
+}
+
+/// What is left of a limit of bytes.
+fn left(limit: Option<u64>, used: u64) -> usize {
+    limit.map_or(usize::MAX, |limit| {
+        usize::try_from(limit.saturating_sub(used)).unwrap_or(usize::MAX)
+    })
 }
 
 fn lock(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {

@@ -17,6 +17,7 @@ pub mod capacity;
 pub mod connection;
 mod error;
 pub mod lifecycle;
+pub mod limit;
 pub mod listener;
 pub mod sandbox;
 pub mod server;

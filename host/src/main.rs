@@ -27,7 +27,7 @@ fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
-        Command::Serve(args) => commands::serve(args),
+        Command::Serve(args) => commands::serve(*args),
         Command::Check(args) => commands::check(&args),
     };
     result.unwrap_or_else(|error| {

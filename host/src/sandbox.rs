@@ -7,6 +7,7 @@
 mod engine;
 mod grants;
 mod inspect;
+mod limits;
 mod output;
 mod tcp;
 mod trap;
@@ -24,12 +25,16 @@ use futures::future::BoxFuture;
 use wasmtime::component::{Accessor, ResourceTable};
 use wasmtime::{Store, UpdateDeadline};
 
-pub use engine::{Engine, MAX_MEMORY_BYTES};
+pub use engine::{Engine, HOST_STACK_BYTES};
 pub use grants::{Access, DirGrant, Grants};
 pub use inspect::{Needs, Refusal, Report};
+pub use limits::{FREE_MEMORY, Limits};
+use output::OutputLimit;
 pub use trap::Trap;
 use wasi::Wasi;
 
+use crate::limit::Limit;
+use limits::{Memory, Stopped};
 use tcp::bindings::wasinetd::tcp::types::ErrorCode;
 use tcp::{Connection, Sending};
 
@@ -64,6 +69,9 @@ pub trait Transport: Send + 'static {
 
     /// No more will be sent: the peer is to see the end of the stream.
     fn close_sending(&mut self);
+
+    /// The guest has met this limit.
+    fn limited(&mut self, limit: Limit);
 
     /// The guest is gone, and its owner ends the connection. What is still called by what is left
     /// of the guest, [`Self::close_sending`], is to be ignored: it would tell the peer that all is
@@ -155,43 +163,71 @@ impl Guest {
     /// Runs what computes in a sandbox, a turn for each poll.
     async fn in_turns<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
+        let clock = self.engine.clock();
+        let mut used = 0;
         poll_fn(|cx| {
-            turns::begin(self.engine.clock());
+            turns::begin(clock, used);
             let polled = work.as_mut().poll(cx);
-            turns::end();
+            used = turns::end(clock);
             polled
         })
         .await
     }
 
     fn store(&self, transport: SharedTransport) -> Store<State> {
+        let limits = self.engine.limits();
         let id = tcp::lock(&transport).id();
+        let mut table = ResourceTable::new();
+        table.set_max_capacity(limits.open_files);
+        let memory = Memory::new(
+            limits.memory,
+            self.engine.budget().clone(),
+            transport.clone(),
+        );
+        let output = OutputLimit::new(limits.output, transport.clone());
         let mut store = Store::new(
             self.engine.wasmtime(),
             State {
-                wasi: Wasi::new(&self.grants, id),
-                table: ResourceTable::new(),
+                wasi: Wasi::new(&self.grants, id, output),
+                table,
+                memory,
                 transport,
                 sending: Sending::default(),
             },
         );
-        store.set_epoch_deadline(1);
+        store.limiter(|state| &mut state.memory);
+        store.set_hostcall_fuel(limits.call_size);
+        store.set_max_component_handles(limits.handles);
+        if let Some(table) = store.concurrent_resource_table() {
+            table.set_max_capacity(limits.handles.saturating_mul(ENTRIES_PER_HANDLE));
+        }
+        self.keep_time(&mut store);
+        store
+    }
+
+    /// Has the guest in `store` make way for others, and stops it when its time is up.
+    fn keep_time(&self, store: &mut Store<State>) {
+        let most = self.engine.ticks(self.engine.limits().cpu_time);
         let clock = self.engine.clock().clone();
+        store.set_epoch_deadline(1);
         store.epoch_deadline_callback(move |_| {
+            if turns::used(&clock) > most {
+                return Err(Stopped(Limit::CpuTime).into());
+            }
             Ok(if turns::is_over(&clock) {
                 UpdateDeadline::YieldCustom(1, Box::pin(turns::make_way(clock.clone())))
             } else {
                 UpdateDeadline::Continue(1)
             })
         });
-        store
     }
 
     async fn instantiate(&self, store: &mut Store<State>) -> Result<tcp::bindings::Guest, Failure> {
-        self.pre
-            .instantiate_async(store)
-            .await
-            .map_err(|error| Failure::NotStarted(trap::reason(&error)))
+        let instantiated = self.pre.instantiate_async(&mut *store).await;
+        instantiated.map_err(|error| {
+            note_limit(store, &error);
+            Failure::NotStarted(trap::reason(&error))
+        })
     }
 
     /// Makes an instance in `store` and calls it.
@@ -204,8 +240,22 @@ impl Guest {
         match result {
             Ok(Ok(())) => Ok(()),
             Ok(Err(code)) => Err(Failure::Guest(tcp::describe(&code))),
-            Err(error) => Err(Failure::Trap(trap::describe(&error))),
+            Err(error) => {
+                note_limit(store, &error);
+                Err(Failure::Trap(trap::describe(&error)))
+            }
         }
+    }
+}
+
+/// What wasmtime has in its own table of a store for each handle of the guest, at most: the thing
+/// itself, and those that wait for it. The handles are bounded first.
+const ENTRIES_PER_HANDLE: usize = 4;
+
+/// Tells the transport of the limit that a guest ended for, if it did.
+fn note_limit(store: &Store<State>, error: &wasmtime::Error) {
+    if let Some(limit) = limits::of_error(error) {
+        tcp::lock(&store.data().transport).limited(limit);
     }
 }
 
@@ -239,6 +289,7 @@ async fn call(
 struct State {
     wasi: Wasi,
     table: ResourceTable,
+    memory: Memory,
     transport: SharedTransport,
     sending: Sending,
 }

@@ -4,8 +4,10 @@
 //! wait for what the server prints, or for what arrives on a socket.
 
 mod bad_input;
+mod connection_limits;
 mod ending;
 mod grants;
+mod guest_limits;
 mod harness;
 mod http;
 mod isolation;

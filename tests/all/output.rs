@@ -21,8 +21,8 @@ fn what_a_guest_prints_is_bounded() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("prints"), &[]);
         server.connect().read_to_end();
-        server.wait_for_log(&["id=1 ", "connection ended", "outcome=ok"]);
-        server.wait_for_log(&["WARN", "id=1 ", "guest output limit reached"]);
+        server.wait_for_log(&["id=1 ", "connection ended", "limit=\"max-output\""]);
+        server.wait_for_log(&["WARN", "id=1 ", "bytes=65536 limit=max-output"]);
         // The fixture prints 10,000 lines of 101 bytes; 64 KiB of them are let through.
         let lines = server.log_lines("xxxxxxxxxx").len();
         assert!((640..=650).contains(&lines), "{lines} lines");

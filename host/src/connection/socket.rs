@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -113,6 +114,14 @@ impl Socket {
     /// Ready when something can be sent.
     pub(super) fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.watched()?.poll_write_ready(cx)
+    }
+
+    /// Whether something can be sent right now.
+    pub(super) fn can_send(&self) -> bool {
+        self.fd().is_ok_and(|fd| {
+            let mut fds = [PollFd::new(&fd, PollFlags::OUT)];
+            poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+        })
     }
 
     /// Sends what the kernel holds back. To be called when the guest waits.

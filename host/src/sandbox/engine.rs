@@ -12,6 +12,7 @@ use wasmtime::{
 use wasmtime_wasi::{p2, p3};
 
 use super::inspect::{MAX_CORE_INSTANCES, Needs};
+use super::limits::{Budget, Limits};
 use super::turns::Clock;
 use super::{State, tcp};
 use crate::Error;
@@ -20,15 +21,17 @@ use crate::Error;
 /// more than the two percent they do; longer, and a request beside a busy guest would wait longer.
 const TICK: Duration = Duration::from_millis(5);
 
-/// The largest linear memory of a guest, in bytes. Arbitrary: a handler of one connection that
-/// needs more does not go with thousands of others on one machine.
-pub const MAX_MEMORY_BYTES: usize = 256 << 20;
+/// How much of what a guest has written to stays in memory and is written over with zeros when its
+/// slot is used again, in bytes. What is beyond goes back to the kernel, which costs system calls
+/// and page faults on the next use. Several times what a guest of a small protocol writes to; too
+/// little for the slots that hostile guests have filled to add up to much.
+const KEEP_RESIDENT_BYTES: usize = 256 << 10;
 
-/// How much of a slot stays mapped and is cleared by writing zeros when it is used again, in bytes.
-/// Beyond it the pages go back to the kernel, which costs system calls and page faults on the next
-/// use: with this much, twice as many connections per second as without were measured. What is
-/// written is only what was touched, where the kernel can tell (`PAGEMAP_SCAN`, Linux 6.7).
-const KEEP_RESIDENT_BYTES: usize = 2 << 20;
+/// The stack that the host's own functions have beyond a guest's, in bytes.
+pub const HOST_STACK_BYTES: usize = 3 << 19;
+
+/// A page of WebAssembly.
+const WASM_PAGE_BYTES: usize = 64 << 10;
 
 /// Makes sandboxes of guests. Clones share one.
 #[derive(Clone)]
@@ -38,18 +41,21 @@ struct Inner {
     wasmtime: wasmtime::Engine,
     linker: Linker<State>,
     clock: Clock,
+    limits: Limits,
+    budget: Arc<Budget>,
     /// Stops when the last clone is dropped.
     _ticker: Ticker,
 }
 
 impl Engine {
-    /// Makes an engine with room for `max_connections` instances of guests with such `needs`.
+    /// Makes an engine with room for `max_connections` instances of guests with such `needs`, each
+    /// within `limits`.
     ///
     /// # Errors
     ///
     /// [`Error::Pool`] when the system does not let us have the address space.
-    pub fn new(max_connections: usize, needs: &Needs) -> Result<Self, Error> {
-        let wasmtime = wasmtime::Engine::new(&config(max_connections, needs))
+    pub fn new(max_connections: usize, needs: &Needs, limits: Limits) -> Result<Self, Error> {
+        let wasmtime = wasmtime::Engine::new(&config(max_connections, needs, &limits))
             .map_err(|error| Error::pool(max_connections, error))?;
         let linker =
             linker(&wasmtime).map_err(|error| Error::internal("linking the host", error))?;
@@ -59,6 +65,8 @@ impl Engine {
             wasmtime,
             linker,
             clock,
+            budget: Arc::new(Budget::new(limits.total_memory)),
+            limits,
             _ticker: ticker,
         })))
     }
@@ -71,12 +79,26 @@ impl Engine {
         &self.0.clock
     }
 
+    pub(super) fn limits(&self) -> &Limits {
+        &self.0.limits
+    }
+
+    /// The memory that the sandboxes share.
+    pub(super) fn budget(&self) -> &Arc<Budget> {
+        &self.0.budget
+    }
+
+    /// How many ticks of the clock `time` has, rounded up.
+    pub(super) fn ticks(&self, time: Duration) -> u64 {
+        u64::try_from(time.as_nanos().div_ceil(TICK.as_nanos())).unwrap_or(u64::MAX)
+    }
+
     pub(super) fn linker(&self) -> &Linker<State> {
         &self.0.linker
     }
 }
 
-fn config(max_connections: usize, needs: &Needs) -> Config {
+fn config(max_connections: usize, needs: &Needs, limits: &Limits) -> Config {
     let slots = |each: u32| {
         u32::try_from(max_connections.saturating_mul(each as usize)).unwrap_or(u32::MAX)
     };
@@ -89,7 +111,7 @@ fn config(max_connections: usize, needs: &Needs) -> Config {
         .total_tables(slots(needs.tables))
         .max_tables_per_component(needs.tables)
         .total_stacks(slots(1))
-        .max_memory_size(MAX_MEMORY_BYTES)
+        .max_memory_size(limits.memory.next_multiple_of(WASM_PAGE_BYTES))
         .linear_memory_keep_resident(KEEP_RESIDENT_BYTES)
         .table_keep_resident(KEEP_RESIDENT_BYTES)
         .pagemap_scan(Enabled::Auto);
@@ -97,6 +119,8 @@ fn config(max_connections: usize, needs: &Needs) -> Config {
     config
         .wasm_component_model_async(true)
         .epoch_interruption(true)
+        .max_wasm_stack(limits.stack)
+        .async_stack_size(limits.stack + HOST_STACK_BYTES)
         .wasm_backtrace_details(WasmBacktraceDetails::Enable)
         .allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
     config

@@ -8,7 +8,7 @@ use wasmparser::{
 };
 use wasmtime::component::Component;
 
-use super::Engine;
+use super::{Engine, Limits};
 
 /// The package of our WIT.
 const PACKAGE: &str = "wasinetd:tcp";
@@ -91,6 +91,17 @@ impl Needs {
                     "each connection would take {has} {what}, and at most {most} are allowed; build it of fewer parts"
                 )));
             }
+        }
+        Ok(())
+    }
+
+    /// Refuses a guest that could not begin within `limits`.
+    pub(super) fn fit(&self, limits: &Limits) -> Result<(), Refusal> {
+        if self.memory_bytes > limits.memory as u64 {
+            return Err(Refusal(format!(
+                "each connection would begin with {} bytes of memory, and --max-memory allows {}; allow more, or link it with a smaller initial memory",
+                self.memory_bytes, limits.memory
+            )));
         }
         Ok(())
     }
@@ -299,6 +310,7 @@ pub struct Report {
 /// Compiles a component and checks that it imports only what is linked and exports a handler.
 pub(super) fn compile(engine: &Engine, bytes: &[u8]) -> Result<(Component, Report), Refusal> {
     let needs = Needs::of(bytes)?;
+    needs.fit(engine.limits())?;
     let component = Component::new(engine.wasmtime(), bytes)
         .map_err(|error| Refusal(format!("it does not compile: {error:#}; rebuild it")))?;
     let ty = component.component_type();

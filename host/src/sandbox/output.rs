@@ -11,12 +11,25 @@ use tracing::{info, warn};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 
+use super::{SharedTransport, tcp};
+use crate::limit::Limit;
+
 /// The longest line that is logged as one, in bytes. A longer one is broken.
 const MAX_LINE: usize = 4 * 1024;
 
-/// The most that is logged of one connection's standard output, and of its standard error, in
-/// bytes. Arbitrary: enough to explain a fault, too little to fill a disk from one connection.
-const MAX_TOTAL: usize = 64 * 1024;
+/// What may be logged of one connection's standard output, and as much of its standard error, and
+/// who is to be told when that was reached.
+#[derive(Clone)]
+pub(super) struct OutputLimit {
+    bytes: usize,
+    transport: SharedTransport,
+}
+
+impl OutputLimit {
+    pub(super) fn new(bytes: usize, transport: SharedTransport) -> Self {
+        Self { bytes, transport }
+    }
+}
 
 /// The standard output or the standard error of one connection's guest.
 ///
@@ -24,27 +37,33 @@ const MAX_TOTAL: usize = 64 * 1024;
 pub(super) struct GuestOutput {
     id: u64,
     name: &'static str,
+    limit: OutputLimit,
     lines: OnceLock<Lines>,
 }
 
 impl GuestOutput {
     /// For the connection `id`; `name` says which of its two streams it is.
-    pub(super) fn new(id: u64, name: &'static str) -> Self {
+    pub(super) fn new(id: u64, name: &'static str, limit: &OutputLimit) -> Self {
         Self {
             id,
             name,
+            limit: limit.clone(),
             lines: OnceLock::new(),
         }
     }
 
     fn lines(&self) -> Lines {
         let new = || {
-            Lines(Arc::new(Mutex::new(Line {
+            let line = Line {
                 id: self.id,
                 name: self.name,
                 partial: Vec::new(),
-                left: MAX_TOTAL,
-            })))
+                left: self.limit.bytes,
+            };
+            Lines {
+                line: Arc::new(Mutex::new(line)),
+                limit: self.limit.clone(),
+            }
         };
         self.lines.get_or_init(new).clone()
     }
@@ -68,14 +87,24 @@ impl StdoutStream for GuestOutput {
 
 /// Bytes in, lines out.
 #[derive(Clone)]
-struct Lines(Arc<Mutex<Line>>);
+struct Lines {
+    line: Arc<Mutex<Line>>,
+    limit: OutputLimit,
+}
 
 impl Lines {
     fn write(&self, bytes: &[u8]) {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .write(bytes);
+        let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        if line.left > 0 && line.write(bytes) == 0 {
+            warn!(
+                id = line.id,
+                stream = line.name,
+                bytes = self.limit.bytes,
+                limit = %Limit::MaxOutput,
+                "no more of what this guest prints is logged"
+            );
+            tcp::lock(&self.limit.transport).limited(Limit::MaxOutput);
+        }
     }
 }
 
@@ -128,7 +157,8 @@ struct Line {
 }
 
 impl Line {
-    fn write(&mut self, mut bytes: &[u8]) {
+    /// Returns what may still be logged.
+    fn write(&mut self, mut bytes: &[u8]) -> usize {
         while !bytes.is_empty() && self.left > 0 {
             let room = (MAX_LINE - self.partial.len()).min(self.left);
             let end = bytes.iter().position(|&byte| byte == b'\n');
@@ -141,15 +171,8 @@ impl Line {
             if ends_here || self.partial.len() == MAX_LINE || self.left == 0 {
                 self.flush();
             }
-            if self.left == 0 {
-                warn!(
-                    id = self.id,
-                    stream = self.name,
-                    limit = MAX_TOTAL,
-                    "guest output limit reached"
-                );
-            }
         }
+        self.left
     }
 
     fn flush(&mut self) {
@@ -205,17 +228,17 @@ mod tests {
 
     #[test]
     fn output_is_cut_at_its_limit_and_not_before() {
+        let most = 64 * 1024;
         let mut line = Line {
             id: 0,
             name: "stdout",
             partial: Vec::new(),
-            left: MAX_TOTAL,
+            left: most,
         };
-        line.write(&vec![b'\n'; MAX_TOTAL - 1]);
-        assert_eq!(line.left, 1);
-        line.write(b"xy");
-        assert_eq!((line.left, line.partial.len()), (0, 0));
-        line.write(b"z");
+        assert_eq!(line.write(&vec![b'\n'; most - 1]), 1);
+        assert_eq!(line.write(b"xy"), 0);
+        assert_eq!(line.partial.len(), 0);
+        assert_eq!(line.write(b"z"), 0);
         assert!(line.partial.is_empty());
     }
 }

@@ -31,24 +31,51 @@ thread_local! {
     /// What the guest that computes on this thread may, if it came by the lane.
     static HELD: Cell<Option<OwnedSemaphorePermit>> = const { Cell::new(None) };
 
-    /// When the guest that computes on this thread is to make way.
-    static ENDS: Cell<u64> = const { Cell::new(0) };
+    /// The turn of the guest that computes on this thread.
+    static TURN: Cell<Turn> = const { Cell::new(Turn { began: 0, ends: 0, used: 0 }) };
 }
 
-/// Begins a turn. To be called before a guest is polled.
-pub(super) fn begin(clock: &Clock) {
-    ENDS.set(clock.now() + 2);
+/// A turn, in ticks of the clock.
+#[derive(Clone, Copy)]
+struct Turn {
+    began: u64,
+    /// When the guest is to make way.
+    ends: u64,
+    /// What the guest had used when it began.
+    used: u64,
 }
 
-/// Ends a turn, and leaves the lane if the guest came by it.
-pub(super) fn end() {
+/// Begins a turn of a guest that has computed for `used` ticks before. To be called before a guest
+/// is polled.
+pub(super) fn begin(clock: &Clock, used: u64) {
+    let began = clock.now();
+    TURN.set(Turn {
+        began,
+        ends: began + 2,
+        used,
+    });
+}
+
+/// Ends a turn, and leaves the lane if the guest came by it. Returns for how many ticks the guest
+/// has computed now.
+pub(super) fn end(clock: &Clock) -> u64 {
     HELD.take();
+    used(clock)
+}
+
+/// For how many ticks the guest that computes on this thread has done so.
+///
+/// What is counted is the ticks that fall into its turns. A short turn may see none, and another one
+/// as short may see one: together they come to the time that was used.
+pub(super) fn used(clock: &Clock) -> u64 {
+    let turn = TURN.get();
+    turn.used + clock.now().saturating_sub(turn.began)
 }
 
 /// Whether the turn has been long enough. A store that has waited for long finds its deadline
 /// passed when its turn has only begun.
 pub(super) fn is_over(clock: &Clock) -> bool {
-    clock.now() >= ENDS.get()
+    clock.now() >= TURN.get().ends
 }
 
 /// Waits for the lane, and for everyone else to have had a turn.
@@ -60,5 +87,8 @@ pub(super) async fn make_way(clock: Clock) {
     tokio::task::yield_now().await;
     tokio::task::yield_now().await;
     HELD.set(held);
-    ENDS.set(clock.now() + 1);
+    TURN.set(Turn {
+        ends: clock.now() + 1,
+        ..TURN.get()
+    });
 }

@@ -8,13 +8,14 @@ use wasmtime_wasi::clocks::{WasiClocksCtx, WasiClocksCtxView, WasiClocksView};
 use wasmtime_wasi::filesystem::{WasiFilesystemCtx, WasiFilesystemCtxView, WasiFilesystemView};
 use wasmtime_wasi::random::{WasiRandomCtx, WasiRandomView};
 
-use super::output::GuestOutput;
+use super::output::{GuestOutput, OutputLimit};
 use super::{Grants, State};
 
 /// What a guest has of WASI.
 pub(super) struct Wasi {
     id: u64,
     grants: Grants,
+    output: OutputLimit,
     cli: Option<WasiCliCtx>,
     clocks: Option<WasiClocksCtx>,
     filesystem: Option<WasiFilesystemCtx>,
@@ -23,10 +24,11 @@ pub(super) struct Wasi {
 
 impl Wasi {
     /// For the guest of connection `id`.
-    pub(super) fn new(grants: &Grants, id: u64) -> Self {
+    pub(super) fn new(grants: &Grants, id: u64, output: OutputLimit) -> Self {
         Self {
             id,
             grants: grants.clone(),
+            output,
             cli: None,
             clocks: None,
             filesystem: None,
@@ -36,10 +38,10 @@ impl Wasi {
 }
 
 /// Standard streams and environment. Standard input is at its end.
-fn cli(grants: &Grants, id: u64) -> WasiCliCtx {
+fn cli(grants: &Grants, id: u64, output: &OutputLimit) -> WasiCliCtx {
     let mut context = WasiCtx::builder()
-        .stdout(GuestOutput::new(id, "stdout"))
-        .stderr(GuestOutput::new(id, "stderr"))
+        .stdout(GuestOutput::new(id, "stdout", output))
+        .stderr(GuestOutput::new(id, "stderr", output))
         .envs(grants.environment())
         .build();
     std::mem::take(context.cli())
@@ -48,10 +50,14 @@ fn cli(grants: &Grants, id: u64) -> WasiCliCtx {
 impl WasiCliView for State {
     fn cli(&mut self) -> WasiCliCtxView<'_> {
         let Wasi {
-            id, grants, cli, ..
+            id,
+            grants,
+            output,
+            cli,
+            ..
         } = &mut self.wasi;
         WasiCliCtxView {
-            ctx: cli.get_or_insert_with(|| self::cli(grants, *id)),
+            ctx: cli.get_or_insert_with(|| self::cli(grants, *id, output)),
             table: &mut self.table,
         }
     }
@@ -78,8 +84,16 @@ impl WasiFilesystemView for State {
     }
 }
 
+/// Randomness that a guest may ask for in one call, in bytes: no more than takes the host a moment.
+const MAX_RANDOM_BYTES: u64 = 64 << 10;
+
+fn random() -> WasiRandomCtx {
+    let mut context = WasiCtx::builder().max_random_size(MAX_RANDOM_BYTES).build();
+    std::mem::take(context.random())
+}
+
 impl WasiRandomView for State {
     fn random(&mut self) -> &mut WasiRandomCtx {
-        self.wasi.random.get_or_insert_default()
+        self.wasi.random.get_or_insert_with(random)
     }
 }

@@ -1,0 +1,140 @@
+//! The limits that keep guests and clients from harming others, by name.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A limit that a guest or a client can meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// A guest's memories and tables together.
+    MaxMemory,
+    /// The memory of all guests together.
+    MaxTotalMemory,
+    /// The time that a guest computes.
+    CpuTime,
+    /// A guest's call stack.
+    Stack,
+    /// A guest's handles, streams, futures and tasks.
+    MaxHandles,
+    /// What a guest has open of the host: files, directories.
+    MaxOpenFiles,
+    /// What a guest hands to the host in one call.
+    MaxCallSize,
+    /// What is logged of what a guest prints.
+    MaxOutput,
+    /// How long no byte is moved either way.
+    IdleTimeout,
+    /// How long a guest waits for the first byte.
+    FirstByteTimeout,
+    /// How long a client takes nothing of what is to be sent.
+    WriteTimeout,
+    /// How long a connection is open.
+    MaxLifetime,
+    /// What is received on a connection.
+    MaxBytesIn,
+    /// What is sent on a connection.
+    MaxBytesOut,
+}
+
+/// How often each was met since the process began, by its place in [`Limit::ALL`].
+static MET: [AtomicU64; Limit::ALL.len()] = [const { AtomicU64::new(0) }; Limit::ALL.len()];
+
+impl Limit {
+    /// All there are.
+    pub const ALL: [Self; 14] = [
+        Self::MaxMemory,
+        Self::MaxTotalMemory,
+        Self::CpuTime,
+        Self::Stack,
+        Self::MaxHandles,
+        Self::MaxOpenFiles,
+        Self::MaxCallSize,
+        Self::MaxOutput,
+        Self::IdleTimeout,
+        Self::FirstByteTimeout,
+        Self::WriteTimeout,
+        Self::MaxLifetime,
+        Self::MaxBytesIn,
+        Self::MaxBytesOut,
+    ];
+
+    /// Its name in the log: that of the flag that sets it, without the dashes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::MaxMemory => "max-memory",
+            Self::MaxTotalMemory => "max-total-memory",
+            Self::CpuTime => "cpu-time",
+            Self::Stack => "stack",
+            Self::MaxHandles => "max-handles",
+            Self::MaxOpenFiles => "max-open-files",
+            Self::MaxCallSize => "max-call-size",
+            Self::MaxOutput => "max-output",
+            Self::IdleTimeout => "idle-timeout",
+            Self::FirstByteTimeout => "first-byte-timeout",
+            Self::WriteTimeout => "write-timeout",
+            Self::MaxLifetime => "max-lifetime",
+            Self::MaxBytesIn => "max-bytes-in",
+            Self::MaxBytesOut => "max-bytes-out",
+        }
+    }
+
+    /// Counts that a connection has met it.
+    pub(crate) fn count(self) {
+        MET[self as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many connections have met it since the process began.
+    pub fn met(self) -> u64 {
+        MET[self as usize].load(Ordering::Relaxed)
+    }
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The limits that one connection has met, each once.
+#[derive(Debug, Default)]
+pub(crate) struct Met(Vec<Limit>);
+
+impl Met {
+    /// Adds `limit`, and counts it the first time.
+    pub(crate) fn add(&mut self, limit: Limit) {
+        if !self.0.contains(&limit) {
+            limit.count();
+            self.0.push(limit);
+        }
+    }
+
+    /// Their names with commas between them, or None if there are none.
+    pub(crate) fn names(&self) -> Option<String> {
+        let names: Vec<_> = self.0.iter().map(|limit| limit.name()).collect();
+        (!names.is_empty()).then(|| names.join(","))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_has_a_place_of_its_own() {
+        for (place, limit) in Limit::ALL.into_iter().enumerate() {
+            assert_eq!(limit as usize, place, "{limit}");
+        }
+    }
+
+    #[test]
+    fn a_connection_meets_a_limit_once() {
+        let before = Limit::MaxBytesIn.met();
+        let mut met = Met::default();
+        assert_eq!(met.names(), None);
+        met.add(Limit::MaxBytesIn);
+        met.add(Limit::Stack);
+        met.add(Limit::MaxBytesIn);
+        assert_eq!(met.names().as_deref(), Some("max-bytes-in,stack"));
+        assert_eq!(Limit::MaxBytesIn.met(), before + 1);
+    }
+}

@@ -1,0 +1,188 @@
+//! What one sandbox may use, and all of them together.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use wasmtime::ResourceLimiter;
+use wasmtime::component::ResourceTableError;
+
+use super::{SharedTransport, tcp};
+use crate::limit::Limit;
+
+/// What a sandbox may use. The defaults are those of the command line, where each has its reason.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Limits {
+    /// Its linear memories and tables together, in bytes.
+    pub memory: usize,
+    /// What all sandboxes may take together beyond [`FREE_MEMORY`] each, in bytes.
+    pub total_memory: usize,
+    /// For how long it may compute. Waiting does not count.
+    pub cpu_time: Duration,
+    /// Its call stack, in bytes.
+    pub stack: usize,
+    /// Its handles of resources, streams, futures and tasks that are live at once.
+    pub handles: usize,
+    /// What it has open of the host at once: files, directories, streams of them.
+    pub open_files: usize,
+    /// What it may hand to the host in one call, in bytes.
+    pub call_size: usize,
+    /// What is logged of its standard output, and of its standard error, in bytes.
+    pub output: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            memory: 64 << 20,
+            total_memory: usize::MAX,
+            cpu_time: Duration::from_secs(30),
+            stack: 512 << 10,
+            handles: 1024,
+            open_files: 32,
+            call_size: 1 << 20,
+            output: 64 << 10,
+        }
+    }
+}
+
+/// What a sandbox may take of memory, in bytes, without its being counted among that of all.
+///
+/// Most guests never ask for more than they start with, and touch little of that.
+pub const FREE_MEMORY: usize = 1 << 20;
+
+/// The memory that all sandboxes may take beyond what is free to each.
+pub(super) struct Budget {
+    left: AtomicUsize,
+}
+
+impl Budget {
+    pub(super) fn new(bytes: usize) -> Self {
+        Self {
+            left: AtomicUsize::new(bytes),
+        }
+    }
+
+    fn take(&self, bytes: usize) -> bool {
+        self.left
+            .try_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                left.checked_sub(bytes)
+            })
+            .is_ok()
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.left.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Counts the memory of one sandbox.
+pub(super) struct Memory {
+    used: usize,
+    most: usize,
+    /// What was taken from the budget of all.
+    taken: usize,
+    budget: Arc<Budget>,
+    transport: SharedTransport,
+}
+
+impl Memory {
+    pub(super) fn new(most: usize, budget: Arc<Budget>, transport: SharedTransport) -> Self {
+        Self {
+            used: 0,
+            most,
+            taken: 0,
+            budget,
+            transport,
+        }
+    }
+
+    /// Whether the sandbox may have so many bytes more.
+    fn grow(&mut self, bytes: usize) -> bool {
+        match self.refusal(bytes) {
+            None => true,
+            Some(limit) => {
+                tcp::lock(&self.transport).limited(limit);
+                false
+            }
+        }
+    }
+
+    fn refusal(&mut self, bytes: usize) -> Option<Limit> {
+        let used = self.used.saturating_add(bytes);
+        if used > self.most {
+            return Some(Limit::MaxMemory);
+        }
+        let counted = used.saturating_sub(FREE_MEMORY);
+        if !self.budget.take(counted - self.taken) {
+            return Some(Limit::MaxTotalMemory);
+        }
+        self.used = used;
+        self.taken = counted;
+        None
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.budget.give_back(self.taken);
+    }
+}
+
+impl ResourceLimiter for Memory {
+    fn memory_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        Ok(self.grow(desired - current))
+    }
+
+    fn table_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        // An element is a pointer.
+        let bytes = (desired - current).saturating_mul(size_of::<usize>());
+        Ok(self.grow(bytes))
+    }
+}
+
+/// Why a guest was stopped, when it was for a limit.
+#[derive(Debug)]
+pub(super) struct Stopped(pub(super) Limit);
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the limit {} was met", self.0)
+    }
+}
+
+impl std::error::Error for Stopped {}
+
+/// The limit that a call of a guest ended for.
+pub(super) fn of_error(error: &wasmtime::Error) -> Option<Limit> {
+    if let Some(Stopped(limit)) = error.downcast_ref() {
+        return Some(*limit);
+    }
+    if let Some(wasmtime::Trap::StackOverflow) = error.downcast_ref() {
+        return Some(Limit::Stack);
+    }
+    // The host's things: what wasmtime keeps of a guest's own is bounded by its handles first.
+    if let Some(ResourceTableError::Full) = error.downcast_ref() {
+        return Some(Limit::MaxOpenFiles);
+    }
+    // These have no type that is public. Tests meet both.
+    let text = error.root_cause().to_string();
+    if text.contains("store handle limit exceeded") {
+        return Some(Limit::MaxHandles);
+    }
+    if text.contains("fuel allocated for hostcalls has been exhausted") {
+        return Some(Limit::MaxCallSize);
+    }
+    None
+}
