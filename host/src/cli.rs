@@ -1,12 +1,15 @@
 //! The command line.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 use wasinetd::connection;
+use wasinetd::listener::{self, Prefix, Rules};
 use wasinetd::sandbox::{self, Access, DirGrant};
 
 /// The exit code for a mistake on the command line (BSD `sysexits.h`).
@@ -75,6 +78,9 @@ pub(crate) struct ServeArgs {
     /// [default: 10000, or as many as this machine can hold]
     #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
     pub(crate) max_connections: Option<usize>,
+
+    #[command(flatten)]
+    pub(crate) admission: AdmissionArgs,
 
     #[command(flatten)]
     pub(crate) guest_limits: GuestLimits,
@@ -170,6 +176,81 @@ impl GuestLimits {
             output: self.max_output,
         }
     }
+}
+
+/// Who may connect. A client that may not is reset.
+#[derive(Args)]
+#[command(next_help_heading = "Who may connect")]
+pub(crate) struct AdmissionArgs {
+    /// Only clients of this network may connect; repeat it for more
+    #[arg(long, value_name = "CIDR", value_parser = network)]
+    allow: Vec<IpNet>,
+
+    /// Clients of this network may not connect, whether allowed or not; repeat it for more
+    #[arg(long, value_name = "CIDR", value_parser = network)]
+    deny: Vec<IpNet>,
+
+    /// Connections at once from one source, or off. Behind a proxy all clients are one source
+    /// [default: half of --max-connections, so that nobody has them all]
+    #[arg(long, value_name = "N", value_parser = positive_or_off, allow_hyphen_values = true)]
+    max_connections_per_source: Option<OrOff<usize>>,
+
+    /// The leading bits of an IPv4 and of an IPv6 address that make a source
+    #[arg(long, value_name = "V4,V6", default_value = "32,64", value_parser = prefix)]
+    source_prefix: Prefix,
+
+    /// Connections begun in a second; further clients wait. Off: the server takes what it can
+    #[arg(long, value_name = "N", default_value = "off", value_parser = positive_or_off, allow_hyphen_values = true)]
+    accept_rate: OrOff<usize>,
+
+    /// Connections begun in a second from one source. Off: what is too much depends on the protocol
+    #[arg(long, value_name = "N", default_value = "off", value_parser = positive_or_off, allow_hyphen_values = true)]
+    accept_rate_per_source: OrOff<usize>,
+
+    /// What becomes of clients while all places are taken
+    #[arg(long, value_enum, default_value_t = WhenFull::Wait)]
+    when_full: WhenFull,
+
+    /// What clients are sent before they are closed, with --when-full close
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    full_banner: String,
+}
+
+impl AdmissionArgs {
+    /// As the listener wants them, for so many connections at once.
+    pub(crate) fn rules(&self, max_connections: usize) -> Rules {
+        let per_source = match self.max_connections_per_source {
+            Some(OrOff(most)) => most,
+            None => Some(max_connections.div_ceil(2)),
+        };
+        let rate = |OrOff(rate): OrOff<usize>| {
+            rate.map(|rate| u32::try_from(rate).unwrap_or(u32::MAX))
+                .and_then(NonZeroU32::new)
+        };
+        Rules {
+            allow: self.allow.clone(),
+            deny: self.deny.clone(),
+            prefix: self.source_prefix,
+            connections_per_source: per_source,
+            rate: rate(self.accept_rate),
+            rate_per_source: rate(self.accept_rate_per_source),
+        }
+    }
+
+    pub(crate) fn when_full(&self) -> listener::WhenFull {
+        match self.when_full {
+            WhenFull::Wait => listener::WhenFull::Wait,
+            WhenFull::Close => listener::WhenFull::Close(self.full_banner.clone().into_bytes()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum WhenFull {
+    /// They wait in the kernel's backlog
+    Wait,
+    /// They are sent --full-banner, and closed
+    Close,
 }
 
 /// What one connection may take: it is reset. `off` is no limit.
@@ -328,6 +409,31 @@ fn or_off<T>(value: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<O
     parse(value)
         .map(|value| OrOff(Some(value)))
         .map_err(|error| format!("{error}, or off"))
+}
+
+/// A network, or an address, which is a network of one.
+fn network(value: &str) -> Result<IpNet, String> {
+    let address = || value.parse::<IpAddr>().map(IpNet::from);
+    value.parse::<IpNet>().or_else(|_| address()).map_err(|_| {
+        "not a network or an address, such as 192.0.2.0/24, 2001:db8::/32 or 192.0.2.1".into()
+    })
+}
+
+fn prefix(value: &str) -> Result<Prefix, String> {
+    let bits = |text: &str, most| text.parse().ok().filter(|bits| (1..=most).contains(bits));
+    value
+        .split_once(',')
+        .and_then(|(v4, v6)| {
+            Some(Prefix {
+                v4: bits(v4, 32)?,
+                v6: bits(v6, 128)?,
+            })
+        })
+        .ok_or_else(|| "not a number from 1 to 32 and one from 1 to 128, such as 32,64".into())
+}
+
+fn positive_or_off(value: &str) -> Result<OrOff<usize>, String> {
+    or_off(value, positive)
 }
 
 fn size_or_off(value: &str) -> Result<OrOff<usize>, String> {

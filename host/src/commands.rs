@@ -14,7 +14,7 @@ use wasinetd::Error;
 use wasinetd::capacity::{self, Plan};
 use wasinetd::connection;
 use wasinetd::lifecycle::Controller;
-use wasinetd::listener::{Bound, Incoming, Listening, Places};
+use wasinetd::listener::{Admission, Bound, Incoming, Listening, Places};
 use wasinetd::sandbox::{Access, Engine, Grants, Guest, Needs, Refusal, Report};
 use wasinetd::server::{self, Ended, Shards};
 
@@ -61,10 +61,15 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let controller = Controller::default();
     let lifecycle = controller.lifecycle();
     let places = Places::new(max_connections);
+    let admission = Admission::new(args.admission.rules(max_connections));
+    let when_full = args.admission.when_full();
     let incoming = shards
         .contexts()
         .zip(Listening::by_shard(listening))
-        .map(|(_context, listeners)| Incoming::new(listeners, places.clone(), &lifecycle))
+        .map(|(_context, listeners)| {
+            let (places, admission) = (places.clone(), admission.clone());
+            Incoming::new(listeners, places, when_full.clone(), admission, &lifecycle)
+        })
         .collect::<Result<_, _>>()?;
     let guest = Arc::new(guest);
     let limits = args.connection_limits.limits();

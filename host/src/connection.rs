@@ -40,7 +40,7 @@ pub async fn handle(accepted: Accepted, guest: Arc<Guest>, limits: Limits, lifec
     let Accepted {
         stream,
         peer,
-        permit,
+        place,
     } = accepted;
     let connection = Connection::new(stream, peer, started, limits, lifecycle.clone());
     let connection = Arc::new(Mutex::new(connection));
@@ -78,7 +78,7 @@ pub async fn handle(accepted: Accepted, guest: Arc<Guest>, limits: Limits, lifec
     connection.log(&outcome, duration);
     // The socket first: a place that is free has no file open.
     drop(connection);
-    drop(permit);
+    drop(place);
 }
 
 /// Who ends a connection.

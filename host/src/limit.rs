@@ -34,6 +34,18 @@ pub enum Limit {
     MaxBytesIn,
     /// What is sent on a connection.
     MaxBytesOut,
+    /// Connections at once, where those beyond are closed.
+    MaxConnections,
+    /// Connections at once from one source.
+    MaxConnectionsPerSource,
+    /// Connections begun in a second.
+    AcceptRate,
+    /// Connections begun in a second from one source.
+    AcceptRatePerSource,
+    /// The sources that may connect.
+    Allow,
+    /// The sources that may not.
+    Deny,
 }
 
 /// How often each was met since the process began, by its place in [`Limit::ALL`].
@@ -41,7 +53,7 @@ static MET: [AtomicU64; Limit::ALL.len()] = [const { AtomicU64::new(0) }; Limit:
 
 impl Limit {
     /// All there are.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 20] = [
         Self::MaxMemory,
         Self::MaxTotalMemory,
         Self::CpuTime,
@@ -56,6 +68,12 @@ impl Limit {
         Self::MaxLifetime,
         Self::MaxBytesIn,
         Self::MaxBytesOut,
+        Self::MaxConnections,
+        Self::MaxConnectionsPerSource,
+        Self::AcceptRate,
+        Self::AcceptRatePerSource,
+        Self::Allow,
+        Self::Deny,
     ];
 
     /// Its name in the log: that of the flag that sets it, without the dashes.
@@ -75,15 +93,21 @@ impl Limit {
             Self::MaxLifetime => "max-lifetime",
             Self::MaxBytesIn => "max-bytes-in",
             Self::MaxBytesOut => "max-bytes-out",
+            Self::MaxConnections => "max-connections",
+            Self::MaxConnectionsPerSource => "max-connections-per-source",
+            Self::AcceptRate => "accept-rate",
+            Self::AcceptRatePerSource => "accept-rate-per-source",
+            Self::Allow => "allow",
+            Self::Deny => "deny",
         }
     }
 
-    /// Counts that a connection has met it.
+    /// Counts that it was met.
     pub(crate) fn count(self) {
         MET[self as usize].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How many connections have met it since the process began.
+    /// How often it was met since the process began: by a connection once, if at all.
     pub fn met(self) -> u64 {
         MET[self as usize].load(Ordering::Relaxed)
     }

@@ -1,19 +1,20 @@
 //! Listening sockets as one stream of accepted connections.
 
+mod admission;
 mod closing;
 
-use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::Stream;
 use futures::future::BoxFuture;
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -23,6 +24,8 @@ use tracing::{debug, info, warn};
 
 use crate::Error;
 use crate::lifecycle::Lifecycle;
+use crate::limit::Limit;
+pub use admission::{Admission, Prefix, Rules, SourcePlace};
 
 /// The clients that the kernel keeps for us while we are full or busy. The kernel lowers it to
 /// `net.core.somaxconn`, whose default is the same.
@@ -156,7 +159,6 @@ impl Places {
 }
 
 /// An accepted connection, and its place among those that may be open at once.
-#[derive(Debug)]
 pub struct Accepted {
     /// The socket, which does not block. It is not known to any runtime yet: where the connection
     /// is to be handled is not decided.
@@ -164,7 +166,24 @@ pub struct Accepted {
     /// The client.
     pub peer: SocketAddr,
     /// Given back when it is dropped.
-    pub permit: OwnedSemaphorePermit,
+    pub place: Place,
+}
+
+/// A connection's place among all, and among those of its source.
+///
+/// The source's is given back first: whoever comes by the other is not to be refused for it.
+pub struct Place {
+    _of_source: SourcePlace,
+    _among_all: OwnedSemaphorePermit,
+}
+
+/// What becomes of clients while the server is full.
+#[derive(Clone, Debug, PartialEq)]
+pub enum WhenFull {
+    /// They wait in the kernel's backlog.
+    Wait,
+    /// They are sent this, and their connection is closed.
+    Close(Vec<u8>),
 }
 
 /// The connections of some listeners, as a stream that outlives every error.
@@ -179,6 +198,11 @@ pub struct Incoming {
     /// The listener to ask first, so that a busy one does not starve the others.
     next: usize,
     permits: PollSemaphore,
+    when_full: WhenFull,
+    admission: Admission,
+    /// Leave to accept a client was taken, and none has come yet.
+    has_turn: bool,
+    refusals: Refusals,
     backoff: Option<Pin<Box<Sleep>>>,
     delay: Duration,
     phase: Phase,
@@ -195,8 +219,9 @@ enum Phase {
 }
 
 impl Incoming {
-    /// Accepts from `listeners`, at most as many at once as there are `places`, until `lifecycle`
-    /// drains. To be called within the tokio runtime that it is to be polled in.
+    /// Accepts from `listeners` whom `admission` lets in, at most as many at once as there are
+    /// `places`, until `lifecycle` drains. To be called within the tokio runtime that it is to be
+    /// polled in.
     ///
     /// # Errors
     ///
@@ -204,6 +229,8 @@ impl Incoming {
     pub fn new(
         listeners: Vec<TcpListener>,
         places: Places,
+        when_full: WhenFull,
+        admission: Admission,
         lifecycle: &Lifecycle,
     ) -> Result<Self, Error> {
         let (draining, ended) = (lifecycle.clone(), lifecycle.clone());
@@ -216,6 +243,10 @@ impl Incoming {
             listeners,
             next: 0,
             permits: PollSemaphore::new(places.0),
+            when_full,
+            admission,
+            has_turn: false,
+            refusals: Refusals::default(),
             backoff: None,
             delay: BACKOFF.0,
             phase: Phase::Serving(Box::pin(async move { draining.draining().await })),
@@ -273,6 +304,34 @@ impl Incoming {
         self.delay = (self.delay * 2).min(BACKOFF.1);
     }
 
+    /// Ready when the next client may be accepted, as fast as clients are to be.
+    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while !self.has_turn {
+            match self.admission.take_turn() {
+                Ok(()) => self.has_turn = true,
+                Err(wait) => {
+                    self.refusals.hold_up(wait);
+                    let pause = self.backoff.insert(Box::pin(tokio::time::sleep(wait)));
+                    ready!(pause.as_mut().poll(cx));
+                    self.backoff = None;
+                }
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Tells a client that the server is full.
+    fn close(&mut self, mut stream: &TcpStream, peer: SocketAddr) {
+        if let WhenFull::Close(banner) = &self.when_full {
+            // What the client has sent is taken: closing a socket with something unread resets it,
+            // and the banner with it. Neither waits; a client that sends on may miss it.
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write(banner);
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+        self.refusals.add(Limit::MaxConnections, peer);
+    }
+
     fn accepted(&mut self) {
         if self.delay > BACKOFF.0 {
             info!("accepting connections again");
@@ -281,13 +340,17 @@ impl Incoming {
     }
 }
 
+/// How many clients are refused in a turn, at most: to refuse costs little, and is not to take what
+/// is left from those who are served.
+const REFUSED: usize = 64;
+
 impl Stream for Incoming {
     type Item = Accepted;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Accepted>> {
         let this = self.get_mut();
         this.poll_phase(cx);
-        loop {
+        for _ in 0..REFUSED {
             if matches!(this.phase, Phase::Closed) {
                 this.listeners.clear();
                 return Poll::Ready(None);
@@ -296,22 +359,95 @@ impl Stream for Incoming {
                 ready!(backoff.as_mut().poll(cx));
                 this.backoff = None;
             }
-            let permit = ready!(this.permits.poll_acquire(cx)).expect("it is never closed");
+            let permit = match this.permits.poll_acquire(cx) {
+                Poll::Ready(permit) => Some(permit.expect("it is never closed")),
+                Poll::Pending if this.when_full == WhenFull::Wait => return Poll::Pending,
+                Poll::Pending => None,
+            };
+            ready!(this.poll_turn(cx));
             match this.poll_accept(cx) {
                 Some(Ok((stream, peer))) => {
                     this.accepted();
-                    return Poll::Ready(Some(Accepted {
-                        stream,
-                        peer,
-                        permit,
-                    }));
+                    this.has_turn = false;
+                    let admitted = this.admission.admit(peer.ip());
+                    match (admitted, permit) {
+                        (Ok(of_source), Some(among_all)) => {
+                            return Poll::Ready(Some(Accepted {
+                                stream,
+                                peer,
+                                place: Place {
+                                    _of_source: of_source,
+                                    _among_all: among_all,
+                                },
+                            }));
+                        }
+                        (Ok(_), None) => this.close(&stream, peer),
+                        (Err(limit), _) => {
+                            reset(&stream);
+                            this.refusals.add(limit, peer);
+                        }
+                    }
                 }
                 Some(Err(error)) => this.failed(&error),
                 None if matches!(this.phase, Phase::Sweeping) => this.phase = Phase::Closed,
                 None => return Poll::Pending,
             }
         }
+        // There may be more, after everyone else's turn.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
+}
+
+/// Counts clients that are refused or held up, for a line in the log once in a while: a flood of
+/// clients is not to become a flood of lines.
+#[derive(Default)]
+struct Refusals {
+    last_line: Option<Instant>,
+    since: u64,
+}
+
+/// The least time between two lines about refusals.
+const BETWEEN_LINES: Duration = Duration::from_secs(1);
+
+impl Refusals {
+    /// A client is refused.
+    fn add(&mut self, limit: Limit, peer: SocketAddr) {
+        limit.count();
+        self.since += 1;
+        if self.is_line_due() {
+            warn!(
+                %limit,
+                %peer,
+                refused = self.since,
+                "refused a client, the last of so many since the last such line"
+            );
+            self.since = 0;
+        }
+    }
+
+    /// Clients have to wait, for they come too fast.
+    fn hold_up(&mut self, wait: Duration) {
+        Limit::AcceptRate.count();
+        if self.is_line_due() {
+            warn!(limit = %Limit::AcceptRate, ?wait, "clients come too fast: they wait");
+        }
+    }
+
+    fn is_line_due(&mut self) -> bool {
+        let due = self
+            .last_line
+            .is_none_or(|last| last.elapsed() >= BETWEEN_LINES);
+        if due {
+            self.last_line = Some(Instant::now());
+        }
+        due
+    }
+}
+
+/// Makes the end of a client's connection a reset. It fails for no socket that is open.
+fn reset(stream: &TcpStream) {
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
 /// Whether `error` is about one client only. Linux passes errors that a new connection already has

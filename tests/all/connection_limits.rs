@@ -99,6 +99,7 @@ fn who_does_not_read_is_not_waited_for() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("flood"), &["--write-timeout", SHORT]);
         let mut reads = server.connect();
+        reads.0.read_exact(&mut [0]).unwrap();
         let deaf = server.connect();
         let line = thread::scope(|scope| {
             let line = scope.spawn(|| server.wait_for_log(&[&limited("write-timeout")]));

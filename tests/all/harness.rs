@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use socket2::{Domain, Socket, Type};
 
 /// How long anything may take that should happen at once, on a machine that is busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -141,6 +143,13 @@ impl Server {
             // More than one, on machines with few cores as well.
             command.args(["--threads", "2"]);
         }
+        if !arguments
+            .iter()
+            .any(|flag| flag.starts_with("--max-connections"))
+        {
+            // All clients of a test are one source.
+            command.args(["--max-connections-per-source", "off"]);
+        }
         if !arguments.contains(&"--listen") {
             command.args(["--listen", "127.0.0.1:0"]);
         }
@@ -208,6 +217,16 @@ impl Server {
     /// A new connection to it.
     pub(crate) fn connect(&self) -> Client {
         Client::connect(self.address()).unwrap_or_else(|error| panic!("{error}\n{self:?}"))
+    }
+
+    /// A new connection to it from an address of this machine, if it is not refused.
+    pub(crate) fn connect_from(&self, source: &str) -> io::Result<Client> {
+        let source: IpAddr = source.parse().expect("it is an address");
+        let domain = Domain::for_address(self.address());
+        let socket = Socket::new(domain, Type::STREAM, None)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+        socket.connect(&self.address().into())?;
+        Client::new(socket.into())
     }
 
     /// Waits for a line of the log that has all of `parts`.
@@ -374,7 +393,10 @@ pub(crate) struct Client(pub(crate) TcpStream);
 
 impl Client {
     pub(crate) fn connect(address: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect(address)?;
+        Self::new(TcpStream::connect(address)?)
+    }
+
+    fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;
         Ok(Self(stream))

@@ -10,7 +10,16 @@ use crate::harness::{MODES, Server, guest};
 #[test]
 fn as_many_connections_as_allowed_are_served_at_once() {
     for mode in MODES {
-        let server = Server::start(mode, &guest("echo"), &["--max-connections", "3"]);
+        let server = Server::start(
+            mode,
+            &guest("echo"),
+            &[
+                "--max-connections",
+                "3",
+                "--max-connections-per-source",
+                "off",
+            ],
+        );
         let mut clients: Vec<_> = (0..3).map(|_| server.connect()).collect();
         for client in &mut clients {
             client.send("x");
@@ -22,7 +31,16 @@ fn as_many_connections_as_allowed_are_served_at_once() {
 #[test]
 fn one_more_waits_in_the_backlog_until_a_place_is_free() {
     for mode in MODES {
-        let server = Server::start(mode, &guest("echo"), &["--max-connections", "2"]);
+        let server = Server::start(
+            mode,
+            &guest("echo"),
+            &[
+                "--max-connections",
+                "2",
+                "--max-connections-per-source",
+                "off",
+            ],
+        );
         let mut first = server.connect();
         let mut second = server.connect();
         for client in [&mut first, &mut second] {

@@ -129,7 +129,14 @@ fn ten_thousand_connections_are_held_each_in_its_own_sandbox() {
         let server = Server::start_alone(
             mode,
             &fixture("counter"),
-            &["--max-connections", &many, "--log-level", "warn"],
+            &[
+                "--max-connections",
+                &many,
+                "--max-connections-per-source",
+                "off",
+                "--log-level",
+                "warn",
+            ],
         );
         let mut clients: Vec<_> = (0..MANY).map(|_| server.connect()).collect();
         // Each answers how often it was asked: all the same number, or they share something.

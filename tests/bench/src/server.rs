@@ -208,6 +208,9 @@ pub(crate) fn wasinetd(dispatch: &str, guest: &str, arguments: &[&str]) -> Vec<S
         "serve",
         "--listen",
         "127.0.0.1:0",
+        // All load comes from one source.
+        "--max-connections-per-source",
+        "off",
     ]
     .map(String::from)
     .into();

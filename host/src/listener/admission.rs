@@ -1,0 +1,263 @@
+//! Who may connect, how many at once from one source, and how fast.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::net::IpAddr;
+use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use governor::clock::{Clock, DefaultClock};
+use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use crate::limit::Limit;
+
+/// What is asked of clients before they are served. By default nothing is.
+#[derive(Clone, Debug, Default)]
+pub struct Rules {
+    /// The only sources that may connect, unless there are none.
+    pub allow: Vec<IpNet>,
+    /// Sources that may not connect, whether allowed or not.
+    pub deny: Vec<IpNet>,
+    /// What counts as one source.
+    pub prefix: Prefix,
+    /// Connections at once from one source.
+    pub connections_per_source: Option<usize>,
+    /// Connections begun in a second, and at once after a pause.
+    pub rate: Option<NonZeroU32>,
+    /// The same, from one source.
+    pub rate_per_source: Option<NonZeroU32>,
+}
+
+/// How many leading bits of an address tell sources apart.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Prefix {
+    /// Of an IPv4 address.
+    pub v4: u8,
+    /// Of an IPv6 address.
+    pub v6: u8,
+}
+
+impl Default for Prefix {
+    /// One IPv4 address, and the IPv6 network of one site (RFC 6177), which has as many addresses
+    /// as it likes.
+    fn default() -> Self {
+        Self { v4: 32, v6: 64 }
+    }
+}
+
+impl Prefix {
+    /// The source that `address` belongs to.
+    fn of(self, address: IpAddr) -> IpNet {
+        match address.to_canonical() {
+            IpAddr::V4(address) => Ipv4Net::new_assert(address, self.v4.min(32)).trunc().into(),
+            IpAddr::V6(address) => Ipv6Net::new_assert(address, self.v6.min(128))
+                .trunc()
+                .into(),
+        }
+    }
+}
+
+/// Applies [`Rules`] to clients. Clones share what they count.
+#[derive(Clone)]
+pub struct Admission(Arc<Shared>);
+
+struct Shared {
+    rules: Rules,
+    open: Mutex<HashMap<IpNet, usize>>,
+    rate: Option<DefaultDirectRateLimiter>,
+    rate_per_source: Option<DefaultKeyedRateLimiter<IpNet>>,
+    /// Clients since sources that have long been quiet were forgotten.
+    since_sweep: AtomicU32,
+}
+
+/// How many clients there are between two sweeps of the sources whose rate is known.
+const SWEEP: u32 = 4096;
+
+impl Admission {
+    /// With nobody counted yet.
+    pub fn new(rules: Rules) -> Self {
+        let quota = Quota::per_second;
+        Self(Arc::new(Shared {
+            open: Mutex::default(),
+            rate: rules.rate.map(|rate| RateLimiter::direct(quota(rate))),
+            rate_per_source: rules
+                .rate_per_source
+                .map(|rate| RateLimiter::keyed(quota(rate))),
+            since_sweep: AtomicU32::new(0),
+            rules,
+        }))
+    }
+
+    /// Takes leave to accept one more client. Or says how long to wait for it.
+    pub(super) fn take_turn(&self) -> Result<(), Duration> {
+        let Some(rate) = &self.0.rate else {
+            return Ok(());
+        };
+        rate.check()
+            .map_err(|not_until| not_until.wait_time_from(DefaultClock::default().now()))
+    }
+
+    /// Lets a client in, and counts it until the place is dropped. Or says which limit is in its
+    /// way.
+    pub(super) fn admit(&self, address: IpAddr) -> Result<SourcePlace, Limit> {
+        let Rules {
+            allow,
+            deny,
+            prefix,
+            connections_per_source,
+            ..
+        } = &self.0.rules;
+        let address = address.to_canonical();
+        let among = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&address));
+        if among(deny) {
+            return Err(Limit::Deny);
+        }
+        if !allow.is_empty() && !among(allow) {
+            return Err(Limit::Allow);
+        }
+        let source = prefix.of(address);
+        let place = match connections_per_source {
+            Some(most) => self.place(source, *most)?,
+            None => SourcePlace(None),
+        };
+        if let Some(rate) = &self.0.rate_per_source {
+            if self.0.since_sweep.fetch_add(1, Ordering::Relaxed) == SWEEP {
+                self.0.since_sweep.store(0, Ordering::Relaxed);
+                rate.retain_recent();
+            }
+            rate.check_key(&source)
+                .map_err(|_| Limit::AcceptRatePerSource)?;
+        }
+        Ok(place)
+    }
+
+    fn place(&self, source: IpNet, most: usize) -> Result<SourcePlace, Limit> {
+        let mut open = self.0.open();
+        let count = open.entry(source).or_default();
+        if *count >= most {
+            return Err(Limit::MaxConnectionsPerSource);
+        }
+        *count += 1;
+        Ok(SourcePlace(Some((self.clone(), source))))
+    }
+}
+
+impl Shared {
+    fn open(&self) -> MutexGuard<'_, HashMap<IpNet, usize>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A client's place among those of its source. Given back when it is dropped.
+pub struct SourcePlace(Option<(Admission, IpNet)>);
+
+impl Drop for SourcePlace {
+    fn drop(&mut self) {
+        let Some((admission, source)) = self.0.take() else {
+            return;
+        };
+        if let Entry::Occupied(mut count) = admission.0.open().entry(source) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn admission(rules: Rules) -> Admission {
+        Admission::new(rules)
+    }
+
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn networks(texts: &[&str]) -> Vec<IpNet> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn who_is_denied_is_denied_though_allowed() {
+        let admission = admission(Rules {
+            allow: networks(&["10.0.0.0/8", "2001:db8::/32"]),
+            deny: networks(&["10.1.0.0/16"]),
+            ..Rules::default()
+        });
+        assert!(admission.admit(address("10.2.3.4")).is_ok());
+        assert!(admission.admit(address("2001:db8::1")).is_ok());
+        assert!(admission.admit(address("::ffff:10.2.3.4")).is_ok());
+        assert_eq!(
+            admission.admit(address("10.1.3.4")).err(),
+            Some(Limit::Deny)
+        );
+        assert_eq!(
+            admission.admit(address("::ffff:10.1.3.4")).err(),
+            Some(Limit::Deny)
+        );
+        assert_eq!(
+            admission.admit(address("192.0.2.1")).err(),
+            Some(Limit::Allow)
+        );
+    }
+
+    #[test]
+    fn a_source_is_a_prefix_and_forgotten_when_it_is_gone() {
+        let admission = admission(Rules {
+            connections_per_source: Some(2),
+            ..Rules::default()
+        });
+        let full = Some(Limit::MaxConnectionsPerSource);
+        let first = admission.admit(address("2001:db8:0:1::1")).unwrap();
+        let second = admission.admit(address("2001:db8:0:1:ffff::2")).unwrap();
+        assert_eq!(admission.admit(address("2001:db8:0:1::3")).err(), full);
+        assert!(admission.admit(address("2001:db8:0:2::1")).is_ok());
+        assert!(admission.admit(address("192.0.2.1")).is_ok());
+        drop(first);
+        let third = admission.admit(address("2001:db8:0:1::3")).unwrap();
+        assert_eq!(admission.admit(address("2001:db8:0:1::4")).err(), full);
+        drop((second, third));
+        assert!(admission.0.open().is_empty());
+    }
+
+    #[test]
+    fn a_source_begins_so_many_and_others_are_not_concerned() {
+        let admission = admission(Rules {
+            rate_per_source: NonZeroU32::new(3),
+            connections_per_source: Some(100),
+            ..Rules::default()
+        });
+        for _ in 0..3 {
+            assert!(admission.admit(address("192.0.2.1")).is_ok());
+        }
+        assert_eq!(
+            admission.admit(address("192.0.2.1")).err(),
+            Some(Limit::AcceptRatePerSource)
+        );
+        assert!(admission.admit(address("192.0.2.2")).is_ok());
+        // Who was refused has no place.
+        assert!(admission.0.open().is_empty());
+    }
+
+    #[test]
+    fn all_together_begin_so_many() {
+        let admission = admission(Rules {
+            rate: NonZeroU32::new(2),
+            ..Rules::default()
+        });
+        assert!(admission.take_turn().is_ok());
+        assert!(admission.take_turn().is_ok());
+        let wait = admission.take_turn().unwrap_err();
+        assert!(
+            wait > Duration::ZERO && wait <= Duration::from_millis(500),
+            "{wait:?}"
+        );
+    }
+}
