@@ -12,14 +12,17 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use futures::future::BoxFuture;
 use tokio::runtime::{Builder, Runtime};
 use wasinetd::limit::Limit;
-use wasinetd::sandbox::{Engine, Grants, Guest, Limits, Needs, Transport};
+use wasinetd::sandbox::{Engine, Grants, Guest, Limits, Needs, Room, Transport};
 
 /// As in the command: what is measured is what is served with.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Room for more than one, so that slots are chosen as in a server.
-const SLOTS: usize = 64;
+const ROOM: Room = Room {
+    connections: 64,
+    stacks: 128,
+};
 
 fn guest(name: &str) -> Guest {
     let path = format!(
@@ -30,7 +33,7 @@ fn guest(name: &str) -> Guest {
         panic!("{path}: {error}; run `make build` first");
     });
     let needs = Needs::of(&component).expect("the guest is accepted");
-    let engine = Engine::new(SLOTS, &needs, Limits::default()).expect("the pool fits");
+    let engine = Engine::new(ROOM, &needs, Limits::default()).expect("the pool fits");
     Guest::new(&engine, &component, Grants::default()).expect("the guest is accepted")
 }
 

@@ -3,7 +3,7 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::Error;
-use crate::sandbox::{HOST_STACK_BYTES, Limits, Needs};
+use crate::sandbox::{HOST_STACK_BYTES, Limits, Needs, Room};
 
 /// The connections that are allowed at once unless the operator says otherwise, as far as they
 /// fit. Arbitrary: what a default Linux can hold.
@@ -19,6 +19,9 @@ const OTHER_MAPPINGS: u64 = 1_000;
 
 /// Mappings of a sandbox's stack: the stack and its guard.
 const MAPPINGS_PER_STACK: u64 = 2;
+
+/// Of so many connections one at least may need a second stack at the same time.
+const CONNECTIONS_PER_SPARE_STACK: u64 = 16;
 
 /// Mappings of a linear memory with a copy-on-write image: its start, the image, the rest, and
 /// what cannot be accessed.
@@ -49,6 +52,7 @@ pub struct Bound {
 /// What one connection takes at most.
 struct Each {
     files: u64,
+    /// Mappings of its memories.
     mappings: u64,
     addresses: u64,
 }
@@ -65,8 +69,10 @@ impl Each {
         Self {
             // The socket.
             files: files.saturating_add(1),
-            mappings: MAPPINGS_PER_STACK + MAPPINGS_PER_MEMORY.saturating_mul(memories),
-            addresses: stack.saturating_add(ADDRESSES_PER_MEMORY.saturating_mul(memories)),
+            mappings: MAPPINGS_PER_MEMORY.saturating_mul(memories),
+            addresses: stack
+                .saturating_mul(2)
+                .saturating_add(ADDRESSES_PER_MEMORY.saturating_mul(memories)),
         }
     }
 }
@@ -79,6 +85,8 @@ pub struct Plan {
     /// How many connections fit if each guest has as many files open as it may. Not a bound: few
     /// guests open any, and thousands of connections are to fit on a machine where they do not.
     pub all_open: Bound,
+    /// The mappings for all sandboxes, and those of the memories of one.
+    mappings: Option<(u64, u64)>,
 }
 
 impl Plan {
@@ -111,7 +119,7 @@ impl Plan {
         ];
         bounds.extend(mappings.map(|mappings| Bound {
             name: "memory mappings (vm.max_map_count)",
-            fits: fits(mappings.saturating_sub(OTHER_MAPPINGS) / each.mappings),
+            fits: fits(mappings_fit(mappings, each)),
             fix: format!("sysctl -w vm.max_map_count={}", twice(mappings)),
         }));
         let all_open = Bound {
@@ -122,7 +130,15 @@ impl Plan {
                 twice(files)
             ),
         };
-        Self { bounds, all_open }
+        let mappings = mappings.map(|mappings| {
+            let sandboxes = mappings.saturating_sub(OTHER_MAPPINGS);
+            (sandboxes, each.mappings)
+        });
+        Self {
+            bounds,
+            all_open,
+            mappings,
+        }
     }
 
     /// Adds the bound that the operator chooses: what `--max-connections` is, or would be.
@@ -137,6 +153,24 @@ impl Plan {
             ),
         });
         self
+    }
+
+    /// The room to make for so many connections.
+    ///
+    /// A guest that blocks in a call of the host, as one without async functions does and ours do for
+    /// a moment, leaves its stack there, and what the host does for it meanwhile takes a second one.
+    /// So there are two for each connection, or as many as the mappings suffice for.
+    pub fn room(&self, connections: usize) -> Room {
+        let all = connections.saturating_mul(2);
+        let stacks = self.mappings.map_or(all, |(sandboxes, of_memories)| {
+            let memories = of_memories.saturating_mul(connections as u64);
+            let left = sandboxes.saturating_sub(memories) / MAPPINGS_PER_STACK;
+            usize::try_from(left).unwrap_or(usize::MAX).min(all)
+        });
+        Room {
+            connections,
+            stacks,
+        }
     }
 
     /// The bound that is met first.
@@ -167,6 +201,16 @@ impl Plan {
             None => Ok(DEFAULT_MAX_CONNECTIONS.min(tightest.fits)),
         }
     }
+}
+
+/// How many connections so many mappings suffice for, with some stacks to spare.
+fn mappings_fit(mappings: u64, each: &Each) -> u64 {
+    let stacks = MAPPINGS_PER_STACK * (CONNECTIONS_PER_SPARE_STACK + 1);
+    let memories = each.mappings.saturating_mul(CONNECTIONS_PER_SPARE_STACK);
+    mappings
+        .saturating_sub(OTHER_MAPPINGS)
+        .saturating_mul(CONNECTIONS_PER_SPARE_STACK)
+        / memories.saturating_add(stacks)
 }
 
 /// The memory that this process may use, in bytes: what the machine has, or less where a control
@@ -250,6 +294,19 @@ mod tests {
         let none = Each::new(&ONE_MEMORY, &limits, false);
         let plan = Plan::from_limits(&none, OTHER_FILES + 40, None, ADDRESSES);
         assert_eq!(plan.all_open.fits, 40);
+    }
+
+    #[test]
+    fn there_are_stacks_to_spare() {
+        let plenty = plan(1 << 20, 1 << 30, ADDRESSES).room(100);
+        assert_eq!((plenty.connections, plenty.stacks), (100, 200));
+        let tight = plan(1 << 20, 65_530, ADDRESSES);
+        let most = tight.tightest().fits;
+        let room = tight.room(most);
+        assert!(room.stacks > most + most / 17, "{room:?} of {most}");
+        assert!(room.stacks < 2 * most);
+        // All of them fit.
+        assert!(2 * room.stacks + 4 * most <= 65_530 - 1_000);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures::{Stream, stream};
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::warn;
+use tracing::{info, warn};
 use wasinetd::Error;
 use wasinetd::capacity::{self, Plan};
 use wasinetd::connection;
@@ -42,7 +42,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         .iter()
         .map(|address| Bound::new(*address, shards.count()))
         .collect::<Result<_, _>>()?;
-    let engine = Engine::new(max_connections, &needs, limits)?;
+    let engine = Engine::new(plan.room(max_connections), &needs, limits)?;
     let guest = Guest::new(&engine, &component, grants).map_err(refused(&args.guest))?;
     let listening: Vec<Listening> = bound
         .into_iter()
@@ -95,8 +95,8 @@ pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode, Error> {
     let needs = Needs::of(&component).map_err(refused(&args.guest))?;
     let limits = args.guest_limits.limits(capacity::memory());
     let plan = Plan::new(&needs, &limits, true).with_pool(args.max_connections);
-    // One slot is enough to compile and link for.
-    let engine = Engine::new(1, &needs, limits.clone())?;
+    // One is enough to compile and link for.
+    let engine = Engine::new(plan.room(1), &needs, limits.clone())?;
     let guest = Guest::new(&engine, &component, Grants::default()).map_err(refused(&args.guest))?;
     let mut stdout = io::stdout().lock();
     // Whoever closes the pipe has read enough.
@@ -218,6 +218,15 @@ fn warn_of_capacity(args: &ServeArgs, plan: &Plan, max_connections: usize) {
             bound = bound.name,
             lift_with = bound.fix,
             "fewer connections than the default fit on this machine"
+        );
+    }
+    let room = plan.room(max_connections);
+    if room.stacks < 2 * room.connections {
+        info!(
+            max_connections,
+            stacks = room.stacks,
+            lift_with = "sysctl -w vm.max_map_count=1048576",
+            "not each connection can have the second stack that a guest needs while it blocks"
         );
     }
     if plan.all_open.fits < max_connections {

@@ -25,7 +25,7 @@ use futures::future::BoxFuture;
 use wasmtime::component::{Accessor, ResourceTable};
 use wasmtime::{Store, UpdateDeadline};
 
-pub use engine::{Engine, HOST_STACK_BYTES};
+pub use engine::{Engine, HOST_STACK_BYTES, Room};
 pub use grants::{Access, DirGrant, Grants};
 pub use inspect::{Needs, Refusal, Report};
 pub use limits::{FREE_MEMORY, Limits};

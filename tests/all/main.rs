@@ -10,6 +10,7 @@ mod ending;
 mod grants;
 mod guest_limits;
 mod harness;
+mod hostile_clients;
 mod hostile_guests;
 mod http;
 mod isolation;

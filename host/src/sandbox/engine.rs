@@ -33,6 +33,16 @@ pub const HOST_STACK_BYTES: usize = 3 << 19;
 /// A page of WebAssembly.
 const WASM_PAGE_BYTES: usize = 64 << 10;
 
+/// The room in the pool of an engine.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Room {
+    /// Instances at once.
+    pub connections: usize,
+    /// Stacks at once: more than connections, for a guest that blocks in a call of the host leaves
+    /// its stack there, and may need another one meanwhile.
+    pub stacks: usize,
+}
+
 /// Makes sandboxes of guests. Clones share one.
 #[derive(Clone)]
 pub struct Engine(Arc<Inner>);
@@ -48,15 +58,14 @@ struct Inner {
 }
 
 impl Engine {
-    /// Makes an engine with room for `max_connections` instances of guests with such `needs`, each
-    /// within `limits`.
+    /// Makes an engine with `room` for guests with such `needs`, each within `limits`.
     ///
     /// # Errors
     ///
     /// [`Error::Pool`] when the system does not let us have the address space.
-    pub fn new(max_connections: usize, needs: &Needs, limits: Limits) -> Result<Self, Error> {
-        let wasmtime = wasmtime::Engine::new(&config(max_connections, needs, &limits))
-            .map_err(|error| Error::pool(max_connections, error))?;
+    pub fn new(room: Room, needs: &Needs, limits: Limits) -> Result<Self, Error> {
+        let wasmtime = wasmtime::Engine::new(&config(room, needs, &limits))
+            .map_err(|error| Error::pool(room.connections, error))?;
         let linker =
             linker(&wasmtime).map_err(|error| Error::internal("linking the host", error))?;
         let clock = Clock::default();
@@ -98,9 +107,9 @@ impl Engine {
     }
 }
 
-fn config(max_connections: usize, needs: &Needs, limits: &Limits) -> Config {
+fn config(room: Room, needs: &Needs, limits: &Limits) -> Config {
     let slots = |each: u32| {
-        u32::try_from(max_connections.saturating_mul(each as usize)).unwrap_or(u32::MAX)
+        u32::try_from(room.connections.saturating_mul(each as usize)).unwrap_or(u32::MAX)
     };
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(slots(1))
@@ -110,7 +119,7 @@ fn config(max_connections: usize, needs: &Needs, limits: &Limits) -> Config {
         .max_memories_per_component(needs.memories)
         .total_tables(slots(needs.tables))
         .max_tables_per_component(needs.tables)
-        .total_stacks(slots(1))
+        .total_stacks(u32::try_from(room.stacks).unwrap_or(u32::MAX))
         .max_memory_size(limits.memory.next_multiple_of(WASM_PAGE_BYTES))
         .linear_memory_keep_resident(KEEP_RESIDENT_BYTES)
         .table_keep_resident(KEEP_RESIDENT_BYTES)

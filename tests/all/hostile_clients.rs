@@ -1,0 +1,224 @@
+//! Clients that do what they can against others on the same host.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, prlimit};
+use socket2::SockRef;
+
+use crate::harness::{Client, MODES, Server, guest, page, request};
+
+/// How many of a kind there are side by side.
+const MANY: usize = 100;
+
+const PAGES: [&str; 2] = ["--dir", "static::/static"];
+
+fn serve(mode: &str, limits: &[&str]) -> Server {
+    let arguments: Vec<_> = PAGES.iter().chain(limits).copied().collect();
+    Server::start(mode, &guest("hello"), &arguments)
+}
+
+fn others_are_served(server: &Server) {
+    assert_eq!(server.connect().get("/").body, page("hello.html"));
+}
+
+/// Makes the end of a client's connection a reset.
+fn reset(client: Client) {
+    SockRef::from(&client.0)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+}
+
+/// Waits until so many connections have ended as `outcome` says.
+fn wait_for_ends(server: &Server, outcome: &str, count: usize) {
+    while server.log_lines(outcome).len() < count {
+        others_are_served(server);
+    }
+}
+
+#[test]
+fn who_sends_a_request_byte_by_byte_is_ended() {
+    for mode in MODES {
+        let server = serve(mode, &["--max-lifetime", "2s"]);
+        let mut slow: Vec<_> = (0..MANY).map(|_| server.connect()).collect();
+        let ended = "limit=\"max-lifetime\"";
+        for byte in b"GET / HTTP/1.1\r\nHost: a\r\nX: "
+            .iter()
+            .chain(&[b'x'; 1 << 20])
+        {
+            for client in &mut slow {
+                // It may have been reset.
+                let _ = client.0.write(&[*byte]);
+            }
+            others_are_served(&server);
+            if server.log_lines(ended).len() >= MANY {
+                break;
+            }
+        }
+        wait_for_ends(&server, ended, MANY);
+    }
+}
+
+#[test]
+fn who_connects_and_says_nothing_is_ended() {
+    for mode in MODES {
+        let server = serve(mode, &["--first-byte-timeout", "1s"]);
+        let silent: Vec<_> = (0..MANY).map(|_| server.connect()).collect();
+        wait_for_ends(&server, "limit=\"first-byte-timeout\"", MANY);
+        drop(silent);
+    }
+}
+
+#[test]
+fn who_asks_and_never_reads_is_ended() {
+    for mode in MODES {
+        let server = serve(mode, &["--write-timeout", "1s", "--idle-timeout", "2s"]);
+        let before = server.memory("VmRSS");
+        let mut deaf: Vec<_> = (0..MANY).map(|_| server.connect()).collect();
+        let requests = request("/").repeat(100);
+        for client in &mut deaf {
+            client.0.set_nonblocking(true).unwrap();
+            // Until neither side takes any more.
+            while client.0.write(requests.as_bytes()).is_ok() {}
+        }
+        wait_for_ends(&server, "outcome=limit: ", MANY);
+        let grown = server.memory("VmRSS").saturating_sub(before);
+        assert!(grown < 64 * 1024, "{grown} KiB\n{server:?}");
+    }
+}
+
+#[test]
+fn who_resets_at_any_point_harms_nobody() {
+    for mode in MODES {
+        let server = serve(mode, &[]);
+        let whole = request("/");
+        for sent in 0..=whole.len() {
+            let mut client = server.connect();
+            client.send(&whole[..sent]);
+            reset(client);
+        }
+        let answer = {
+            let mut client = server.connect();
+            client.send(request("/"));
+            client.finish();
+            client.read_to_end().len()
+        };
+        for received in (0..answer).step_by(7) {
+            let mut client = server.connect();
+            client.send(request("/"));
+            client.read(received);
+            reset(client);
+        }
+        others_are_served(&server);
+        assert_eq!(server.log_lines("a bug in wasinetd").len(), 0, "{server:?}");
+    }
+}
+
+#[test]
+fn who_closes_one_side_harms_nobody() {
+    for mode in MODES {
+        let server = serve(mode, &["--idle-timeout", "1s"]);
+        let half: Vec<_> = (0..MANY)
+            .map(|n| {
+                let client = server.connect();
+                let side = [Shutdown::Read, Shutdown::Write][n % 2];
+                client.0.shutdown(side).unwrap();
+                client
+            })
+            .collect();
+        wait_for_ends(&server, "connection ended", MANY);
+        drop(half);
+        others_are_served(&server);
+    }
+}
+
+#[test]
+fn who_sends_nonsense_harms_nobody() {
+    for mode in MODES {
+        let server = serve(mode, &[]);
+        let mut noise: u64 = 0x9e37_79b9_7f4a_7c15;
+        for n in 0..MANY {
+            let bytes: Vec<u8> = (0..n * 97)
+                .map(|_| {
+                    noise ^= noise << 13;
+                    noise ^= noise >> 7;
+                    noise ^= noise << 17;
+                    noise as u8
+                })
+                .collect();
+            let mut client = server.connect();
+            // It may be told that it makes no sense before it is done.
+            let _ = client.0.write_all(&bytes);
+            let _ = client.0.shutdown(Shutdown::Write);
+            let _ = client.0.read(&mut [0; 4096]);
+        }
+        others_are_served(&server);
+        assert_eq!(server.log_lines("outcome=trap").len(), 0, "{server:?}");
+    }
+}
+
+#[test]
+fn a_burst_of_a_thousand_against_a_limit_of_two_hundred_is_served_in_the_end() {
+    for mode in MODES {
+        let limits = [
+            "--max-connections",
+            "200",
+            "--max-connections-per-source",
+            "off",
+            "--log-level",
+            "warn",
+        ];
+        let arguments: Vec<_> = PAGES.iter().chain(&limits).copied().collect();
+        let server = Server::start_alone(mode, &guest("hello"), &arguments);
+        let mut burst: Vec<_> = (0..1000).map(|_| server.connect()).collect();
+        for client in &mut burst {
+            client.send("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        }
+        for client in &mut burst {
+            assert_eq!(client.response().body, page("hello.html"));
+        }
+    }
+}
+
+#[test]
+fn a_flood_from_one_source_leaves_places_for_others() {
+    for mode in MODES {
+        let limits = ["--max-connections", "20", "--first-byte-timeout", "30s"];
+        let server = serve(mode, &limits);
+        let mut flood: Vec<_> = (0..MANY)
+            .filter_map(|_| server.connect_from("127.0.0.9").ok())
+            .collect();
+        server.wait_for_log(&["refused a client", "limit=max-connections-per-source"]);
+        for _ in 0..MANY {
+            let mut other = server.connect_from("127.0.0.1").unwrap();
+            assert_eq!(other.get("/").body, page("hello.html"));
+            flood.extend(server.connect_from("127.0.0.9"));
+        }
+    }
+}
+
+#[test]
+fn a_host_without_files_left_keeps_those_it_has() {
+    for mode in MODES {
+        let server = Server::start(mode, &guest("echo"), &["--first-byte-timeout", "off"]);
+        let mut kept = server.connect();
+        kept.send("x");
+        assert_eq!(kept.read(1), "x");
+        let few = Rlimit {
+            current: Some(64),
+            maximum: Some(10_000),
+        };
+        prlimit(Some(server.pid()), Resource::Nofile, few).unwrap();
+        let mut burst: Vec<_> = (0..MANY).map(|_| server.connect()).collect();
+        server.wait_for_log(&["WARN", "cannot accept connections", "Too many open files"]);
+        kept.send("y");
+        assert_eq!(kept.read(1), "y");
+        // Who leaves makes room for who waits.
+        for mut client in burst.drain(..) {
+            client.send("z");
+            client.finish();
+            assert_eq!(client.read_to_end(), "z");
+        }
+    }
+}
