@@ -1,5 +1,7 @@
 //! How many sandboxes fit on this machine, and what is in the way of more.
 
+use std::path::Path;
+
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::Error;
@@ -219,14 +221,20 @@ pub fn memory() -> usize {
     let machine = std::fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|meminfo| mem_total(&meminfo));
-    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max")
-        .ok()
-        .and_then(|max| max.trim().parse().ok());
-    [machine, group]
-        .into_iter()
-        .flatten()
-        .min()
-        .unwrap_or(usize::MAX)
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let groups = group(&groups).into_iter().flat_map(Path::ancestors);
+    let most = groups.filter_map(|group| {
+        let group = group.strip_prefix("/").unwrap_or(group);
+        let path = Path::new("/sys/fs/cgroup").join(group).join("memory.max");
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    });
+    machine.into_iter().chain(most).min().unwrap_or(usize::MAX)
+}
+
+/// The control group of a process, of what `/proc/PID/cgroup` says (cgroups(7)).
+fn group(cgroup: &str) -> Option<&Path> {
+    let line = cgroup.lines().find_map(|line| line.strip_prefix("0::"));
+    line.map(Path::new)
 }
 
 /// The figure of `MemTotal` (proc(5)), in bytes.
@@ -315,6 +323,12 @@ mod tests {
         assert_eq!(mem_total(meminfo), Some(24_689_764 * 1024));
         assert_eq!(mem_total("MemFree: 1 kB"), None);
         assert!(memory() > 1 << 20);
+        let nested = "1:name=systemd:/x\n0::/system.slice/wasinetd.service\n";
+        assert_eq!(
+            group(nested),
+            Some(Path::new("/system.slice/wasinetd.service"))
+        );
+        assert_eq!(group("1:memory:/x"), None);
     }
 
     #[test]

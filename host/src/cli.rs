@@ -134,7 +134,7 @@ pub(crate) struct GuestLimits {
     max_total_memory: Option<usize>,
 
     /// Time computing, not waiting, of one connection. An answer that takes longer is a job
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = some_duration)]
     cpu_time: Duration,
 
     /// Call stack. wasmtime's own default: deep recursion of sane programs fits
@@ -414,9 +414,16 @@ fn or_off<T>(value: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<O
 /// A network, or an address, which is a network of one.
 fn network(value: &str) -> Result<IpNet, String> {
     let address = || value.parse::<IpAddr>().map(IpNet::from);
-    value.parse::<IpNet>().or_else(|_| address()).map_err(|_| {
-        "not a network or an address, such as 192.0.2.0/24, 2001:db8::/32 or 192.0.2.1".into()
-    })
+    let network = value.parse::<IpNet>().or_else(|_| address());
+    match network {
+        Ok(IpNet::V6(network)) if network.addr().to_ipv4_mapped().is_some() => {
+            Err("an IPv4 address written as IPv6; write it as IPv4, such as 192.0.2.0/24".into())
+        }
+        Ok(network) => Ok(network),
+        Err(_) => Err(
+            "not a network or an address, such as 192.0.2.0/24, 2001:db8::/32 or 192.0.2.1".into(),
+        ),
+    }
 }
 
 fn prefix(value: &str) -> Result<Prefix, String> {
@@ -441,7 +448,15 @@ fn size_or_off(value: &str) -> Result<OrOff<usize>, String> {
 }
 
 fn duration_or_off(value: &str) -> Result<OrOff<Duration>, String> {
-    or_off(value, duration)
+    or_off(value, some_duration)
+}
+
+/// A duration that is not zero, which would be met at once.
+fn some_duration(value: &str) -> Result<Duration, String> {
+    match duration(value)? {
+        Duration::ZERO => Err("not a duration above zero".into()),
+        duration => Ok(duration),
+    }
 }
 
 fn duration(value: &str) -> Result<Duration, String> {

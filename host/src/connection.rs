@@ -142,6 +142,8 @@ struct Connection {
     times: Times,
     /// A limit of bytes that the guest or the client wants to go beyond.
     exceeded: Option<Limit>,
+    /// What the kernel held for the client when it was last asked, in bytes.
+    held: Option<usize>,
     met: Met,
     lifecycle: Lifecycle,
     bytes_in: u64,
@@ -172,6 +174,7 @@ impl Connection {
             limits,
             times: Times::new(now),
             exceeded: None,
+            held: None,
             met: Met::default(),
             lifecycle,
             bytes_in: 0,
@@ -218,13 +221,35 @@ impl Connection {
     fn poll_time(&mut self, cx: &mut Context<'_>, timer: &mut Timer) -> Poll<Limit> {
         loop {
             let limit = ready!(timer.poll(cx, &self.times, &self.limits));
-            // A guest may have given up a write that was stuck, and the client have read since.
-            if limit == Limit::WriteTimeout && self.socket.can_send() {
-                self.times.can_send();
-                continue;
+            if self.is_met(limit) {
+                return Poll::Ready(limit);
             }
-            return Poll::Ready(limit);
         }
+    }
+
+    /// Looks again at what `limit` is about. What is known of a client is what the kernel has said of
+    /// late, and it may have done more since.
+    fn is_met(&mut self, limit: Limit) -> bool {
+        match limit {
+            // The guest may have given up to read, or not have begun again.
+            Limit::FirstByteTimeout if self.socket.can_receive() => self.times.can_receive(),
+            // The guest may have given up a write that was stuck.
+            Limit::WriteTimeout if self.socket.can_send() => self.times.can_send(),
+            // A slow client takes what the kernel holds for it long after the guest has written it.
+            Limit::WriteTimeout | Limit::IdleTimeout if self.client_takes() => {
+                self.times.taken(Instant::now());
+            }
+            _ => return true,
+        }
+        false
+    }
+
+    /// Whether the kernel holds less for the client than when it was last asked. The first time,
+    /// whether it holds anything.
+    fn client_takes(&mut self) -> bool {
+        let held = self.socket.unsent();
+        let before = self.held.replace(held);
+        before.map_or(held > 0, |before| held < before)
     }
 
     fn shutdown_sending(&mut self) {
@@ -313,7 +338,9 @@ impl Transport for Connection {
             return Poll::Pending;
         }
         let Poll::Ready(result) = self.socket.poll_send(cx, &bytes[..most]) else {
-            self.times.waits_to_send();
+            if self.times.waits_to_send() {
+                self.held = Some(self.socket.unsent());
+            }
             return Poll::Pending;
         };
         if let Ok(n) = result {

@@ -198,6 +198,7 @@ pub struct Incoming {
     /// The listener to ask first, so that a busy one does not starve the others.
     next: usize,
     permits: PollSemaphore,
+    places: Arc<Semaphore>,
     when_full: WhenFull,
     admission: Admission,
     /// Leave to accept a client was taken, and none has come yet.
@@ -242,7 +243,8 @@ impl Incoming {
         Ok(Self {
             listeners,
             next: 0,
-            permits: PollSemaphore::new(places.0),
+            permits: PollSemaphore::new(places.0.clone()),
+            places: places.0,
             when_full,
             admission,
             has_turn: false,
@@ -359,12 +361,18 @@ impl Stream for Incoming {
                 ready!(backoff.as_mut().poll(cx));
                 this.backoff = None;
             }
-            let permit = match this.permits.poll_acquire(cx) {
-                Poll::Ready(permit) => Some(permit.expect("it is never closed")),
-                Poll::Pending if this.when_full == WhenFull::Wait => return Poll::Pending,
-                Poll::Pending => None,
+            let permit = match this.when_full {
+                WhenFull::Wait => {
+                    let permit = ready!(this.permits.poll_acquire(cx));
+                    Some(permit.expect("it is never closed"))
+                }
+                // Nobody stands in line for a place here: who has none is told so.
+                WhenFull::Close(_) => this.places.clone().try_acquire_owned().ok(),
             };
-            ready!(this.poll_turn(cx));
+            // The last ones are not held up: they are known, and soon reset.
+            if !matches!(this.phase, Phase::Sweeping) {
+                ready!(this.poll_turn(cx));
+            }
             match this.poll_accept(cx) {
                 Some(Ok((stream, peer))) => {
                     this.accepted();

@@ -31,6 +31,7 @@ pub use inspect::{Needs, Refusal, Report};
 pub use limits::{FREE_MEMORY, Limits};
 use output::OutputLimit;
 pub use trap::Trap;
+use turns::Clock;
 use wasi::Wasi;
 
 use crate::limit::Limit;
@@ -184,13 +185,18 @@ impl Guest {
             self.engine.budget().clone(),
             transport.clone(),
         );
-        let output = OutputLimit::new(limits.output, transport.clone());
+        let output = OutputLimit::new(
+            limits.output,
+            self.engine.clock().clone(),
+            transport.clone(),
+        );
         let mut store = Store::new(
             self.engine.wasmtime(),
             State {
                 wasi: Wasi::new(&self.grants, id, output),
                 table,
                 memory,
+                clock: self.engine.clock().clone(),
                 transport,
                 sending: Sending::default(),
             },
@@ -290,6 +296,7 @@ struct State {
     wasi: Wasi,
     table: ResourceTable,
     memory: Memory,
+    clock: Clock,
     transport: SharedTransport,
     sending: Sending,
 }

@@ -116,6 +116,21 @@ fn who_does_not_read_is_not_waited_for() {
 }
 
 #[test]
+fn who_reads_slowly_is_waited_for() {
+    for mode in MODES {
+        let server = Server::start(mode, &fixture("flood"), &["--write-timeout", SHORT]);
+        let mut client = server.connect();
+        let mut buffer = vec![0; 128 << 10];
+        for _ in 0..PAUSES {
+            client.0.read_exact(&mut buffer).unwrap();
+            // The kernel takes some megabytes more only when a good part of those it has are gone.
+            thread::sleep(PAUSE);
+        }
+        assert_eq!(server.log_lines("limit=").len(), 0, "{server:?}");
+    }
+}
+
+#[test]
 fn a_connection_lives_so_long() {
     for mode in MODES {
         let server = Server::start(mode, &guest("echo"), &["--max-lifetime", SHORT]);

@@ -83,14 +83,27 @@ impl Times {
         self.stuck = None;
     }
 
-    /// Nothing could be sent.
-    pub(super) fn waits_to_send(&mut self) {
+    /// Nothing could be sent. Whether that is news.
+    pub(super) fn waits_to_send(&mut self) -> bool {
+        let news = self.stuck.is_none();
         self.stuck.get_or_insert_with(Instant::now);
+        news
     }
 
     /// Something can be sent after all.
     pub(super) fn can_send(&mut self) {
         self.stuck = None;
+    }
+
+    /// Something can be received: it is the guest that does not.
+    pub(super) fn can_receive(&mut self) {
+        self.awaits_first = None;
+    }
+
+    /// The client has taken something of what the kernel holds for it.
+    pub(super) fn taken(&mut self, now: Instant) {
+        self.moved = now;
+        self.stuck = self.stuck.map(|_| now);
     }
 
     /// The limit that is met next, and when, if nothing happens until then.

@@ -1,6 +1,7 @@
 //! The socket of a connection, worked on with as few system calls and turns of the reactor as will
 //! do.
 
+use std::ffi::c_int;
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,6 +10,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::ioctl::{Getter, Opcode, ioctl};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -118,10 +120,30 @@ impl Socket {
 
     /// Whether something can be sent right now.
     pub(super) fn can_send(&self) -> bool {
+        self.is_ready(PollFlags::OUT)
+    }
+
+    /// Whether something, or the end, can be received right now.
+    pub(super) fn can_receive(&self) -> bool {
+        self.is_ready(PollFlags::IN)
+    }
+
+    fn is_ready(&self, flags: PollFlags) -> bool {
         self.fd().is_ok_and(|fd| {
-            let mut fds = [PollFd::new(&fd, PollFlags::OUT)];
+            let mut fds = [PollFd::new(&fd, flags)];
             poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
         })
+    }
+
+    /// What was written and the client's system has not acknowledged, in bytes.
+    pub(super) fn unsent(&self) -> usize {
+        /// `SIOCOUTQ` (tcp(7)), where it is the number of `TIOCOUTQ`: on all that we run on.
+        const SIOCOUTQ: Opcode = 0x5411;
+        // SAFETY: it takes a pointer to an int, and writes there.
+        let held = self
+            .fd()
+            .and_then(|fd| unsafe { Ok(ioctl(fd, Getter::<SIOCOUTQ, c_int>::new())?) });
+        held.map_or(0, |held| usize::try_from(held).unwrap_or(0))
     }
 
     /// Sends what the kernel holds back. To be called when the guest waits.

@@ -130,25 +130,31 @@ impl Drop for Memory {
     }
 }
 
+/// Whether a memory or table may have this size by its own declaration. It is refused if not, and
+/// nothing is to be counted.
+fn may_be(desired: usize, maximum: Option<usize>) -> bool {
+    maximum.is_none_or(|maximum| desired <= maximum)
+}
+
 impl ResourceLimiter for Memory {
     fn memory_growing(
         &mut self,
         current: usize,
         desired: usize,
-        _: Option<usize>,
+        maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        Ok(self.grow(desired - current))
+        Ok(may_be(desired, maximum) && self.grow(desired - current))
     }
 
     fn table_growing(
         &mut self,
         current: usize,
         desired: usize,
-        _: Option<usize>,
+        maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
         // An element is a pointer.
         let bytes = (desired - current).saturating_mul(size_of::<usize>());
-        Ok(self.grow(bytes))
+        Ok(may_be(desired, maximum) && self.grow(bytes))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use tokio::io::AsyncWrite;
@@ -11,23 +11,32 @@ use tracing::{info, warn};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 
+use super::turns::{self, Clock};
 use super::{SharedTransport, tcp};
 use crate::limit::Limit;
 
 /// The longest line that is logged as one, in bytes. A longer one is broken.
 const MAX_LINE: usize = 4 * 1024;
 
+/// What a line takes in the log beside what it says, in bytes, about: time, target, connection.
+const LINE_OVERHEAD: usize = 100;
+
 /// What may be logged of one connection's standard output, and as much of its standard error, and
 /// who is to be told when that was reached.
 #[derive(Clone)]
 pub(super) struct OutputLimit {
     bytes: usize,
+    clock: Clock,
     transport: SharedTransport,
 }
 
 impl OutputLimit {
-    pub(super) fn new(bytes: usize, transport: SharedTransport) -> Self {
-        Self { bytes, transport }
+    pub(super) fn new(bytes: usize, clock: Clock, transport: SharedTransport) -> Self {
+        Self {
+            bytes,
+            clock,
+            transport,
+        }
     }
 }
 
@@ -111,9 +120,10 @@ impl Lines {
 impl AsyncWrite for Lines {
     fn poll_write(
         self: Pin<&mut Self>,
-        _: &mut Context<'_>,
+        cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        ready!(turns::poll_lasts(&self.limit.clock, cx));
         self.write(bytes);
         Poll::Ready(Ok(bytes.len()))
     }
@@ -166,8 +176,10 @@ impl Line {
             self.partial.extend_from_slice(&bytes[..n]);
             let ends_here = end == Some(n);
             bytes = &bytes[n + usize::from(ends_here)..];
-            // A line costs what it says and one more, so that empty lines are bounded too.
-            self.left = self.left.saturating_sub(n + usize::from(ends_here));
+            let line = ends_here || self.partial.len() == MAX_LINE;
+            // Lines without a word are bounded too.
+            let overhead = if line { LINE_OVERHEAD } else { 0 };
+            self.left = self.left.saturating_sub(n + overhead);
             if ends_here || self.partial.len() == MAX_LINE || self.left == 0 {
                 self.flush();
             }
@@ -235,9 +247,11 @@ mod tests {
             partial: Vec::new(),
             left: most,
         };
-        assert_eq!(line.write(&vec![b'\n'; most - 1]), 1);
-        assert_eq!(line.write(b"xy"), 0);
-        assert_eq!(line.partial.len(), 0);
+        assert_eq!(line.write(b"one\n"), most - 3 - LINE_OVERHEAD);
+        line.left = most;
+        let lines = most / LINE_OVERHEAD;
+        assert!(line.write(&vec![b'\n'; lines]) > 0);
+        assert_eq!(line.write(b"\n"), 0);
         assert_eq!(line.write(b"z"), 0);
         assert!(line.partial.is_empty());
     }

@@ -16,7 +16,7 @@ use wasmtime::component::{
 };
 use wasmtime::{AsContextMut, StoreContextMut};
 
-use super::{SharedTransport, State, Transport};
+use super::{SharedTransport, State, Transport, turns};
 use bindings::wasinetd::tcp::types::{
     ErrorCode, Host, HostConnection, HostConnectionWithStore, Ipv4SocketAddress, Ipv6SocketAddress,
     SocketAddress,
@@ -250,6 +250,9 @@ impl StreamProducer<State> for Receiver {
         destination: Destination<'a, u8, Option<u8>>,
         finish: bool,
     ) -> Poll<wasmtime::Result<StreamResult>> {
+        if turns::poll_lasts(&store.data().clock, cx).is_pending() {
+            return pending(finish);
+        }
         if destination.remaining(&mut store) == Some(0) {
             return match lock(&self.0.transport).poll_receivable(cx) {
                 Poll::Ready(()) => Poll::Ready(Ok(StreamResult::Completed)),
@@ -296,9 +299,12 @@ impl StreamConsumer<State> for Sender {
         source: Source<'_, u8>,
         finish: bool,
     ) -> Poll<wasmtime::Result<StreamResult>> {
+        let over = turns::poll_lasts(&store.data().clock, cx).is_pending();
         let mut source = source.as_direct(store.as_context_mut());
         let asks = source.remaining().is_empty() && !self.taken;
-        let result = if asks {
+        let result = if over && !self.taken {
+            pending(finish)
+        } else if asks {
             // The guest asks whether it could write.
             match lock(&self.direction.transport).poll_sendable(cx) {
                 Poll::Ready(()) => Poll::Ready(Ok(StreamResult::Completed)),

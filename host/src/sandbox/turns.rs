@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -76,6 +77,16 @@ pub(super) fn used(clock: &Clock) -> u64 {
 /// passed when its turn has only begun.
 pub(super) fn is_over(clock: &Clock) -> bool {
     clock.now() >= TURN.get().ends
+}
+
+/// Ready while the turn lasts. For what the host does for a guest without a word from it, such as
+/// moving bytes from one stream to another: no tick is seen there.
+pub(super) fn poll_lasts(clock: &Clock, cx: &mut Context<'_>) -> Poll<()> {
+    if is_over(clock) {
+        cx.waker().wake_by_ref();
+        return Poll::Pending;
+    }
+    Poll::Ready(())
 }
 
 /// Waits for the lane, and for everyone else to have had a turn.
