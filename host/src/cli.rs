@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use wasinetd::connection;
 use wasinetd::listener::{self, Prefix, Rules};
-use wasinetd::sandbox::{self, Access, DirGrant};
+use wasinetd::sandbox::{self, Access, Destination, DirGrant};
 
 /// The exit code for a mistake on the command line (BSD `sysexits.h`).
 pub(crate) const EX_USAGE: u8 = 64;
@@ -26,7 +26,7 @@ pub(crate) struct Cli {
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 after a clean drain, 64 for a mistake on the command line, 65 for a guest that cannot \
-be run, 69 for an address that cannot be listened on, 70 for a fault of wasinetd, 75 when \
+be run, 69 for an address or a socket that cannot be listened on, 70 for a fault of wasinetd, 75 when \
 connections had to be ended before they were done, 78 for a setting that this machine cannot meet.";
 
 #[derive(Subcommand)]
@@ -40,8 +40,9 @@ pub(crate) enum Command {
 
 const GRANTED: &str = "\
 A guest has to export wasinetd:tcp/handler@0.1.0. It may import wasinetd:tcp/types@0.1.0, and \
-wasi:cli, wasi:clocks, wasi:filesystem, wasi:io and wasi:random in the versions 0.2 and 0.3. It sees \
-no directory and no environment variable that `serve` was not told to grant, and no network.";
+wasi:cli, wasi:clocks, wasi:filesystem, wasi:io and wasi:random in the versions 0.2 and 0.3, and \
+wasi:sockets where it was granted with --allow-connect. It sees no directory and no environment \
+variable that `serve` was not told to grant.";
 
 #[derive(Args)]
 pub(crate) struct ServeArgs {
@@ -74,6 +75,9 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = variable)]
     pub(crate) env: Vec<(String, String)>,
 
+    #[command(flatten)]
+    pub(crate) network: NetworkArgs,
+
     /// Connections open at once; further clients wait in the kernel's backlog
     /// [default: 10000, or as many as this machine can hold]
     #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
@@ -92,6 +96,11 @@ pub(crate) struct ServeArgs {
     /// them at once
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, allow_hyphen_values = true)]
     pub(crate) drain_timeout: Duration,
+
+    /// Answer operators over HTTP on a Unix socket, which only this user can connect to: /metrics
+    /// (OpenMetrics), /healthz and /readyz
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_socket)]
+    pub(crate) admin: Option<PathBuf>,
 
     /// How to write the log, which goes to standard error
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
@@ -117,6 +126,17 @@ impl ServeArgs {
             .chain(self.dir_rw.iter().map(grant(Access::ReadWrite)))
             .collect()
     }
+}
+
+/// Where guests may connect to. Without it they have no network.
+#[derive(Args)]
+pub(crate) struct NetworkArgs {
+    /// Let guests connect to this TCP port of an address, a network (10.0.0.0/8:5432,
+    /// [fd00::/8]:5432) or a name; repeat it for more. A name may lead to public addresses only,
+    /// lest whoever answers for it let guests into a network of yours, or into CIDR where that is
+    /// given
+    #[arg(long, value_name = "HOST:PORT[/CIDR]")]
+    pub(crate) allow_connect: Vec<Destination>,
 }
 
 /// What one guest may use: it is stopped, or refused more.
@@ -270,6 +290,11 @@ pub(crate) struct ConnectionLimits {
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration_or_off)]
     write_timeout: OrOff<Duration>,
 
+    /// Time without a sign of the client's system, after which that is asked whether it is there;
+    /// one that is gone without a word is noticed in twice that. A minute: it costs a packet
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = keepalive)]
+    keepalive: OrOff<Duration>,
+
     /// Time open. A day: no exchange of a client that lives takes longer, and what was forgotten
     /// ends some time
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration_or_off)]
@@ -296,6 +321,11 @@ impl ConnectionLimits {
             bytes_out: self.max_bytes_out.0.map(|bytes| bytes as u64),
         }
     }
+
+    /// As the listener wants it.
+    pub(crate) fn keepalive(&self) -> Option<Duration> {
+        self.keepalive.0
+    }
 }
 
 /// The value of a limit, if it is not off.
@@ -311,6 +341,9 @@ pub(crate) struct CheckArgs {
     /// The connections to plan for, as given to serve [default: 10000]
     #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
     pub(crate) max_connections: Option<usize>,
+
+    #[command(flatten)]
+    pub(crate) network: NetworkArgs,
 
     #[command(flatten)]
     pub(crate) guest_limits: GuestLimits,
@@ -344,6 +377,13 @@ fn address(value: &str) -> Result<SocketAddr, String> {
     value
         .parse()
         .map_err(|_| "not an IP address and a port, such as 127.0.0.1:7878 or [::1]:7878".into())
+}
+
+fn unix_socket(value: &str) -> Result<PathBuf, String> {
+    match value.strip_prefix("unix:") {
+        Some(path) if !path.is_empty() => Ok(path.into()),
+        _ => Err("not unix: and a path, such as unix:/run/wasinetd/admin.sock".into()),
+    }
 }
 
 fn directory(value: &str) -> Result<(PathBuf, String), String> {
@@ -449,6 +489,20 @@ fn size_or_off(value: &str) -> Result<OrOff<usize>, String> {
 
 fn duration_or_off(value: &str) -> Result<OrOff<Duration>, String> {
     or_off(value, some_duration)
+}
+
+/// What the kernel takes (tcp(7), `TCP_KEEPIDLE`), in seconds.
+const KEEPALIVE_SECONDS: std::ops::RangeInclusive<u64> = 1..=32767;
+
+fn keepalive(value: &str) -> Result<OrOff<Duration>, String> {
+    or_off(value, |value| {
+        let time = duration(value)?;
+        if time.subsec_nanos() == 0 && KEEPALIVE_SECONDS.contains(&time.as_secs()) {
+            Ok(time)
+        } else {
+            Err("not whole seconds from 1s to 32767s".into())
+        }
+    })
 }
 
 /// A duration that is not zero, which would be met at once.

@@ -7,14 +7,18 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use futures::{Stream, stream};
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 use wasinetd::Error;
+use wasinetd::admin::Admin;
 use wasinetd::capacity::{self, Plan};
-use wasinetd::connection;
+use wasinetd::connection::{self, Counts, Service};
 use wasinetd::lifecycle::Controller;
-use wasinetd::listener::{Admission, Bound, Incoming, Listening, Places};
+use wasinetd::limit;
+use wasinetd::listener::{self, Admission, Bound, Incoming, Listening, Places};
 use wasinetd::sandbox::{Access, Engine, Grants, Guest, Needs, Refusal, Report};
 use wasinetd::server::{self, Ended, Shards};
 
@@ -37,10 +41,11 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let shards = Shards::new(dispatch(args.dispatch), threads(&args))?;
     // An address that is taken should be heard of before the guest is compiled, and clients only
     // after.
+    let admin = args.admin.as_deref().map(Admin::bind).transpose()?;
     let bound: Vec<Bound> = args
         .listen
         .iter()
-        .map(|address| Bound::new(*address, shards.count()))
+        .map(|address| Bound::new(*address, shards.count(), args.connection_limits.keepalive()))
         .collect::<Result<_, _>>()?;
     let engine = Engine::new(plan.room(max_connections), &needs, limits)?;
     let guest = Guest::new(&engine, &component, grants).map_err(refused(&args.guest))?;
@@ -71,10 +76,15 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
             Incoming::new(listeners, places, when_full.clone(), admission, &lifecycle)
         })
         .collect::<Result<_, _>>()?;
-    let guest = Arc::new(guest);
-    let limits = args.connection_limits.limits();
-    let handler =
-        move |accepted| connection::handle(accepted, guest.clone(), limits, lifecycle.clone());
+    let mut registry = registry();
+    engine.register(&mut registry);
+    let service = Arc::new(Service {
+        guest,
+        limits: args.connection_limits.limits(),
+        lifecycle: lifecycle.clone(),
+        counts: Counts::register(&mut registry),
+    });
+    let handler = move |accepted| connection::handle(accepted, service.clone());
     let serving = server::serve(
         shards,
         incoming,
@@ -83,10 +93,32 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         stop,
         args.drain_timeout,
     );
-    match control.block_on(serving)? {
+    let ended = control.block_on(async {
+        let operating = async {
+            match &admin {
+                Some(admin) => admin.serve(registry, lifecycle).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            ended = serving => ended,
+            Err(error) = operating => Err(internal("serving operators")(error)),
+        }
+    })?;
+    match ended {
         Ended::Drained => Ok(ExitCode::SUCCESS),
         Ended::Cut => Ok(ExitCode::from(EX_TEMPFAIL)),
     }
+}
+
+/// What is counted, as far as it is the same for all that is served.
+fn registry() -> Registry {
+    let mut registry = Registry::with_prefix("wasinetd");
+    let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+    registry.register("build", "The wasinetd that serves", build);
+    limit::register(&mut registry);
+    listener::register(&mut registry);
+    registry
 }
 
 /// Says whether `serve` would accept a guest, and how many connections it could serve.
@@ -97,7 +129,9 @@ pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode, Error> {
     let plan = Plan::new(&needs, &limits, true).with_pool(args.max_connections);
     // One is enough to compile and link for.
     let engine = Engine::new(plan.room(1), &needs, limits.clone())?;
-    let guest = Guest::new(&engine, &component, Grants::default()).map_err(refused(&args.guest))?;
+    let connect = args.network.allow_connect.clone();
+    let grants = Grants::default().with_network(connect);
+    let guest = Guest::new(&engine, &component, grants).map_err(refused(&args.guest))?;
     let mut stdout = io::stdout().lock();
     // Whoever closes the pipe has read enough.
     let _ = write!(
@@ -185,14 +219,16 @@ fn internal<E: fmt::Display>(stage: &'static str) -> impl Fn(E) -> Error {
 }
 
 fn grants(args: &ServeArgs) -> Result<Grants, Error> {
-    Grants::new(&args.directories(), args.env.clone()).map_err(|(grant, reason)| Error::Directory {
+    let grants = Grants::new(&args.directories(), args.env.clone());
+    let grants = grants.map_err(|(grant, reason)| Error::Directory {
         flag: match grant.access {
             Access::ReadOnly => "--dir",
             Access::ReadWrite => "--dir-rw",
         },
         path: grant.host,
         reason,
-    })
+    })?;
+    Ok(grants.with_network(args.network.allow_connect.clone()))
 }
 
 fn dispatch(dispatch: Dispatch) -> server::Dispatch {

@@ -1,5 +1,6 @@
 //! One connection, from `accept` to its line in the log.
 
+mod counts;
 mod limits;
 mod socket;
 
@@ -19,6 +20,8 @@ use crate::lifecycle::Lifecycle;
 use crate::limit::{Limit, Met};
 use crate::listener::Accepted;
 use crate::sandbox::{self, Guest, Transport};
+pub use counts::Counts;
+use counts::Kind;
 pub use limits::Limits;
 use limits::{Timer, Times};
 use socket::Socket;
@@ -31,18 +34,37 @@ use socket::Socket;
 /// trip to the far side of the world, several times over, and a large socket buffer.
 const LINGER: (Duration, usize) = (Duration::from_secs(2), 4 << 20);
 
-/// Serves one accepted connection in a fresh sandbox of `guest`, and logs how it went.
+/// What connections are served with.
+pub struct Service {
+    /// What is called for each.
+    pub guest: Guest,
+    /// What each may take.
+    pub limits: Limits,
+    /// Those that are left are reset when it ends.
+    pub lifecycle: Lifecycle,
+    /// What became of them.
+    pub counts: Counts,
+}
+
+/// Serves one accepted connection in a fresh sandbox, and logs how it went.
 ///
-/// The connection is reset when it meets one of `limits`, or when `lifecycle` ends before the guest
+/// The connection is reset when it meets one of its limits, or when the server ends before the guest
 /// is done.
-pub async fn handle(accepted: Accepted, guest: Arc<Guest>, limits: Limits, lifecycle: Lifecycle) {
+pub async fn handle(accepted: Accepted, service: Arc<Service>) {
     let started = Instant::now();
+    let Service {
+        guest,
+        limits,
+        lifecycle,
+        counts,
+    } = &*service;
+    let _open = counts.begin();
     let Accepted {
         stream,
         peer,
         place,
     } = accepted;
-    let connection = Connection::new(stream, peer, started, limits, lifecycle.clone());
+    let connection = Connection::new(stream, peer, started, *limits, lifecycle.clone());
     let connection = Arc::new(Mutex::new(connection));
     let outcome = {
         let mut call = Box::pin(guest.handle(connection.clone()));
@@ -76,6 +98,12 @@ pub async fn handle(accepted: Accepted, guest: Arc<Guest>, limits: Limits, lifec
         _ => connection.socket.reset_when_dropped(),
     }
     connection.log(&outcome, duration);
+    counts.ended(
+        outcome.kind(),
+        duration,
+        connection.bytes_in,
+        connection.bytes_out,
+    );
     // The socket first: a place that is free has no file open.
     drop(connection);
     drop(place);
@@ -115,6 +143,21 @@ impl Outcome {
             Ending::Guest(Err(sandbox::Failure::NotStarted(reason))) => Self::NoSandbox(reason),
             Ending::Limit(limit) => Self::Limit(limit),
             Ending::Server => Self::DrainTimeout,
+        }
+    }
+}
+
+impl Outcome {
+    /// As it is counted.
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Ok => Kind::Ok,
+            Self::GuestError(_) => Kind::GuestError,
+            Self::Trap(_) => Kind::Trap,
+            Self::ClientGone => Kind::ClientGone,
+            Self::Limit(_) => Kind::Limit,
+            Self::DrainTimeout => Kind::DrainTimeout,
+            Self::NoSandbox(_) => Kind::NoSandbox,
         }
     }
 }
@@ -289,6 +332,10 @@ impl Connection {
     /// Remembers that the client is gone if `result` says so.
     fn note<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
         self.lost |= result.is_err();
+        if matches!(&result, Err(error) if error.kind() == io::ErrorKind::TimedOut) {
+            // What else makes the kernel give up, data that nobody acknowledges, takes it far longer.
+            self.met.add(Limit::Keepalive);
+        }
         result
     }
 }

@@ -77,6 +77,17 @@ pub enum Error {
         fix: &'static str,
     },
 
+    /// The socket for operators cannot be had.
+    #[error("cannot listen at {path:?} given to --admin: {source}; {fix}")]
+    Admin {
+        /// Where it was to be.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+        /// What to do about it.
+        fix: &'static str,
+    },
+
     /// Something that should always work did not.
     #[error("{stage} failed: {reason}")]
     Internal {
@@ -95,7 +106,7 @@ impl Error {
         match self {
             Self::GuestUnreadable { .. } | Self::GuestRefused { .. } => 65,
             Self::Directory { .. } | Self::Capacity { .. } | Self::Pool { .. } => 78,
-            Self::Listen { .. } => 69,
+            Self::Listen { .. } | Self::Admin { .. } => 69,
             Self::Internal { .. } => 70,
         }
     }

@@ -13,6 +13,7 @@
 
 #![deny(missing_docs)]
 
+pub mod admin;
 pub mod capacity;
 pub mod connection;
 mod error;

@@ -3,6 +3,12 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::registry::Registry;
+
 /// A limit that a guest or a client can meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
@@ -22,12 +28,16 @@ pub enum Limit {
     MaxCallSize,
     /// What is logged of what a guest prints.
     MaxOutput,
+    /// Where a guest may connect to.
+    AllowConnect,
     /// How long no byte is moved either way.
     IdleTimeout,
     /// How long a guest waits for the first byte.
     FirstByteTimeout,
     /// How long a client takes nothing of what is to be sent.
     WriteTimeout,
+    /// How long a client's system may give no sign.
+    Keepalive,
     /// How long a connection is open.
     MaxLifetime,
     /// What is received on a connection.
@@ -53,7 +63,7 @@ static MET: [AtomicU64; Limit::ALL.len()] = [const { AtomicU64::new(0) }; Limit:
 
 impl Limit {
     /// All there are.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::MaxMemory,
         Self::MaxTotalMemory,
         Self::CpuTime,
@@ -62,9 +72,11 @@ impl Limit {
         Self::MaxOpenFiles,
         Self::MaxCallSize,
         Self::MaxOutput,
+        Self::AllowConnect,
         Self::IdleTimeout,
         Self::FirstByteTimeout,
         Self::WriteTimeout,
+        Self::Keepalive,
         Self::MaxLifetime,
         Self::MaxBytesIn,
         Self::MaxBytesOut,
@@ -76,7 +88,7 @@ impl Limit {
         Self::Deny,
     ];
 
-    /// Its name in the log: that of the flag that sets it, without the dashes.
+    /// Its name in the log and in the metrics: that of the flag that sets it, without the dashes.
     pub fn name(self) -> &'static str {
         match self {
             Self::MaxMemory => "max-memory",
@@ -87,9 +99,11 @@ impl Limit {
             Self::MaxOpenFiles => "max-open-files",
             Self::MaxCallSize => "max-call-size",
             Self::MaxOutput => "max-output",
+            Self::AllowConnect => "allow-connect",
             Self::IdleTimeout => "idle-timeout",
             Self::FirstByteTimeout => "first-byte-timeout",
             Self::WriteTimeout => "write-timeout",
+            Self::Keepalive => "keepalive",
             Self::MaxLifetime => "max-lifetime",
             Self::MaxBytesIn => "max-bytes-in",
             Self::MaxBytesOut => "max-bytes-out",
@@ -110,6 +124,30 @@ impl Limit {
     /// How often it was met since the process began: by a connection once, if at all.
     pub fn met(self) -> u64 {
         MET[self as usize].load(Ordering::Relaxed)
+    }
+}
+
+/// Adds to `registry` how often each limit was met.
+pub fn register(registry: &mut Registry) {
+    registry.register_collector(Box::new(AllMet));
+}
+
+#[derive(Debug)]
+struct AllMet;
+
+impl Collector for AllMet {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let mut family = encoder.encode_descriptor(
+            "limits_met",
+            "How often each limit was met: by a connection once, if at all",
+            None,
+            MetricType::Counter,
+        )?;
+        for limit in Limit::ALL {
+            let labels = [("limit", limit.name())];
+            ConstCounter::new(limit.met()).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
     }
 }
 

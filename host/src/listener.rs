@@ -6,15 +6,17 @@ mod closing;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures::Stream;
 use futures::future::BoxFuture;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::registry::Registry;
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -44,11 +46,18 @@ pub struct Bound {
 impl Bound {
     /// Takes an address, with a socket for each of `shards`: the kernel spreads clients over them.
     ///
+    /// Clients from whom nothing comes for `keepalive` are asked by the kernel whether they are
+    /// still there. One that is gone has its connection ended in twice that.
+    ///
     /// # Errors
     ///
     /// [`Error::Listen`] when it cannot be had.
-    pub fn new(address: SocketAddr, shards: usize) -> Result<Self, Error> {
-        bind_all(address, shards)
+    pub fn new(
+        address: SocketAddr,
+        shards: usize,
+        keepalive: Option<Duration>,
+    ) -> Result<Self, Error> {
+        bind_all(address, shards, keepalive)
             .map(|sockets| Self { address, sockets })
             .map_err(|error| cannot_listen(address, error))
     }
@@ -93,18 +102,27 @@ impl Listening {
     }
 }
 
-fn bind_all(address: SocketAddr, shards: usize) -> io::Result<Vec<Socket>> {
+fn bind_all(
+    address: SocketAddr,
+    shards: usize,
+    keepalive: Option<Duration>,
+) -> io::Result<Vec<Socket>> {
     // Sockets that share a port by SO_REUSEPORT would share it with those of another server of ours
     // that was started by mistake. The first one is bound without, and so meets any other.
-    let first = bind(address, false)?;
+    let first = bind(address, false, keepalive)?;
     if shards == 1 {
         return Ok(vec![first]);
     }
     let address = first.local_addr()?.as_socket().unwrap_or(address);
-    (0..shards).map(|_| bind(address, true)).collect()
+    (0..shards)
+        .map(|_| bind(address, true, keepalive))
+        .collect()
 }
 
-fn bind(address: SocketAddr, share_port: bool) -> io::Result<Socket> {
+/// How often a client that does not answer is asked whether it is there.
+const KEEPALIVE_PROBES: u32 = 4;
+
+fn bind(address: SocketAddr, share_port: bool, keepalive: Option<Duration>) -> io::Result<Socket> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM,
@@ -123,6 +141,15 @@ fn bind(address: SocketAddr, share_port: bool) -> io::Result<Socket> {
     // Linux hands it down to accepted sockets. Guests write whole messages; waiting for more
     // (Nagle, RFC 896) only delays them.
     socket.set_tcp_nodelay(true)?;
+    if let Some(time) = keepalive {
+        // So are these. The kernel counts in whole seconds (tcp(7)).
+        let pause = Duration::from_secs((time / KEEPALIVE_PROBES).as_secs().max(1));
+        let keepalive = TcpKeepalive::new()
+            .with_time(time)
+            .with_interval(pause)
+            .with_retries(KEEPALIVE_PROBES);
+        socket.set_tcp_keepalive(&keepalive)?;
+    }
     socket.bind(&address.into())?;
     Ok(socket)
 }
@@ -208,6 +235,18 @@ pub struct Incoming {
     delay: Duration,
     phase: Phase,
     ended: BoxFuture<'static, ()>,
+}
+
+/// How often `accept` failed for a reason that lasts, since the process began.
+static ACCEPT_ERRORS: LazyLock<Counter> = LazyLock::new(Counter::default);
+
+/// Adds to `registry` what goes wrong with accepting.
+pub fn register(registry: &mut Registry) {
+    registry.register(
+        "accept_errors",
+        "How often accepting a connection failed for want of something",
+        ACCEPT_ERRORS.clone(),
+    );
 }
 
 enum Phase {
@@ -301,6 +340,7 @@ impl Incoming {
             debug!(%error, "a client was gone before it was accepted");
             return;
         }
+        ACCEPT_ERRORS.inc();
         warn!(%error, retry_in = ?self.delay, "cannot accept connections");
         self.backoff = Some(Box::pin(tokio::time::sleep(self.delay)));
         self.delay = (self.delay * 2).min(BACKOFF.1);

@@ -8,6 +8,7 @@ mod engine;
 mod grants;
 mod inspect;
 mod limits;
+mod network;
 mod output;
 mod tcp;
 mod trap;
@@ -29,6 +30,7 @@ pub use engine::{Engine, HOST_STACK_BYTES, Room};
 pub use grants::{Access, DirGrant, Grants};
 pub use inspect::{Needs, Refusal, Report};
 pub use limits::{FREE_MEMORY, Limits};
+pub use network::{Destination, DestinationError};
 use output::OutputLimit;
 pub use trap::Trap;
 use turns::Clock;
@@ -115,7 +117,7 @@ impl Guest {
     ///
     /// Says what is wrong with the component, and the fix.
     pub fn new(engine: &Engine, component: &[u8], grants: Grants) -> Result<Self, Refusal> {
-        let (component, report) = inspect::compile(engine, component)?;
+        let (component, report) = inspect::compile(engine, component, &grants)?;
         let pre = engine
             .linker()
             .instantiate_pre(&component)

@@ -137,7 +137,12 @@ fn a_guest_of_another_version() {
 fn a_guest_that_wants_the_network() {
     refuses_fixture(
         "sockets",
-        &["wasi:sockets/tcp@0.2", "no guest is granted", "remove"],
+        &[
+            "wasi:sockets/tcp@0.2",
+            "not granted",
+            "--allow-connect",
+            "remove",
+        ],
     );
 }
 
@@ -266,6 +271,20 @@ fn values_that_are_out_of_range() {
         64,
         &["--log-format", "xml", "json"],
     );
+    for value in ["db.example.com", "10.0.0.1:0", "10.0.0.1:1/10.0.0.0/8"] {
+        refuses(
+            serve().args(["--allow-connect", value]),
+            64,
+            &["--allow-connect", value],
+        );
+    }
+    for value in ["1500ms", "0s", "10h"] {
+        refuses(
+            serve().args(["--keepalive", value]),
+            64,
+            &["--keepalive", value, "whole seconds", "off"],
+        );
+    }
     refuses(&mut wasinetd(), 64, &["Usage"]);
 }
 

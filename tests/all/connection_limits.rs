@@ -4,6 +4,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use socket2::{SockFilter, SockRef};
+
 use crate::harness::{Client, MODES, Server, fixture, guest};
 
 /// What a limit is in these tests. The time of a client that obeys is far from it.
@@ -61,6 +63,28 @@ fn a_guest_that_sleeps_for_a_year_is_ended() {
         let server = Server::start(mode, &fixture("waits"), &["--idle-timeout", SHORT]);
         reset(&mut server.connect());
         server.wait_for_log(&["id=1 ", &limited("idle-timeout")]);
+    }
+}
+
+#[test]
+fn a_client_that_is_gone_without_a_word_is_noticed() {
+    for mode in MODES {
+        let limits = ["--keepalive", SHORT, "--idle-timeout", "off"];
+        let server = Server::start(mode, &guest("echo"), &limits);
+        let (mut gone, mut there) = (server.connect(), server.connect());
+        for client in [&mut gone, &mut there] {
+            client.send("x");
+            assert_eq!(client.read(1), "x");
+        }
+        // Nothing that comes reaches it any more, so that nothing answers: as if its system was gone.
+        SockRef::from(&gone.0)
+            .attach_filter(&[SockFilter::new(0x06, 0, 0, 0)])
+            .unwrap();
+        let peer = format!("peer={} ", gone.0.local_addr().unwrap());
+        server.wait_for_log(&[&peer, "outcome=client gone", "limit=\"keepalive\""]);
+        // As silent, and its system answers.
+        there.send("y");
+        assert_eq!(there.read(1), "y");
     }
 }
 

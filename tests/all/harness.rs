@@ -71,7 +71,7 @@ pub(crate) fn run(command: &mut Command) -> Output {
     output(command)
 }
 
-fn output(command: &mut Command) -> Output {
+pub(crate) fn output(command: &mut Command) -> Output {
     command
         .stdin(Stdio::null())
         .output()

@@ -3,6 +3,7 @@
 //! Each server listens on a port of its own and says which. Nothing waits for a fixed time: tests
 //! wait for what the server prints, or for what arrives on a socket.
 
+mod admin;
 mod admission;
 mod bad_input;
 mod connection_limits;
@@ -16,5 +17,6 @@ mod http;
 mod isolation;
 mod limits;
 mod load;
+mod network;
 mod output;
 mod shutdown;

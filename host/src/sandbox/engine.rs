@@ -5,6 +5,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use prometheus_client::registry::Registry;
 use wasmtime::component::{HasData, Linker, ResourceTable};
 use wasmtime::{
     Config, Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails,
@@ -12,9 +13,9 @@ use wasmtime::{
 use wasmtime_wasi::{p2, p3};
 
 use super::inspect::{MAX_CORE_INSTANCES, Needs};
-use super::limits::{Budget, Limits};
+use super::limits::{self, Budget, Limits};
 use super::turns::Clock;
-use super::{State, tcp};
+use super::{State, network, tcp};
 use crate::Error;
 
 /// How long a guest computes before it makes way for others. Shorter, and the checks would cost
@@ -80,6 +81,11 @@ impl Engine {
         })))
     }
 
+    /// Adds to `registry` what the sandboxes take together.
+    pub fn register(&self, registry: &mut Registry) {
+        limits::register(self.budget().clone(), registry);
+    }
+
     pub(super) fn wasmtime(&self) -> &wasmtime::Engine {
         &self.0.wasmtime
     }
@@ -135,12 +141,13 @@ fn config(room: Room, needs: &Needs, limits: &Limits) -> Config {
     config
 }
 
-/// Links what the world `wasinetd:tcp/connection-handler` lists, and nothing else: a guest that
-/// imports anything more, such as `wasi:sockets`, is refused when it is loaded.
+/// Links what the world `wasinetd:tcp/connection-handler` lists, and `wasi:sockets` for guests that
+/// may connect somewhere. A guest that imports anything more is refused when it is loaded.
 fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<State>> {
     let mut linker = Linker::new(engine);
     tcp::add_to_linker(&mut linker)?;
     link_p2(&mut linker)?;
+    network::add_to_linker(&mut linker)?;
     p3::cli::add_to_linker(&mut linker)?;
     p3::clocks::add_to_linker(&mut linker)?;
     p3::filesystem::add_to_linker(&mut linker)?;

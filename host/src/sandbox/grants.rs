@@ -6,6 +6,8 @@ use std::sync::Arc;
 use wasmtime_wasi::filesystem::WasiFilesystemCtx;
 use wasmtime_wasi::{FsPerms, WasiCtx};
 
+use super::network::{Destination, Network};
+
 /// What a guest may do in a directory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Access {
@@ -37,6 +39,7 @@ pub struct Grants(Arc<Granted>);
 struct Granted {
     filesystem: WasiFilesystemCtx,
     environment: Vec<(String, String)>,
+    network: Arc<Network>,
 }
 
 impl Grants {
@@ -78,7 +81,17 @@ impl Grants {
         Ok(Self(Arc::new(Granted {
             filesystem: context.build().filesystem().clone(),
             environment: last_of_each(environment),
+            network: Arc::default(),
         })))
+    }
+
+    /// Grants TCP connections to `destinations` as well.
+    pub fn with_network(self, destinations: Vec<Destination>) -> Self {
+        Self(Arc::new(Granted {
+            filesystem: self.filesystem(),
+            environment: self.environment().to_vec(),
+            network: Arc::new(Network::new(destinations)),
+        }))
     }
 
     /// The directories.
@@ -89,6 +102,11 @@ impl Grants {
     /// The environment variables.
     pub(super) fn environment(&self) -> &[(String, String)] {
         &self.0.environment
+    }
+
+    /// Where to connect to.
+    pub(super) fn network(&self) -> Arc<Network> {
+        self.0.network.clone()
     }
 }
 

@@ -8,7 +8,7 @@ use wasmparser::{
 };
 use wasmtime::component::Component;
 
-use super::{Engine, Limits};
+use super::{Engine, Grants, Limits};
 
 /// The package of our WIT.
 const PACKAGE: &str = "wasinetd:tcp";
@@ -24,6 +24,8 @@ const WASI: [&str; 5] = [
     "wasi:io",
     "wasi:random",
 ];
+/// The package that is linked as well, for guests that may connect somewhere.
+const WASI_NETWORK: &str = "wasi:sockets";
 const WASI_VERSIONS: [&str; 2] = ["0.2", "0.3"];
 
 /// The most that an instance may take of each. Arbitrary: a component that a compiler makes has
@@ -308,7 +310,11 @@ pub struct Report {
 }
 
 /// Compiles a component and checks that it imports only what is linked and exports a handler.
-pub(super) fn compile(engine: &Engine, bytes: &[u8]) -> Result<(Component, Report), Refusal> {
+pub(super) fn compile(
+    engine: &Engine,
+    bytes: &[u8],
+    grants: &Grants,
+) -> Result<(Component, Report), Refusal> {
     let needs = Needs::of(bytes)?;
     needs.fit(engine.limits())?;
     let component = Component::new(engine.wasmtime(), bytes)
@@ -320,11 +326,11 @@ pub(super) fn compile(engine: &Engine, bytes: &[u8]) -> Result<(Component, Repor
         exports: names(&mut ty.exports(engine.wasmtime()).map(|(name, _)| name)),
         needs,
     };
-    check(&report)?;
+    check(&report, grants.network().is_granted())?;
     Ok((component, report))
 }
 
-fn check(report: &Report) -> Result<(), Refusal> {
+fn check(report: &Report, may_connect: bool) -> Result<(), Refusal> {
     let names = || {
         report
             .imports
@@ -340,9 +346,15 @@ fn check(report: &Report) -> Result<(), Refusal> {
     let refused: Vec<&str> = report
         .imports
         .iter()
-        .filter(|name| !Name::parse(name).is_linked())
+        .filter(|name| !Name::parse(name).is_linked(may_connect))
         .map(String::as_str)
         .collect();
+    if refused.iter().any(|name| Name::parse(name).is_network()) && !may_connect {
+        return Err(Refusal(format!(
+            "it imports the network, which it is not granted: {}; say where it may connect to with --allow-connect HOST:PORT, or remove the code that needs it",
+            refused.join(", ")
+        )));
+    }
     if !refused.is_empty() {
         return Err(Refusal(format!(
             "it imports what no guest is granted: {}; remove the code that needs it (`wasinetd check --help` lists what is granted)",
@@ -395,10 +407,18 @@ impl<'a> Name<'a> {
         minor(self.version) == minor(version)
     }
 
-    fn is_linked(&self) -> bool {
+    fn is_linked(&self, may_connect: bool) -> bool {
         self.package == PACKAGE
-            || (WASI.contains(&self.package)
-                && WASI_VERSIONS.iter().any(|version| self.compatible(version)))
+            || (WASI.contains(&self.package) && self.is_known_version())
+            || (may_connect && self.is_network())
+    }
+
+    fn is_network(&self) -> bool {
+        self.package == WASI_NETWORK && self.is_known_version()
+    }
+
+    fn is_known_version(&self) -> bool {
+        WASI_VERSIONS.iter().any(|version| self.compatible(version))
     }
 }
 

@@ -5,6 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::{Registry, Unit};
 use wasmtime::ResourceLimiter;
 use wasmtime::component::ResourceTableError;
 
@@ -54,14 +58,21 @@ pub const FREE_MEMORY: usize = 1 << 20;
 
 /// The memory that all sandboxes may take beyond what is free to each.
 pub(super) struct Budget {
+    bytes: usize,
     left: AtomicUsize,
 }
 
 impl Budget {
     pub(super) fn new(bytes: usize) -> Self {
         Self {
+            bytes,
             left: AtomicUsize::new(bytes),
         }
+    }
+
+    /// What is taken of it, in bytes.
+    fn taken(&self) -> usize {
+        self.bytes - self.left.load(Ordering::Relaxed)
     }
 
     fn take(&self, bytes: usize) -> bool {
@@ -74,6 +85,32 @@ impl Budget {
 
     fn give_back(&self, bytes: usize) {
         self.left.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Adds to `registry` what is taken of `budget`.
+pub(super) fn register(budget: Arc<Budget>, registry: &mut Registry) {
+    registry.register_collector(Box::new(Taken(budget)));
+}
+
+struct Taken(Arc<Budget>);
+
+impl fmt::Debug for Taken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Taken").finish_non_exhaustive()
+    }
+}
+
+impl Collector for Taken {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let gauge = ConstGauge::new(self.0.taken() as i64);
+        let metric = encoder.encode_descriptor(
+            "guests_memory",
+            "Memory of all guests, beyond the first MiB of each",
+            Some(&Unit::Bytes),
+            gauge.metric_type(),
+        )?;
+        gauge.encode(metric)
     }
 }
 

@@ -7,9 +7,11 @@ use wasmtime_wasi::cli::{WasiCliCtx, WasiCliCtxView, WasiCliView};
 use wasmtime_wasi::clocks::{WasiClocksCtx, WasiClocksCtxView, WasiClocksView};
 use wasmtime_wasi::filesystem::{WasiFilesystemCtx, WasiFilesystemCtxView, WasiFilesystemView};
 use wasmtime_wasi::random::{WasiRandomCtx, WasiRandomView};
+use wasmtime_wasi::sockets::WasiSocketsCtx;
 
+use super::network::Outbound;
 use super::output::{GuestOutput, OutputLimit};
-use super::{Grants, State};
+use super::{Grants, SharedTransport, State};
 
 /// What a guest has of WASI.
 pub(super) struct Wasi {
@@ -20,6 +22,8 @@ pub(super) struct Wasi {
     clocks: Option<WasiClocksCtx>,
     filesystem: Option<WasiFilesystemCtx>,
     random: Option<WasiRandomCtx>,
+    outbound: Option<Outbound>,
+    sockets: Option<WasiSocketsCtx>,
 }
 
 impl Wasi {
@@ -33,7 +37,25 @@ impl Wasi {
             clocks: None,
             filesystem: None,
             random: None,
+            outbound: None,
+            sockets: None,
         }
+    }
+
+    /// The network, and what `wasi:sockets` has of it.
+    pub(super) fn network(
+        &mut self,
+        transport: &SharedTransport,
+    ) -> (&Outbound, &mut Option<WasiSocketsCtx>) {
+        let Self {
+            grants,
+            outbound,
+            sockets,
+            ..
+        } = self;
+        let outbound =
+            outbound.get_or_insert_with(|| Outbound::new(grants.network(), transport.clone()));
+        (outbound, sockets)
     }
 }
 

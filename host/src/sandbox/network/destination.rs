@@ -1,0 +1,362 @@
+//! Where guests may connect to: `HOST:PORT`, or `NAME:PORT/CIDR`.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+use ipnet::IpNet;
+
+/// Addresses, and one TCP port there, that guests may connect to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Destination {
+    host: Host,
+    port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Host {
+    /// An address is a network of one.
+    Network(IpNet),
+    Name {
+        name: String,
+        /// Where the name may lead. None is any public address.
+        within: Option<IpNet>,
+    },
+}
+
+impl Destination {
+    /// Whether it is given by its address, and `address` is it.
+    pub(super) fn is(&self, address: SocketAddr) -> bool {
+        match &self.host {
+            Host::Network(network) => {
+                self.port == address.port() && network.contains(&address.ip().to_canonical())
+            }
+            Host::Name { .. } => false,
+        }
+    }
+
+    /// Its name, in lower case, if it is given by one.
+    pub(super) fn name(&self) -> Option<&str> {
+        match &self.host {
+            Host::Network(_) => None,
+            Host::Name { name, .. } => Some(name),
+        }
+    }
+
+    /// Where to connect to when its name was found to lead to `address`. None where it must not
+    /// lead: whoever answers for the name decides where it does, and is not to get guests into
+    /// networks that only this host can reach (DNS rebinding).
+    pub(super) fn at(&self, address: IpAddr) -> Option<SocketAddr> {
+        let address = address.to_canonical();
+        let allowed = match &self.host {
+            Host::Network(_) => false,
+            Host::Name { within, .. } => match within {
+                Some(network) => network.contains(&address),
+                None => is_public(address),
+            },
+        };
+        allowed.then_some(SocketAddr::new(address, self.port))
+    }
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Host::Network(network) => match (network, network.prefix_len()) {
+                (IpNet::V4(network), 32) => write!(f, "{}", network.addr())?,
+                (IpNet::V4(network), _) => write!(f, "{network}")?,
+                (IpNet::V6(network), 128) => write!(f, "[{}]", network.addr())?,
+                (IpNet::V6(network), _) => write!(f, "[{network}]")?,
+            },
+            Host::Name { name, .. } => write!(f, "{name}")?,
+        }
+        write!(f, ":{}", self.port)?;
+        match &self.host {
+            Host::Name {
+                within: Some(network),
+                ..
+            } => write!(f, "/{network}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What is wrong with the text of a [`Destination`].
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+pub enum DestinationError {
+    /// It is of no known form.
+    #[error(
+        "not HOST:PORT, such as db.example.com:5432, 192.0.2.7:5432, 10.0.0.0/8:5432 or [2001:db8::1]:5432"
+    )]
+    Form,
+    /// The port is none.
+    #[error("the port is not a number from 1 to 65535")]
+    Port,
+    /// The name is none.
+    #[error("the host is neither an address, nor a network, nor a name of letters, digits and -")]
+    Name,
+    /// What follows the port is not a network.
+    #[error(
+        "what follows the port is not a network that the name may lead to, such as /10.0.0.0/8"
+    )]
+    Network,
+    /// An address has a network behind it.
+    #[error("a network can follow the port of a name only; write 10.0.0.0/8:5432 for all of one")]
+    NetworkOfNetwork,
+    /// An IPv4 network in the form of an IPv6 one.
+    #[error("an IPv4 address written as IPv6; write it as IPv4")]
+    Mapped,
+}
+
+impl FromStr for Destination {
+    type Err = DestinationError;
+
+    fn from_str(text: &str) -> Result<Self, DestinationError> {
+        let (host, rest, bracketed) = match text.strip_prefix('[') {
+            Some(text) => {
+                let (host, rest) = text.split_once(']').ok_or(DestinationError::Form)?;
+                let rest = rest.strip_prefix(':').ok_or(DestinationError::Form)?;
+                (host, rest, true)
+            }
+            None => {
+                let (host, rest) = text.split_once(':').ok_or(DestinationError::Form)?;
+                (host, rest, false)
+            }
+        };
+        let (port, within) = match rest.split_once('/') {
+            Some((port, network)) => (port, Some(network)),
+            None => (rest, None),
+        };
+        let network = network(host);
+        if network.is_none() && (bracketed || port.contains(':')) {
+            return Err(DestinationError::Form);
+        }
+        let port = match port.parse() {
+            Ok(port) if port > 0 => port,
+            _ => return Err(DestinationError::Port),
+        };
+        let host = match network {
+            Some(_) if within.is_some() => return Err(DestinationError::NetworkOfNetwork),
+            Some(network) => Host::Network(checked(network)?),
+            None => Host::Name {
+                name: normal(host)
+                    .filter(|name| is_name(name))
+                    .ok_or(DestinationError::Name)?,
+                within: within
+                    .map(|text| network_of(text).and_then(checked))
+                    .transpose()?,
+            },
+        };
+        Ok(Self { host, port })
+    }
+}
+
+fn network(text: &str) -> Option<IpNet> {
+    let address = || text.parse::<IpAddr>().map(IpNet::from);
+    text.parse::<IpNet>().or_else(|_| address()).ok()
+}
+
+fn network_of(text: &str) -> Result<IpNet, DestinationError> {
+    network(text).ok_or(DestinationError::Network)
+}
+
+/// What is compared is never in this form.
+fn checked(network: IpNet) -> Result<IpNet, DestinationError> {
+    match network {
+        IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some() => Err(DestinationError::Mapped),
+        network => Ok(network.trunc()),
+    }
+}
+
+/// A name as names are compared: in lower case, without the dot of the root. None if it cannot be
+/// one, for its length (RFC 1035, section 2.3.4).
+pub(super) fn normal(name: &str) -> Option<String> {
+    let name = name.strip_suffix('.').unwrap_or(name);
+    (1..=253)
+        .contains(&name.len())
+        .then(|| name.to_ascii_lowercase())
+}
+
+fn is_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+    };
+    // One that ends in a number is an address that was mistyped (RFC 1123, section 2.1).
+    let is_number = |label: &str| label.bytes().all(|byte| byte.is_ascii_digit());
+    name.split('.').all(is_label) && !name.rsplit('.').next().is_some_and(is_number)
+}
+
+/// Networks that are not for the whole Internet, or lead elsewhere by the address within: IANA's
+/// registries of special-purpose addresses (RFC 6890 and its successors), and multicast.
+const SPECIAL_V4: [([u8; 4], u8); 16] = [
+    ([0, 0, 0, 0], 8),
+    ([10, 0, 0, 0], 8),
+    ([100, 64, 0, 0], 10),
+    ([127, 0, 0, 0], 8),
+    ([169, 254, 0, 0], 16),
+    ([172, 16, 0, 0], 12),
+    ([192, 0, 0, 0], 24),
+    ([192, 0, 2, 0], 24),
+    ([192, 31, 196, 0], 24),
+    ([192, 52, 193, 0], 24),
+    ([192, 88, 99, 0], 24),
+    ([192, 168, 0, 0], 16),
+    ([198, 18, 0, 0], 15),
+    ([198, 51, 100, 0], 24),
+    ([203, 0, 113, 0], 24),
+    // Multicast, reserved, and broadcast.
+    ([224, 0, 0, 0], 3),
+];
+
+/// Within 2000::/3, which is all that is given out of IPv6.
+const SPECIAL_V6: [([u16; 3], u8); 4] = [
+    ([0x2001, 0, 0], 23),
+    ([0x2001, 0xdb8, 0], 32),
+    ([0x2002, 0, 0], 16),
+    ([0x3fff, 0, 0], 20),
+];
+
+fn is_public(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => {
+            let bits = address.to_bits();
+            !SPECIAL_V4.iter().any(|(network, prefix)| {
+                (bits ^ u32::from_be_bytes(*network)) >> (32 - prefix) == 0
+            })
+        }
+        IpAddr::V6(address) => {
+            let high = |[a, b, c]: [u16; 3]| u64::from(a) << 32 | u64::from(b) << 16 | u64::from(c);
+            let [a, b, c, ..] = address.segments();
+            let bits = high([a, b, c]);
+            a >> 13 == 1
+                && !SPECIAL_V6
+                    .iter()
+                    .any(|(network, prefix)| (bits ^ high(*network)) >> (48 - prefix) == 0)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn destination(text: &str) -> Destination {
+        text.parse()
+            .unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn each_form_is_read_and_written() {
+        for text in [
+            "192.0.2.7:5432",
+            "10.0.0.0/8:5432",
+            "[2001:db8::1]:5432",
+            "[fd00::/8]:5432",
+            "db.example.com:5432",
+            "db.internal:5432/10.0.0.0/8",
+            "db:1/fd00::/8",
+        ] {
+            assert_eq!(destination(text).to_string(), text);
+        }
+        assert_eq!(
+            destination("DB.Example.com.:1").to_string(),
+            "db.example.com:1"
+        );
+        assert_eq!(destination("10.1.2.3/8:1").to_string(), "10.0.0.0/8:1");
+    }
+
+    #[test]
+    fn what_is_none_is_refused() {
+        use DestinationError::{Form, Mapped, Name, Network, NetworkOfNetwork, Port};
+        for (text, error) in [
+            ("", Form),
+            ("db", Form),
+            ("2001:db8::1:5432", Form),
+            ("[2001:db8::1]", Form),
+            ("[db]:1", Form),
+            ("db:", Port),
+            ("db:0", Port),
+            ("db:65536", Port),
+            ("db:http", Port),
+            (":1", Name),
+            ("a b:1", Name),
+            ("a..b:1", Name),
+            ("300.1.2.3:1", Name),
+            ("10.0.0.0/33:1", Name),
+            ("db:1/", Network),
+            ("db:1/10.0.0.0/33", Network),
+            ("10.0.0.1:1/10.0.0.0/8", NetworkOfNetwork),
+            ("[::ffff:10.0.0.1]:1", Mapped),
+            ("db:1/::ffff:0:0/96", Mapped),
+        ] {
+            assert_eq!(text.parse::<Destination>(), Err(error), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_address_is_itself_and_a_network_what_is_in_it() {
+        let at = |ip: &str, port| SocketAddr::new(address(ip), port);
+        assert!(destination("192.0.2.7:80").is(at("192.0.2.7", 80)));
+        assert!(destination("192.0.2.7:80").is(at("::ffff:192.0.2.7", 80)));
+        assert!(!destination("192.0.2.7:80").is(at("192.0.2.7", 81)));
+        assert!(!destination("192.0.2.7:80").is(at("192.0.2.8", 80)));
+        assert!(destination("[fd00::/8]:80").is(at("fd12::1", 80)));
+        assert!(!destination("[fd00::/8]:80").is(at("fe80::1", 80)));
+        // A name is looked up first.
+        assert!(!destination("localhost:80").is(at("127.0.0.1", 80)));
+    }
+
+    #[test]
+    fn a_name_leads_to_public_addresses_or_where_it_may() {
+        let anywhere = destination("db.example.com:80");
+        for public in ["8.8.8.8", "100.63.255.255", "172.32.0.1", "2606:4700::1111"] {
+            assert_eq!(
+                anywhere.at(address(public)),
+                Some(SocketAddr::new(address(public), 80))
+            );
+        }
+        for special in [
+            "0.0.0.0",
+            "10.1.2.3",
+            "100.127.0.1",
+            "127.0.0.1",
+            "169.254.169.254",
+            "172.31.0.1",
+            "192.168.0.1",
+            "198.19.0.1",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "::ffff:10.0.0.1",
+            "::ffff:127.0.0.1",
+            "64:ff9b::a00:1",
+            "fd00::1",
+            "fe80::1",
+            "ff02::1",
+            "2001::1",
+            "2001:db8::1",
+            "2002:a00:1::",
+            "3fff::1",
+        ] {
+            assert_eq!(anywhere.at(address(special)), None, "{special}");
+        }
+        let inside = destination("db.internal:80/10.0.0.0/8");
+        assert!(inside.at(address("10.1.2.3")).is_some());
+        assert!(inside.at(address("::ffff:10.1.2.3")).is_some());
+        assert!(inside.at(address("127.0.0.1")).is_none());
+        assert!(inside.at(address("8.8.8.8")).is_none());
+        assert!(
+            destination("10.0.0.0/8:80")
+                .at(address("10.1.2.3"))
+                .is_none()
+        );
+    }
+}

@@ -1,0 +1,201 @@
+//! Where a guest may connect to.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use crate::harness::{Client, MODES, Server, fixture, run, wasinetd};
+
+/// A server that answers a line with `pong`. It ends with the tests.
+struct Upstream {
+    address: SocketAddr,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Upstream {
+    fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted = asked.clone();
+        thread::spawn(move || {
+            for mut client in listener.incoming().flatten() {
+                counted.fetch_add(1, Ordering::Relaxed);
+                let mut line = String::new();
+                let _ = BufReader::new(&client).read_line(&mut line);
+                let _ = client.write_all(b"pong\n");
+            }
+        });
+        Self { address, asked }
+    }
+
+    fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::Relaxed)
+    }
+}
+
+fn serve(mode: &str, grants: &[String]) -> Server {
+    let flags = grants.iter().flat_map(|grant| ["--allow-connect", grant]);
+    Server::start(mode, &fixture("connects"), &flags.collect::<Vec<_>>())
+}
+
+/// What the guest answers to a line.
+fn tell(client: &mut Client, line: &str) -> String {
+    client.send(format!("{line}\n"));
+    client.read_line()
+}
+
+const LIMITED: &str = "limit=\"allow-connect\"";
+
+#[test]
+fn a_guest_connects_to_what_it_was_granted() {
+    let upstream = Upstream::start();
+    let port = upstream.port();
+    for mode in MODES {
+        for grant in [
+            format!("127.0.0.1:{port}"),
+            format!("127.0.0.0/8:{port}"),
+            format!("localhost:{port}/127.0.0.0/8"),
+        ] {
+            let server = serve(mode, std::slice::from_ref(&grant));
+            let host = if grant.starts_with("localhost") {
+                "localhost"
+            } else {
+                "127.0.0.1"
+            };
+            let mut client = server.connect();
+            let answer = tell(&mut client, &format!("ask {host}:{port}"));
+            assert_eq!(answer, "ok pong", "{grant}\n{server:?}");
+            let answer = tell(&mut client, &format!("ask3 {host} {port}"));
+            assert_eq!(answer, "ok pong", "{grant}\n{server:?}");
+            client.finish();
+            assert_eq!(client.read_to_end(), "");
+            let line = server.wait_for_log(&["connection ended", "outcome=ok"]);
+            assert!(!line.contains("limit="), "{line}");
+        }
+    }
+}
+
+#[test]
+fn a_guest_connects_to_nothing_else() {
+    let (granted, other) = (Upstream::start(), Upstream::start());
+    let port = other.port();
+    for mode in MODES {
+        let server = serve(mode, &[granted.address.to_string()]);
+        for request in [
+            format!("ask 127.0.0.1:{port}"),
+            format!("ask3 127.0.0.1 {port}"),
+            format!("ask 127.0.0.2:{}", granted.port()),
+            format!("ask localhost:{}", granted.port()),
+            format!("ask3 localhost {}", granted.port()),
+            format!("ask [::1]:{}", granted.port()),
+            format!("ask 0.0.0.0:{}", granted.port()),
+        ] {
+            let mut client = server.connect();
+            let answer = tell(&mut client, &request);
+            assert!(answer.starts_with("error "), "{request}: {answer}");
+        }
+        server.wait_for_log(&["connection ended", LIMITED]);
+    }
+    assert_eq!((granted.asked(), other.asked()), (0, 0));
+}
+
+#[test]
+fn a_guest_neither_listens_nor_sends_datagrams() {
+    let grants = ["127.0.0.0/8:1".into(), "0.0.0.0/0:2".into()];
+    for mode in MODES {
+        let server = serve(mode, &grants);
+        for request in [
+            "listen 0.0.0.0:0",
+            "listen 127.0.0.1:0",
+            "listen 127.0.0.1:1",
+            "send 127.0.0.1:1",
+        ] {
+            let answer = tell(&mut server.connect(), request);
+            assert!(answer.starts_with("error "), "{request}: {answer}");
+        }
+    }
+}
+
+#[test]
+fn a_name_leads_nowhere_that_is_private_unless_it_may() {
+    let upstream = Upstream::start();
+    let port = upstream.port();
+    for mode in MODES {
+        for grant in [
+            format!("localhost:{port}"),
+            format!("localhost:{port}/10.0.0.0/8"),
+        ] {
+            let server = serve(mode, &[grant]);
+            for request in [
+                format!("ask localhost:{port}"),
+                format!("ask3 localhost {port}"),
+            ] {
+                let answer = tell(&mut server.connect(), &request);
+                assert!(answer.starts_with("error "), "{request}: {answer}");
+            }
+            server.wait_for_log(&["WARN", "localhost", "127.0.0.1", "--allow-connect"]);
+            server.wait_for_log(&["connection ended", LIMITED]);
+        }
+    }
+    assert_eq!(upstream.asked(), 0);
+}
+
+#[test]
+fn an_address_is_allowed_to_whom_the_name_was_told() {
+    let upstream = Upstream::start();
+    let port = upstream.port();
+    for mode in MODES {
+        let server = serve(mode, &[format!("localhost:{port}/127.0.0.1/32")]);
+        let by_address = format!("ask 127.0.0.1:{port}");
+        let mut first = server.connect();
+        assert!(tell(&mut first, &by_address).starts_with("error "));
+        assert_eq!(
+            tell(&mut first, &format!("ask localhost:{port}")),
+            "ok pong"
+        );
+        assert_eq!(tell(&mut first, &by_address), "ok pong");
+        let mut second = server.connect();
+        assert!(tell(&mut second, &by_address).starts_with("error "));
+    }
+}
+
+#[test]
+fn connections_are_among_the_open_files() {
+    // More than it may have open; each has ended before the next begins.
+    let upstream = Upstream::start();
+    for mode in MODES {
+        let server = serve(mode, &[upstream.address.to_string()]);
+        let mut client = server.connect();
+        for _ in 0..100 {
+            let answer = tell(&mut client, &format!("ask {}", upstream.address));
+            assert_eq!(answer, "ok pong");
+        }
+        let many = format!("hold 33 {}", upstream.address);
+        client.send(format!("{many}\n"));
+        assert!(client.read_all().1.is_err());
+        server.wait_for_log(&["connection ended", "limit=\"max-open-files\""]);
+        let few = format!("hold 5 {}", upstream.address);
+        assert_eq!(tell(&mut server.connect(), &few), "ok done");
+    }
+}
+
+#[test]
+fn a_guest_that_may_connect_is_checked_with_what_it_is_granted() {
+    let check = |flags: &[&str]| {
+        let mut command = wasinetd();
+        command.arg("check").args(flags);
+        run(command.arg(fixture("connects")))
+    };
+    assert_eq!(check(&[]).status.code(), Some(65));
+    let accepted = check(&["--allow-connect", "127.0.0.1:1"]);
+    assert_eq!(accepted.status.code(), Some(0));
+    let text = String::from_utf8_lossy(&accepted.stdout).into_owned();
+    assert!(text.contains("wasi:sockets/tcp@0.2"), "{text}");
+}
