@@ -283,6 +283,7 @@ mod tests {
         memories: 1,
         memory_bytes: 1 << 20,
         tables: 2,
+        table_elements: 100,
     };
 
     fn plan(files: u64, mappings: u64, addresses: u64) -> Plan {

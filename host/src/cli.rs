@@ -1,15 +1,15 @@
 //! The command line.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ipnet::IpNet;
 use wasinetd::connection;
 use wasinetd::listener::{self, Prefix, Rules};
+use wasinetd::network::Network;
 use wasinetd::sandbox::{self, Access, Destination, DirGrant};
 
 /// The exit code for a mistake on the command line (BSD `sysexits.h`).
@@ -203,12 +203,12 @@ impl GuestLimits {
 #[command(next_help_heading = "Who may connect")]
 pub(crate) struct AdmissionArgs {
     /// Only clients of this network may connect; repeat it for more
-    #[arg(long, value_name = "CIDR", value_parser = network)]
-    allow: Vec<IpNet>,
+    #[arg(long, value_name = "CIDR")]
+    allow: Vec<Network>,
 
     /// Clients of this network may not connect, whether allowed or not; repeat it for more
-    #[arg(long, value_name = "CIDR", value_parser = network)]
-    deny: Vec<IpNet>,
+    #[arg(long, value_name = "CIDR")]
+    deny: Vec<Network>,
 
     /// Connections at once from one source, or off. Behind a proxy all clients are one source
     /// [default: half of --max-connections, so that nobody has them all]
@@ -216,7 +216,7 @@ pub(crate) struct AdmissionArgs {
     max_connections_per_source: Option<OrOff<usize>>,
 
     /// The leading bits of an IPv4 and of an IPv6 address that make a source
-    #[arg(long, value_name = "V4,V6", default_value = "32,64", value_parser = prefix)]
+    #[arg(long, value_name = "V4,V6", default_value = "32,64")]
     source_prefix: Prefix,
 
     /// Connections begun in a second; further clients wait. Off: the server takes what it can
@@ -449,34 +449,6 @@ fn or_off<T>(value: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<O
     parse(value)
         .map(|value| OrOff(Some(value)))
         .map_err(|error| format!("{error}, or off"))
-}
-
-/// A network, or an address, which is a network of one.
-fn network(value: &str) -> Result<IpNet, String> {
-    let address = || value.parse::<IpAddr>().map(IpNet::from);
-    let network = value.parse::<IpNet>().or_else(|_| address());
-    match network {
-        Ok(IpNet::V6(network)) if network.addr().to_ipv4_mapped().is_some() => {
-            Err("an IPv4 address written as IPv6; write it as IPv4, such as 192.0.2.0/24".into())
-        }
-        Ok(network) => Ok(network),
-        Err(_) => Err(
-            "not a network or an address, such as 192.0.2.0/24, 2001:db8::/32 or 192.0.2.1".into(),
-        ),
-    }
-}
-
-fn prefix(value: &str) -> Result<Prefix, String> {
-    let bits = |text: &str, most| text.parse().ok().filter(|bits| (1..=most).contains(bits));
-    value
-        .split_once(',')
-        .and_then(|(v4, v6)| {
-            Some(Prefix {
-                v4: bits(v4, 32)?,
-                v6: bits(v6, 128)?,
-            })
-        })
-        .ok_or_else(|| "not a number from 1 to 32 and one from 1 to 128, such as 32,64".into())
 }
 
 fn positive_or_off(value: &str) -> Result<OrOff<usize>, String> {

@@ -20,6 +20,7 @@ mod error;
 pub mod lifecycle;
 pub mod limit;
 pub mod listener;
+pub mod network;
 pub mod sandbox;
 pub mod server;
 

@@ -27,7 +27,7 @@ use tracing::{debug, info, warn};
 use crate::Error;
 use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
-pub use admission::{Admission, Prefix, Rules, SourcePlace};
+pub use admission::{Admission, Prefix, PrefixError, Rules, SourcePlace};
 
 /// The clients that the kernel keeps for us while we are full or busy. The kernel lowers it to
 /// `net.core.somaxconn`, whose default is the same.

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use socket2::{Domain, Socket, Type};
 
-use crate::harness::{fixture, guest, run, wasinetd};
+use crate::harness::{fixture, guest, root, run, wasinetd};
 
 /// Runs a command that should fail, and checks its code and message.
 fn refuses(command: &mut Command, code: i32, parts: &[&str]) {
@@ -131,6 +131,23 @@ fn a_guest_of_another_version() {
             "rebuild",
         ],
     );
+}
+
+#[test]
+fn a_guest_with_a_table_that_is_too_large() {
+    let text = std::fs::read_to_string(root().join("guest/fixtures/src/table_bomb.wat")).unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    let build = |elements: u32| {
+        let text = text.replace("$first 1 ", &format!("$first {elements} "));
+        std::fs::write(path, wat::parse_str(text).unwrap()).unwrap();
+    };
+    build(1_000_001);
+    refuses_guest(path, &["1000001 elements", "1000000 are allowed", "fewer"]);
+    // Far more than a compiler makes, and less than that.
+    build(100_000);
+    let accepted = run(wasinetd().args(["check", path]));
+    assert_eq!(accepted.status.code(), Some(0), "{accepted:?}");
 }
 
 #[test]

@@ -44,6 +44,20 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
     guest(&format!("fixtures/{name}"))
 }
 
+/// A guest made for tests that is written as text, by name.
+pub(crate) fn text_fixture(name: &str) -> PathBuf {
+    let text = root().join("guest/fixtures/src").join(name);
+    let component = wat::parse_file(text.with_extension("wat"))
+        .unwrap_or_else(|error| panic!("{name} is no component: {error}"));
+    let path = root().join("target/guests/fixtures").join(name);
+    // Other tests may want it at the same time.
+    let mut file = tempfile::NamedTempFile::new_in(root().join("target")).expect("there is room");
+    file.write_all(&component).expect("there is room");
+    let path = path.with_extension("wasm");
+    file.persist(&path).expect("it is in the same file system");
+    path
+}
+
 /// The content of a page that the server serves.
 pub(crate) fn page(name: &str) -> String {
     std::fs::read_to_string(root().join("static").join(name)).expect("the pages are in static/")

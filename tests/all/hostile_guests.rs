@@ -6,7 +6,7 @@
 use std::thread;
 use std::time::Instant;
 
-use crate::harness::{Client, MODES, PATIENCE, Server, fixture};
+use crate::harness::{Client, MODES, PATIENCE, Server, fixture, text_fixture};
 
 /// How many of a kind run side by side.
 const MANY: usize = 100;
@@ -174,6 +174,56 @@ fn who_traps_before_the_first_call() {
             assert!(server.connect().read_all().1.is_err());
         }
         server.wait_for_log(&["connection ended", "outcome=trap"]);
+    }
+}
+
+#[test]
+fn who_traps_while_it_is_instantiated() {
+    for mode in MODES {
+        let server = Server::start(mode, &text_fixture("start_traps"), &[]);
+        for _ in 0..MANY {
+            assert!(server.connect().read_all().1.is_err());
+        }
+        server.wait_for_log(&["connection ended", "outcome=no sandbox: ", "unreachable"]);
+        assert_eq!(server.log_lines("a bug in wasinetd").len(), 0, "{server:?}");
+    }
+}
+
+#[test]
+fn who_takes_all_it_can_by_tables() {
+    for mode in MODES {
+        // Every other connection is an innocent one.
+        let server = Server::start_alone(mode, &text_fixture("table_bomb"), &COMPUTING);
+        let before = server.memory("VmRSS");
+        let mut clients: Vec<_> = (0..2 * MANY).map(|_| server.connect()).collect();
+        let ends: Vec<_> = clients
+            .iter_mut()
+            .map(|client| client.read_all().1)
+            .collect();
+        let answered = ends.iter().filter(|end| end.is_ok()).count();
+        assert_eq!(answered, MANY, "{server:?}");
+        while server.log_lines("connection ended").len() < 2 * MANY {}
+        assert_eq!(server.log_lines("limit=\"cpu-time\"").len(), MANY);
+        let kept = server.memory("VmRSS").saturating_sub(before);
+        let most = KEPT_OF_MEMORY * 2 * MANY as u64 + KEPT;
+        assert!(kept < most, "{kept} KiB are kept\n{server:?}");
+    }
+}
+
+#[test]
+fn who_drops_its_connection_first_can_go_on() {
+    for mode in MODES {
+        let server = Server::start(mode, &fixture("drops_first"), &[]);
+        for _ in 0..MANY {
+            let mut client = server.connect();
+            for text in ["one", "more"] {
+                client.send(text);
+                assert_eq!(client.read(text.len()), text);
+            }
+            client.finish();
+            assert_eq!(client.read_to_end(), "");
+        }
+        assert_eq!(server.log_lines("outcome=trap").len(), 0, "{server:?}");
     }
 }
 

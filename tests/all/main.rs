@@ -20,3 +20,4 @@ mod load;
 mod network;
 mod output;
 mod shutdown;
+mod splits;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,14 +14,15 @@ use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLim
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::limit::Limit;
+use crate::network::Network;
 
 /// What is asked of clients before they are served. By default nothing is.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
     /// The only sources that may connect, unless there are none.
-    pub allow: Vec<IpNet>,
+    pub allow: Vec<Network>,
     /// Sources that may not connect, whether allowed or not.
-    pub deny: Vec<IpNet>,
+    pub deny: Vec<Network>,
     /// What counts as one source.
     pub prefix: Prefix,
     /// Connections at once from one source.
@@ -45,6 +47,28 @@ impl Default for Prefix {
     /// as it likes.
     fn default() -> Self {
         Self { v4: 32, v6: 64 }
+    }
+}
+
+/// What is wrong with the text of a [`Prefix`].
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("not a number from 1 to 32 and one from 1 to 128, such as 32,64")]
+pub struct PrefixError;
+
+impl FromStr for Prefix {
+    type Err = PrefixError;
+
+    fn from_str(text: &str) -> Result<Self, PrefixError> {
+        let bits = |text: &str, most| {
+            let bits = text.parse().ok();
+            bits.filter(|bits| (1..=most).contains(bits))
+                .ok_or(PrefixError)
+        };
+        let (v4, v6) = text.split_once(',').ok_or(PrefixError)?;
+        Ok(Self {
+            v4: bits(v4, 32)?,
+            v6: bits(v6, 128)?,
+        })
     }
 }
 
@@ -110,8 +134,7 @@ impl Admission {
             connections_per_source,
             ..
         } = &self.0.rules;
-        let address = address.to_canonical();
-        let among = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&address));
+        let among = |networks: &[Network]| networks.iter().any(|network| network.contains(address));
         if among(deny) {
             return Err(Limit::Deny);
         }
@@ -180,7 +203,7 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn networks(texts: &[&str]) -> Vec<IpNet> {
+    fn networks(texts: &[&str]) -> Vec<Network> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
     }
 
@@ -244,6 +267,54 @@ mod tests {
         assert!(admission.admit(address("192.0.2.2")).is_ok());
         // Who was refused has no place.
         assert!(admission.0.open().is_empty());
+    }
+
+    #[test]
+    fn a_prefix_is_two_numbers_of_bits() {
+        assert_eq!("24,48".parse(), Ok(Prefix { v4: 24, v6: 48 }));
+        for text in ["", "24", "0,64", "33,64", "32,0", "32,129", "32,64,", "a,b"] {
+            assert_eq!(text.parse::<Prefix>(), Err(PrefixError), "{text}");
+        }
+    }
+
+    #[test]
+    fn whoever_comes_and_goes_leaves_nothing_behind() {
+        // Clients of few addresses come, and go in any order.
+        let clients = bolero::generator::produce::<(u8, u8, Vec<(u8, bool)>)>();
+        bolero::check!()
+            .with_generator(clients)
+            .for_each(|(most, bits, clients)| {
+                let most = usize::from(most % 4) + 1;
+                let admission = admission(Rules {
+                    prefix: Prefix {
+                        v4: bits % 32 + 1,
+                        v6: 64,
+                    },
+                    connections_per_source: Some(most),
+                    ..Rules::default()
+                });
+                let mut places = Vec::new();
+                for (client, leaves) in clients {
+                    let address = IpAddr::from([10, 0, client & 3, client >> 6]);
+                    let of_source = admission
+                        .0
+                        .open()
+                        .get(&admission.0.rules.prefix.of(address))
+                        .copied();
+                    match admission.admit(address) {
+                        Ok(place) => places.push(place),
+                        Err(limit) => {
+                            assert_eq!(limit, Limit::MaxConnectionsPerSource);
+                            assert_eq!(of_source, Some(most));
+                        }
+                    }
+                    if *leaves && !places.is_empty() {
+                        places.swap_remove(usize::from(*client) % places.len());
+                    }
+                }
+                drop(places);
+                assert!(admission.0.open().is_empty());
+            });
     }
 
     #[test]

@@ -31,6 +31,9 @@ const KEEP_RESIDENT_BYTES: usize = 256 << 10;
 /// The stack that the host's own functions have beyond a guest's, in bytes.
 pub const HOST_STACK_BYTES: usize = 3 << 19;
 
+/// The elements that a table can have, unless it begins with more. wasmtime's own default.
+const TABLE_ELEMENTS: usize = 20_000;
+
 /// A page of WebAssembly.
 const WASM_PAGE_BYTES: usize = 64 << 10;
 
@@ -123,8 +126,11 @@ fn config(room: Room, needs: &Needs, limits: &Limits) -> Config {
         .max_core_instances_per_component(MAX_CORE_INSTANCES)
         .total_memories(slots(needs.memories))
         .max_memories_per_component(needs.memories)
+        .max_memories_per_module(needs.memories)
         .total_tables(slots(needs.tables))
         .max_tables_per_component(needs.tables)
+        .max_tables_per_module(needs.tables)
+        .table_elements(TABLE_ELEMENTS.max(needs.table_elements as usize))
         .total_stacks(u32::try_from(room.stacks).unwrap_or(u32::MAX))
         .max_memory_size(limits.memory.next_multiple_of(WASM_PAGE_BYTES))
         .linear_memory_keep_resident(KEEP_RESIDENT_BYTES)

@@ -36,6 +36,10 @@ const MAX_COMPONENT_INSTANCES: u32 = 256;
 const MAX_MEMORIES: u32 = 32;
 const MAX_TABLES: u32 = 64;
 
+/// The most elements that a table may start with. Arbitrary: there is one for each function that is
+/// called by a pointer, and large programs have some ten thousand.
+const MAX_TABLE_ELEMENTS: u64 = 1_000_000;
+
 /// Why a guest cannot be run, with the fix.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -62,6 +66,8 @@ pub struct Needs {
     pub memory_bytes: u64,
     /// Tables.
     pub tables: u32,
+    /// The elements that the largest of those tables starts with.
+    pub table_elements: u64,
 }
 
 impl Needs {
@@ -73,6 +79,7 @@ impl Needs {
         self.memories = self.memories.saturating_add(other.memories);
         self.memory_bytes = self.memory_bytes.saturating_add(other.memory_bytes);
         self.tables = self.tables.saturating_add(other.tables);
+        self.table_elements = self.table_elements.max(other.table_elements);
     }
 
     /// A small file can describe a component that nests without end. It is refused before it is
@@ -103,6 +110,12 @@ impl Needs {
             return Err(Refusal(format!(
                 "each connection would begin with {} bytes of memory, and --max-memory allows {}; allow more, or link it with a smaller initial memory",
                 self.memory_bytes, limits.memory
+            )));
+        }
+        if self.table_elements > MAX_TABLE_ELEMENTS {
+            return Err(Refusal(format!(
+                "a table of it begins with {} elements, and at most {MAX_TABLE_ELEMENTS} are allowed; build it of fewer functions",
+                self.table_elements
             )));
         }
         Ok(())
@@ -192,7 +205,11 @@ fn section(payload: &Payload<'_>, frames: &mut [Frame]) -> wasmparser::Result<Op
             }
         }
         Payload::TableSection(tables) => {
-            frame.needs.tables = frame.needs.tables.saturating_add(tables.count());
+            for table in tables.clone() {
+                frame.needs.tables = frame.needs.tables.saturating_add(1);
+                let elements = table?.ty.initial;
+                frame.needs.table_elements = frame.needs.table_elements.max(elements);
+            }
         }
         Payload::InstanceSection(instances) => {
             for instance in instances.clone() {
@@ -425,5 +442,41 @@ impl<'a> Name<'a> {
 impl fmt::Display for Name<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}@{}", self.package, self.interface, self.version)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a component begins with: magic number and version (component model, binary format).
+    const PREAMBLE: [u8; 8] = *b"\0asm\x0d\0\x01\0";
+
+    #[test]
+    fn whatever_bytes_there_are_they_are_read_or_refused() {
+        bolero::check!().for_each(|bytes: &[u8]| {
+            let _ = Needs::of(bytes);
+            let _ = Needs::of(&[&PREAMBLE, bytes].concat());
+        });
+    }
+
+    #[test]
+    fn whatever_a_component_is_made_of_it_is_counted_or_refused() {
+        // Sections with their right length, of few kinds and with small numbers in them, so that more of
+        // them are valid.
+        let sections = bolero::generator::produce::<Vec<(u8, Vec<u8>)>>();
+        bolero::check!()
+            .with_generator(sections)
+            .for_each(|sections| {
+                let mut bytes = PREAMBLE.to_vec();
+                for (kind, content) in sections {
+                    let content = &content[..content.len().min(100)];
+                    bytes.extend([kind % 12, content.len() as u8]);
+                    bytes.extend(content.iter().map(|byte| byte % 8));
+                }
+                if let Ok(needs) = Needs::of(&bytes) {
+                    assert!(needs.core_instances <= MAX_CORE_INSTANCES);
+                }
+            });
     }
 }

@@ -239,6 +239,42 @@ mod tests {
     }
 
     #[test]
+    fn whatever_a_guest_prints_a_line_is_one_and_bounded() {
+        bolero::check!().for_each(|bytes: &[u8]| {
+            let text = printable(bytes, 100);
+            assert!(
+                !text.chars().any(|c| c.is_control() && c != '\t'),
+                "{text:?}"
+            );
+            // An escape takes eight characters at most, as does what is no text.
+            assert!(text.len() <= 8 * 100 + 3, "{}", text.len());
+        });
+    }
+
+    #[test]
+    fn however_output_is_split_as_much_of_it_is_logged() {
+        let writes = bolero::generator::produce::<(u16, Vec<Vec<u8>>)>();
+        bolero::check!()
+            .with_generator(writes)
+            .for_each(|(most, writes)| {
+                let line = || Line {
+                    id: 0,
+                    name: "stdout",
+                    partial: Vec::new(),
+                    left: usize::from(*most),
+                };
+                let (mut whole, mut split) = (line(), line());
+                whole.write(&writes.concat());
+                for bytes in writes {
+                    let before = split.left;
+                    assert!(split.write(bytes) <= before);
+                    assert!(split.partial.len() < MAX_LINE);
+                }
+                assert_eq!((whole.left, &whole.partial), (split.left, &split.partial));
+            });
+    }
+
+    #[test]
     fn output_is_cut_at_its_limit_and_not_before() {
         let most = 64 * 1024;
         let mut line = Line {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-use ipnet::IpNet;
+use crate::network::{Network, NetworkError};
 
 /// Addresses, and one TCP port there, that guests may connect to.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,11 +16,11 @@ pub struct Destination {
 #[derive(Clone, Debug, PartialEq)]
 enum Host {
     /// An address is a network of one.
-    Network(IpNet),
+    Network(Network),
     Name {
         name: String,
         /// Where the name may lead. None is any public address.
-        within: Option<IpNet>,
+        within: Option<Network>,
     },
 }
 
@@ -28,9 +28,7 @@ impl Destination {
     /// Whether it is given by its address, and `address` is it.
     pub(super) fn is(&self, address: SocketAddr) -> bool {
         match &self.host {
-            Host::Network(network) => {
-                self.port == address.port() && network.contains(&address.ip().to_canonical())
-            }
+            Host::Network(network) => self.port == address.port() && network.contains(address.ip()),
             Host::Name { .. } => false,
         }
     }
@@ -51,7 +49,7 @@ impl Destination {
         let allowed = match &self.host {
             Host::Network(_) => false,
             Host::Name { within, .. } => match within {
-                Some(network) => network.contains(&address),
+                Some(network) => network.contains(address),
                 None => is_public(address),
             },
         };
@@ -62,12 +60,8 @@ impl Destination {
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.host {
-            Host::Network(network) => match (network, network.prefix_len()) {
-                (IpNet::V4(network), 32) => write!(f, "{}", network.addr())?,
-                (IpNet::V4(network), _) => write!(f, "{network}")?,
-                (IpNet::V6(network), 128) => write!(f, "[{}]", network.addr())?,
-                (IpNet::V6(network), _) => write!(f, "[{network}]")?,
-            },
+            Host::Network(network) if network.is_ipv6() => write!(f, "[{network}]")?,
+            Host::Network(network) => write!(f, "{network}")?,
             Host::Name { name, .. } => write!(f, "{name}")?,
         }
         write!(f, ":{}", self.port)?;
@@ -127,8 +121,13 @@ impl FromStr for Destination {
             Some((port, network)) => (port, Some(network)),
             None => (rest, None),
         };
-        let network = network(host);
-        if network.is_none() && (bracketed || port.contains(':')) {
+        let network = match host.parse::<Network>() {
+            Ok(network) => Some(network),
+            Err(NetworkError::Mapped) => return Err(DestinationError::Mapped),
+            Err(NetworkError::Form) => None,
+        };
+        let is_ipv6 = network.is_some_and(|network| network.is_ipv6());
+        if is_ipv6 != bracketed || port.contains(':') {
             return Err(DestinationError::Form);
         }
         let port = match port.parse() {
@@ -137,34 +136,21 @@ impl FromStr for Destination {
         };
         let host = match network {
             Some(_) if within.is_some() => return Err(DestinationError::NetworkOfNetwork),
-            Some(network) => Host::Network(checked(network)?),
+            Some(network) => Host::Network(network),
             None => Host::Name {
                 name: normal(host)
                     .filter(|name| is_name(name))
                     .ok_or(DestinationError::Name)?,
                 within: within
-                    .map(|text| network_of(text).and_then(checked))
-                    .transpose()?,
+                    .map(str::parse)
+                    .transpose()
+                    .map_err(|error| match error {
+                        NetworkError::Form => DestinationError::Network,
+                        NetworkError::Mapped => DestinationError::Mapped,
+                    })?,
             },
         };
         Ok(Self { host, port })
-    }
-}
-
-fn network(text: &str) -> Option<IpNet> {
-    let address = || text.parse::<IpAddr>().map(IpNet::from);
-    text.parse::<IpNet>().or_else(|_| address()).ok()
-}
-
-fn network_of(text: &str) -> Result<IpNet, DestinationError> {
-    network(text).ok_or(DestinationError::Network)
-}
-
-/// What is compared is never in this form.
-fn checked(network: IpNet) -> Result<IpNet, DestinationError> {
-    match network {
-        IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some() => Err(DestinationError::Mapped),
-        network => Ok(network.trunc()),
     }
 }
 
@@ -241,6 +227,8 @@ fn is_public(address: IpAddr) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
     use super::*;
 
     fn destination(text: &str) -> Destination {
@@ -298,6 +286,59 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Destination>(), Err(error), "{text}");
         }
+    }
+
+    #[test]
+    fn whatever_is_read_is_written_so_that_it_is_read_again() {
+        bolero::check!().for_each(|bytes: &[u8]| {
+            let text = String::from_utf8_lossy(bytes);
+            if let Ok(destination) = text.parse::<Destination>() {
+                assert_eq!(destination.to_string().parse(), Ok(destination), "{text}");
+            }
+        });
+        // Of what it is made of, so that more of them are one.
+        let parts = [
+            "10.0.0.0", "fd00::", "db", "[", "]", ":", "/", ".", "8", "80", "-", "a",
+        ];
+        let words = bolero::generator::produce::<Vec<u8>>();
+        bolero::check!().with_generator(words).for_each(|words| {
+            let parts = words
+                .iter()
+                .map(|word| parts[usize::from(*word) % parts.len()]);
+            let text: String = parts.take(12).collect();
+            if let Ok(destination) = text.parse::<Destination>() {
+                assert_eq!(destination.to_string().parse(), Ok(destination), "{text}");
+            }
+        });
+    }
+
+    #[test]
+    fn a_name_never_leads_inside() {
+        let anywhere = destination("db.example.com:80");
+        let addresses = bolero::generator::produce::<(u32, u128)>();
+        bolero::check!()
+            .with_generator(addresses)
+            .for_each(|&(v4, v6)| {
+                let (v4, v6) = (Ipv4Addr::from(v4), Ipv6Addr::from(v6));
+                let inside = v4.is_private()
+                    || v4.is_loopback()
+                    || v4.is_link_local()
+                    || v4.is_multicast()
+                    || v4.is_broadcast()
+                    || v4.is_unspecified()
+                    || v4.is_documentation();
+                assert!(!inside || anywhere.at(v4.into()).is_none(), "{v4}");
+                assert_eq!(
+                    anywhere.at(v4.into()),
+                    anywhere.at(v4.to_ipv6_mapped().into())
+                );
+                let inside = v6.is_loopback()
+                    || v6.is_multicast()
+                    || v6.is_unique_local()
+                    || v6.is_unicast_link_local()
+                    || v6.is_unspecified();
+                assert!(!inside || anywhere.at(v6.into()).is_none(), "{v6}");
+            });
     }
 
     #[test]

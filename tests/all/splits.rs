@@ -1,0 +1,72 @@
+//! However a guest and a client split their reads and writes, the bytes are the same.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::panic::AssertUnwindSafe;
+use std::thread;
+
+use bolero::generator::produce;
+
+use crate::harness::{MODES, Server, fixture};
+
+/// Conversations for each mode.
+const CASES: usize = 500;
+
+/// The longest piece that a client sends, drawn by the case.
+const LONGEST: [usize; 4] = [3, 300, 5_000, 50_000];
+
+/// The most that a client reads at once, drawn by the case.
+const AT_ONCE: [usize; 3] = [64, 3_000, 100_000];
+
+#[test]
+fn what_goes_through_a_guest_comes_back_whole() {
+    for mode in MODES {
+        let server = AssertUnwindSafe(Server::start(mode, &fixture("splits"), &[]));
+        let case = produce::<(u64, Vec<u16>)>();
+        bolero::check!()
+            .with_iterations(CASES)
+            .with_generator(case)
+            .for_each(|(seed, pieces)| {
+                // As a whole, and so unwind-safe.
+                let server = &server;
+                converse(server, *seed, pieces);
+            });
+    }
+}
+
+fn converse(server: &Server, seed: u64, pieces: &[u16]) {
+    let longest = LONGEST[seed as usize % LONGEST.len()];
+    let pieces: Vec<Vec<u8>> = pieces
+        .iter()
+        .map(|length| usize::from(*length) % longest + 1)
+        .enumerate()
+        .map(|(n, length)| (0..length).map(|i| (n * 31 + i * 7) as u8).collect())
+        .collect();
+    // Little, so that the guest's writes have to wait.
+    let at_once = AT_ONCE[seed as usize / 4 % AT_ONCE.len()];
+    let mut client = server.connect();
+    let mut receiving = client.0.try_clone().expect("there are files left");
+    let received = thread::scope(|scope| {
+        let reader = scope.spawn(move || {
+            let (mut bytes, mut buffer): (Vec<u8>, _) = (Vec::new(), vec![0; at_once]);
+            loop {
+                match receiving.read(&mut buffer) {
+                    Ok(0) => return Ok(bytes),
+                    Ok(n) => bytes.extend(&buffer[..n]),
+                    Err(error) => return Err(error),
+                }
+            }
+        });
+        client.send(format!("{seed}\n"));
+        for piece in &pieces {
+            client.0.write_all(piece).expect("the server takes it");
+            if piece.len() % 3 == 0 {
+                thread::yield_now();
+            }
+        }
+        client.0.shutdown(Shutdown::Write).expect("it is open");
+        reader.join().expect("it does not panic")
+    });
+    let received = received.unwrap_or_else(|error| panic!("{error}\n{server:?}"));
+    assert!(received == pieces.concat(), "seed {seed}\n{server:?}");
+}
