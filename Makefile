@@ -2,13 +2,15 @@
 
 CARGO ?= cargo
 ADDR ?= 127.0.0.1:7878
+MINUTES ?= 5
 GUEST_TARGET := wasm32-wasip2
 GUEST_OUT := target/$(GUEST_TARGET)/guest
 GUESTS := hello echo
+CARGO_DENY := ~0.20
 # To measure against: the version that the host is built with.
 WASMTIME := ~48.0
 
-.PHONY: help run test build guests lint bench bench-guests toolchain test-tools bench-tools
+.PHONY: help run test build guests lint bench bench-guests soak audit toolchain test-tools bench-tools
 
 help:
 	@echo 'make run     build everything and serve static/ on $(ADDR) (ADDR=… for another address)'
@@ -17,6 +19,8 @@ help:
 	@echo 'make guests  build the guests only'
 	@echo 'make lint    check format, clippy and documentation'
 	@echo 'make bench   measure against a native server and others (needs wrk; BENCH=--help for parts of it)'
+	@echo 'make soak    good and hostile clients and guests together for MINUTES=5, then look for what is lost'
+	@echo 'make audit   check the licences and known advisories of all dependencies'
 
 run: build
 	target/release/wasinetd serve --listen $(ADDR) --dir static::/static target/guests/hello.wasm
@@ -47,6 +51,17 @@ bench: bench-tools build bench-guests
 	$(CARGO) bench --package wasinetd --bench sandbox
 	$(CARGO) build --release --package bench
 	target/release/bench $(BENCH)
+
+soak: build
+	$(CARGO) build --release --package bench
+	target/release/bench --soak $(MINUTES)
+
+# Licences, sources and known advisories of all dependencies. Advisories come from the network: where
+# it is not to be had, the rest is checked all the same.
+audit: toolchain
+	@test -x target/tools/bin/cargo-deny || $(CARGO) install cargo-deny --version '$(CARGO_DENY)' --locked --root target/tools
+	target/tools/bin/cargo-deny --locked check licenses bans sources
+	target/tools/bin/cargo-deny --locked check advisories
 
 # Apart from ours: built together, the features of their dependencies would change our guests.
 bench-guests: toolchain

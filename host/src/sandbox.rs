@@ -215,11 +215,11 @@ impl Guest {
 
     /// Has the guest in `store` make way for others, and stops it when its time is up.
     fn keep_time(&self, store: &mut Store<State>) {
-        let most = self.engine.ticks(self.engine.limits().cpu_time);
+        let most = self.engine.limits().cpu_time.as_micros();
         let clock = self.engine.clock().clone();
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(move |_| {
-            if turns::used(&clock) > most {
+            if u128::from(turns::used(&clock)) > most {
                 return Err(Stopped(Limit::CpuTime).into());
             }
             Ok(if turns::is_over(&clock) {

@@ -77,9 +77,18 @@ fn nobody_is_hurt_and_no_more_is_kept(harm: &str, limits: &[&str], outcome: &str
         is_answered(&mut server.connect());
         drop(hostile);
 
-        let kept = server.memory("VmRSS").saturating_sub(before);
+        let kept = || server.memory("VmRSS").saturating_sub(before);
         let most = kept_each * MANY as u64 + KEPT;
-        assert!(kept < most, "{harm}: {kept} KiB are kept\n{server:?}");
+        // What the host's heap has free goes back to the kernel after a while.
+        let start = Instant::now();
+        while kept() >= most {
+            is_answered(&mut server.connect());
+            let kept = kept();
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{harm}: {kept} KiB are kept\n{server:?}"
+            );
+        }
         assert_eq!(server.log_lines("a bug in wasinetd").len(), 0, "{server:?}");
     }
 }
@@ -166,13 +175,18 @@ fn who_asks_for_randomness_without_end() {
     nobody_is_hurt("ask for randomness", &COMPUTING, "limit=\"cpu-time\"");
 }
 
+/// Connects, and is reset, perhaps before it knows that it was connected.
+fn is_reset(server: &Server) {
+    if let Ok(mut client) = Client::connect(server.address()) {
+        assert!(client.read_all().1.is_err());
+    }
+}
+
 #[test]
 fn who_traps_before_the_first_call() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("init_traps"), &[]);
-        for _ in 0..MANY {
-            assert!(server.connect().read_all().1.is_err());
-        }
+        (0..MANY).for_each(|_| is_reset(&server));
         server.wait_for_log(&["connection ended", "outcome=trap"]);
     }
 }
@@ -181,9 +195,7 @@ fn who_traps_before_the_first_call() {
 fn who_traps_while_it_is_instantiated() {
     for mode in MODES {
         let server = Server::start(mode, &text_fixture("start_traps"), &[]);
-        for _ in 0..MANY {
-            assert!(server.connect().read_all().1.is_err());
-        }
+        (0..MANY).for_each(|_| is_reset(&server));
         server.wait_for_log(&["connection ended", "outcome=no sandbox: ", "unreachable"]);
         assert_eq!(server.log_lines("a bug in wasinetd").len(), 0, "{server:?}");
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::Instant;
 
 use prometheus_client::registry::Registry;
 use wasmtime::component::{HasData, Linker, ResourceTable};
@@ -17,10 +17,6 @@ use super::limits::{self, Budget, Limits};
 use super::turns::Clock;
 use super::{State, network, tcp};
 use crate::Error;
-
-/// How long a guest computes before it makes way for others. Shorter, and the checks would cost
-/// more than the two percent they do; longer, and a request beside a busy guest would wait longer.
-const TICK: Duration = Duration::from_millis(5);
 
 /// How much of what a guest has written to stays in memory and is written over with zeros when its
 /// slot is used again, in bytes. What is beyond goes back to the kernel, which costs system calls
@@ -104,11 +100,6 @@ impl Engine {
     /// The memory that the sandboxes share.
     pub(super) fn budget(&self) -> &Arc<Budget> {
         &self.0.budget
-    }
-
-    /// How many ticks of the clock `time` has, rounded up.
-    pub(super) fn ticks(&self, time: Duration) -> u64 {
-        u64::try_from(time.as_nanos().div_ceil(TICK.as_nanos())).unwrap_or(u64::MAX)
     }
 
     pub(super) fn linker(&self) -> &Linker<State> {
@@ -208,9 +199,13 @@ impl Ticker {
     fn start(engine: wasmtime::Engine, clock: Clock) -> Self {
         let (stop, stopped) = mpsc::channel();
         let thread = thread::spawn(move || {
-            while stopped.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+            let mut last = Instant::now();
+            let mut due = Clock::first_tick();
+            while stopped.recv_timeout(due) == Err(RecvTimeoutError::Timeout) {
+                let now = Instant::now();
                 // First: a guest that sees the epoch looks at the clock.
-                clock.tick();
+                due = clock.tick(now - last);
+                last = now;
                 engine.increment_epoch();
             }
         });

@@ -15,6 +15,7 @@ mod native;
 mod report;
 mod samples;
 mod server;
+mod soak;
 mod spinning;
 mod streams;
 mod wrk;
@@ -39,6 +40,11 @@ struct Args {
     /// What to measure; repeat it for more [default: everything]
     #[arg(long, value_enum)]
     only: Vec<Suite>,
+
+    /// Let good and hostile clients and guests loose for so many minutes instead, and check that the
+    /// good ones are served and nothing is lost
+    #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u32).range(1..))]
+    soak: Option<u32>,
 
     /// Serve as a process under measurement instead
     #[arg(long, hide = true, num_args = 1..)]
@@ -83,6 +89,9 @@ fn main() -> Result<(), String> {
     let args = Args::parse();
     if !args.native.is_empty() {
         return native::serve(&args.native).map_err(|error| error.to_string());
+    }
+    if let Some(minutes) = args.soak {
+        return soak::run(minutes);
     }
     let effort = Effort {
         rounds: args.rounds,

@@ -115,6 +115,11 @@ impl Server {
         maps.unwrap_or_default().lines().count() as f64
     }
 
+    /// How many entries a directory of its `/proc/PID` has, such as `fd` or `task`.
+    pub(crate) fn entries(&self, directory: &str) -> usize {
+        fs::read_dir(format!("/proc/{}/{directory}", self.child.id())).map_or(0, Iterator::count)
+    }
+
     /// This process and all that descend from it.
     fn family(&self) -> Vec<Process> {
         let all: HashMap<u32, Process> = fs::read_dir("/proc")
