@@ -91,11 +91,8 @@ fn one_mode(dispatch: &str, phase: Duration) -> Result<(Section, Vec<String>), S
     let all_places = (0..PLACES)
         .map(|n| client::connect_from(source(n), server.address()))
         .collect::<Result<Vec<_>, _>>();
-    let answered = all_places.and_then(|mut clients| {
-        clients
-            .iter_mut()
-            .try_for_each(|client| innocent::ask(client))
-    });
+    let answered =
+        all_places.and_then(|mut clients| clients.iter_mut().try_for_each(innocent::ask));
     if let Err(error) = answered {
         broken.push(format!("{dispatch}: a place was lost: {error}"));
     }
