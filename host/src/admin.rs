@@ -2,8 +2,8 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +18,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use rustix::fs::Mode;
 use rustix::process::umask;
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
@@ -30,6 +31,9 @@ const CLIENTS: usize = 16;
 /// How long one may take for a request, and how long to wait after a failed `accept`.
 const PATIENCE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(1));
 
+/// How long one may take for a request and its answer together.
+const ANSWERED: Duration = Duration::from_secs(30);
+
 /// The media type of OpenMetrics' text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -37,6 +41,8 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 pub struct Admin {
     listener: UnixListener,
     path: PathBuf,
+    /// What is at the path, as long as it is ours.
+    file: (u64, u64),
 }
 
 impl Admin {
@@ -58,20 +64,21 @@ impl Admin {
                 let error = io::Error::new(io::ErrorKind::AlreadyExists, "it is not a socket");
                 return Err(failed(error, "name a path where nothing is"));
             }
-            Ok(_) if UnixStream::connect(path).is_ok() => {
-                return Err(failed(
-                    io::ErrorKind::AddrInUse.into(),
+            Ok(_) => remove_stale(path).map_err(|error| {
+                failed(
+                    error,
                     "stop the server that listens there, or name another path",
-                ));
-            }
-            Ok(_) => std::fs::remove_file(path)
-                .map_err(|error| failed(error, "name a path in a directory of your own"))?,
+                )
+            })?,
             Err(_) => {}
         }
         listen(path)
-            .map(|listener| Self {
-                listener,
-                path: path.into(),
+            .and_then(|listener| {
+                Ok(Self {
+                    listener,
+                    file: identity(path)?,
+                    path: path.into(),
+                })
             })
             .map_err(|error| failed(error, "name a path in a directory of your own"))
     }
@@ -108,9 +115,12 @@ impl Admin {
                 let connection = hyper::server::conn::http1::Builder::new()
                     .timer(TokioTimer::new())
                     .header_read_timeout(PATIENCE.0)
+                    .keep_alive(false)
                     .serve_connection(TokioIo::new(stream), answer);
-                if let Err(error) = connection.await {
-                    debug!(%error, "an operator's connection failed");
+                match tokio::time::timeout(ANSWERED, connection).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => debug!(%error, "an operator's connection failed"),
+                    Err(_) => debug!("an operator did not take the answer"),
                 }
                 drop(place);
             });
@@ -121,7 +131,29 @@ impl Admin {
 impl Drop for Admin {
     fn drop(&mut self) {
         // It may be gone already, and another one's be there: that is theirs to see to.
-        let _ = std::fs::remove_file(&self.path);
+        if identity(&self.path).is_ok_and(|file| file == self.file) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Device and inode.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Removes a socket that nobody listens at any more: one that refuses, and no other.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // A server with a full backlog is there all the same, and not to be waited for.
+    socket.set_nonblocking(true)?;
+    match socket.connect(&SockAddr::unix(path)?) {
+        Ok(()) => Err(io::ErrorKind::AddrInUse.into()),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path)
+        }
+        Err(error) => Err(error),
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) enum Command {
 const GRANTED: &str = "\
 A guest has to export wasinetd:tcp/handler@0.1.0. It may import wasinetd:tcp/types@0.1.0, and \
 wasi:cli, wasi:clocks, wasi:filesystem, wasi:io and wasi:random in the versions 0.2 and 0.3, and \
-wasi:sockets where it was granted with --allow-connect. It sees no directory and no environment \
+wasi:sockets 0.2 where it was granted with --allow-connect. It sees no directory and no environment \
 variable that `serve` was not told to grant.";
 
 #[derive(Args)]
@@ -134,7 +134,7 @@ pub(crate) struct NetworkArgs {
     /// Let guests connect to this TCP port of an address, a network (10.0.0.0/8:5432,
     /// [fd00::/8]:5432) or a name; repeat it for more. A name may lead to public addresses only,
     /// lest whoever answers for it let guests into a network of yours, or into CIDR where that is
-    /// given
+    /// given. A network of yours with public addresses is not told from others: give its CIDR
     #[arg(long, value_name = "HOST:PORT[/CIDR]")]
     pub(crate) allow_connect: Vec<Destination>,
 }

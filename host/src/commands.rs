@@ -35,7 +35,9 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let component = read(&args.guest)?;
     let needs = Needs::of(&component).map_err(refused(&args.guest))?;
     let limits = args.guest_limits.limits(capacity::memory());
-    let plan = Plan::new(&needs, &limits, !args.directories().is_empty());
+    needs.fit(&limits).map_err(refused(&args.guest))?;
+    let opens = !args.directories().is_empty() || !args.network.allow_connect.is_empty();
+    let plan = Plan::new(&needs, &limits, opens);
     let max_connections = plan.max_connections(args.max_connections)?;
     let grants = grants(&args)?;
     let shards = Shards::new(dispatch(args.dispatch), threads(&args))?;
@@ -126,6 +128,7 @@ pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode, Error> {
     let component = read(&args.guest)?;
     let needs = Needs::of(&component).map_err(refused(&args.guest))?;
     let limits = args.guest_limits.limits(capacity::memory());
+    needs.fit(&limits).map_err(refused(&args.guest))?;
     let plan = Plan::new(&needs, &limits, true).with_pool(args.max_connections);
     // One is enough to compile and link for.
     let engine = Engine::new(plan.room(1), &needs, limits.clone())?;

@@ -167,11 +167,11 @@ impl Guest {
     async fn in_turns<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         let clock = self.engine.clock();
-        let mut used = 0;
+        let mut computed = turns::Computed::default();
         poll_fn(|cx| {
-            turns::begin(clock, used);
+            turns::begin(clock, computed);
             let polled = work.as_mut().poll(cx);
-            used = turns::end(clock);
+            computed = turns::end(clock);
             polled
         })
         .await

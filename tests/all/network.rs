@@ -72,8 +72,6 @@ fn a_guest_connects_to_what_it_was_granted() {
             let mut client = server.connect();
             let answer = tell(&mut client, &format!("ask {host}:{port}"));
             assert_eq!(answer, "ok pong", "{grant}\n{server:?}");
-            let answer = tell(&mut client, &format!("ask3 {host} {port}"));
-            assert_eq!(answer, "ok pong", "{grant}\n{server:?}");
             client.finish();
             assert_eq!(client.read_to_end(), "");
             let line = server.wait_for_log(&["connection ended", "outcome=ok"]);
@@ -90,10 +88,8 @@ fn a_guest_connects_to_nothing_else() {
         let server = serve(mode, &[granted.address.to_string()]);
         for request in [
             format!("ask 127.0.0.1:{port}"),
-            format!("ask3 127.0.0.1 {port}"),
             format!("ask 127.0.0.2:{}", granted.port()),
             format!("ask localhost:{}", granted.port()),
-            format!("ask3 localhost {}", granted.port()),
             format!("ask [::1]:{}", granted.port()),
             format!("ask 0.0.0.0:{}", granted.port()),
         ] {
@@ -133,13 +129,8 @@ fn a_name_leads_nowhere_that_is_private_unless_it_may() {
             format!("localhost:{port}/10.0.0.0/8"),
         ] {
             let server = serve(mode, &[grant]);
-            for request in [
-                format!("ask localhost:{port}"),
-                format!("ask3 localhost {port}"),
-            ] {
-                let answer = tell(&mut server.connect(), &request);
-                assert!(answer.starts_with("error "), "{request}: {answer}");
-            }
+            let answer = tell(&mut server.connect(), &format!("ask localhost:{port}"));
+            assert!(answer.starts_with("error "), "{answer}");
             server.wait_for_log(&["WARN", "localhost", "127.0.0.1", "--allow-connect"]);
             server.wait_for_log(&["connection ended", LIMITED]);
         }

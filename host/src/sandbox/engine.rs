@@ -111,6 +111,8 @@ fn config(room: Room, needs: &Needs, limits: &Limits) -> Config {
     let slots = |each: u32| {
         u32::try_from(room.connections.saturating_mul(each as usize)).unwrap_or(u32::MAX)
     };
+    // Of all memories of a sandbox together, and of all its tables.
+    let each = |number: u32| number.max(1) as usize;
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(slots(1))
         .total_core_instances(slots(MAX_CORE_INSTANCES))
@@ -124,8 +126,8 @@ fn config(room: Room, needs: &Needs, limits: &Limits) -> Config {
         .table_elements(TABLE_ELEMENTS.max(needs.table_elements as usize))
         .total_stacks(u32::try_from(room.stacks).unwrap_or(u32::MAX))
         .max_memory_size(limits.memory.next_multiple_of(WASM_PAGE_BYTES))
-        .linear_memory_keep_resident(KEEP_RESIDENT_BYTES)
-        .table_keep_resident(KEEP_RESIDENT_BYTES)
+        .linear_memory_keep_resident(KEEP_RESIDENT_BYTES / each(needs.memories))
+        .table_keep_resident(KEEP_RESIDENT_BYTES / each(needs.tables))
         .pagemap_scan(Enabled::Auto);
     let mut config = Config::new();
     config

@@ -24,8 +24,10 @@ const WASI: [&str; 5] = [
     "wasi:io",
     "wasi:random",
 ];
-/// The package that is linked as well, for guests that may connect somewhere.
+/// The package that is linked as well, for guests that may connect somewhere. Not its streams of 0.3:
+/// what moves between two of the host's own is moved without end in one turn.
 const WASI_NETWORK: &str = "wasi:sockets";
+const WASI_NETWORK_VERSION: &str = "0.2";
 const WASI_VERSIONS: [&str; 2] = ["0.2", "0.3"];
 
 /// The most that an instance may take of each. Arbitrary: a component that a compiler makes has
@@ -105,7 +107,11 @@ impl Needs {
     }
 
     /// Refuses a guest that could not begin within `limits`.
-    pub(super) fn fit(&self, limits: &Limits) -> Result<(), Refusal> {
+    ///
+    /// # Errors
+    ///
+    /// Says what it needs, and the fix.
+    pub fn fit(&self, limits: &Limits) -> Result<(), Refusal> {
         if self.memory_bytes > limits.memory as u64 {
             return Err(Refusal(format!(
                 "each connection would begin with {} bytes of memory, and --max-memory allows {}; allow more, or link it with a smaller initial memory",
@@ -431,7 +437,7 @@ impl<'a> Name<'a> {
     }
 
     fn is_network(&self) -> bool {
-        self.package == WASI_NETWORK && self.is_known_version()
+        self.package == WASI_NETWORK && self.compatible(WASI_NETWORK_VERSION)
     }
 
     fn is_known_version(&self) -> bool {

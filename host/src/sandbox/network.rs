@@ -1,4 +1,4 @@
-//! The network as guests see it: `wasi:sockets`, for TCP connections to granted destinations.
+//! The network as guests see it: `wasi:sockets@0.2`, for TCP connections to granted destinations.
 //!
 //! Sockets are wasmtime-wasi's, with a check of each address. Names are looked up here: it depends on
 //! the name where it may lead, and a guest may connect to what it was told, and nowhere else.
@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use futures::future::{BoxFuture, FutureExt, Shared};
 use tracing::{debug, warn};
 use wasmtime::StoreContextMut;
-use wasmtime::component::{Accessor, HasData, Linker, Resource, ResourceType};
+use wasmtime::component::{Linker, Resource, ResourceType};
 use wasmtime_wasi::WasiCtx;
+use wasmtime_wasi::p2::bindings::sockets::network::{ErrorCode, IpAddress};
 use wasmtime_wasi::p2::{self, DynPollable, Pollable};
-use wasmtime_wasi::p3;
 use wasmtime_wasi::sockets::{
     SocketAddrUse, WasiSockets, WasiSocketsCtx, WasiSocketsCtxView, WasiSocketsView,
 };
@@ -32,6 +32,9 @@ const BELIEVED: Duration = Duration::from_secs(10);
 
 /// How many addresses of a name are looked at.
 const MAX_ADDRESSES: usize = 64;
+
+/// How many destinations a guest is told of and may connect to, at once: of several names.
+const MAX_TOLD: usize = 256;
 
 /// Where guests may connect to, and where the names among that lead.
 #[derive(Default)]
@@ -96,6 +99,10 @@ struct Lookup {
 impl Name {
     fn look_up(&self) -> Shared<BoxFuture<'static, Found>> {
         let mut last = lock(&self.last);
+        if let Some(lookup) = &*last {
+            // It does not know that it has been answered before someone asks.
+            let _ = lookup.found.clone().now_or_never();
+        }
         if let Some(lookup) = &*last
             && (lookup.found.peek().is_none() || lookup.begun.elapsed() < BELIEVED)
         {
@@ -180,7 +187,8 @@ impl Outbound {
 
     fn allows(&self, address: SocketAddr, to: SocketAddrUse) -> bool {
         match to {
-            // Any port of any address, as the kernel chooses: what each socket has that connects.
+            // Any port of any address, as the kernel chooses: what each socket has that connects. Guests
+            // do not bind by themselves.
             SocketAddrUse::TcpBind => address.ip().is_unspecified() && address.port() == 0,
             SocketAddrUse::TcpConnect => {
                 let allowed = self.may_connect(address);
@@ -235,6 +243,10 @@ impl Outbound {
     /// Tells the guest, and remembers that it was told.
     fn tell(&self, found: &[SocketAddr]) -> Vec<IpAddr> {
         let mut told = lock(&self.told);
+        // What it was told long ago goes first.
+        let surplus = (told.len() + found.len()).saturating_sub(MAX_TOLD);
+        let surplus = surplus.min(told.len());
+        told.drain(..surplus);
         let mut addresses = Vec::new();
         for address in found {
             if !told.contains(address) {
@@ -276,7 +288,6 @@ impl State {
 /// Links `wasi:sockets`. A guest that imports it without anything granted is refused before.
 pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     use p2::bindings::sockets as s2;
-    use p3::bindings::sockets as s3;
 
     let options = s2::network::LinkOptions::default();
     s2::network::add_to_linker::<State, WasiSockets>(linker, &options, State::sockets)?;
@@ -285,39 +296,33 @@ pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> 
     s2::tcp_create_socket::add_to_linker::<State, WasiSockets>(linker, State::sockets)?;
     s2::udp::add_to_linker::<State, WasiSockets>(linker, State::sockets)?;
     s2::udp_create_socket::add_to_linker::<State, WasiSockets>(linker, State::sockets)?;
-    s3::types::add_to_linker::<State, WasiSockets>(linker, State::sockets)?;
-    s3::ip_name_lookup::add_to_linker::<State, Lookups>(linker, State::outbound)?;
-    link_lookups(linker)
+    link_lookups(linker)?;
+    linker.allow_shadowing(true);
+    refuse_to_bind(linker)?;
+    linker.allow_shadowing(false);
+    Ok(())
 }
 
-/// How `wasi:sockets/ip-name-lookup@0.3` gets at what it works on.
-struct Lookups;
+/// Keeps guests from binding sockets themselves. Those that connect are bound by the kernel, which
+/// for a connection elsewhere takes a port again; a port that was bound is taken for everyone.
+fn refuse_to_bind(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+    use p2::bindings::sockets::network::IpSocketAddress;
 
-impl HasData for Lookups {
-    type Data<'a> = &'a Outbound;
-}
-
-impl p3::bindings::sockets::ip_name_lookup::Host for &Outbound {}
-
-impl<T: Send> p3::bindings::sockets::ip_name_lookup::HostWithStore<T> for Lookups {
-    async fn resolve_addresses(
-        accessor: &Accessor<T, Self>,
-        name: String,
-    ) -> wasmtime::Result<
-        Result<
-            Vec<p3::bindings::sockets::types::IpAddress>,
-            p3::bindings::sockets::ip_name_lookup::ErrorCode,
-        >,
-    > {
-        use p3::bindings::sockets::ip_name_lookup::ErrorCode;
-
-        let looking = accessor.with(|mut store| store.get().look_up(&name));
-        Ok(match looking.await {
-            Ok(addresses) => Ok(addresses.into_iter().map(Into::into).collect()),
-            Err(LookupError::Denied) => Err(ErrorCode::AccessDenied),
-            Err(LookupError::Unknown) => Err(ErrorCode::NameUnresolvable),
-        })
-    }
+    linker.instance("wasi:sockets/tcp@0.2.12")?.func_wrap(
+        "[method]tcp-socket.start-bind",
+        |mut store: StoreContextMut<'_, State>,
+         (socket, network, _): (
+            Resource<p2::TcpSocket>,
+            Resource<p2::Network>,
+            IpSocketAddress,
+        )| {
+            let state = store.data_mut();
+            state.table.get(&socket)?;
+            state.table.get(&network)?;
+            state.outbound().refused();
+            Ok((Err::<(), _>(ErrorCode::AccessDenied),))
+        },
+    )
 }
 
 /// `resolve-address-stream` of `wasi:sockets/ip-name-lookup@0.2`: addresses, to be asked for one by
@@ -328,22 +333,20 @@ enum Addresses {
 }
 
 impl Addresses {
-    fn next(&mut self) -> Result<Option<p2::bindings::sockets::network::IpAddress>, LookupCode> {
+    fn next(&mut self) -> Result<Option<IpAddress>, ErrorCode> {
         if let Self::Looking(looking) = self
             && let Some(found) = looking.as_mut().now_or_never()
         {
             *self = Self::Found(found.map(Vec::into_iter));
         }
         match self {
-            Self::Looking(_) => Err(LookupCode::WouldBlock),
+            Self::Looking(_) => Err(ErrorCode::WouldBlock),
             Self::Found(Ok(addresses)) => Ok(addresses.next().map(Into::into)),
-            Self::Found(Err(LookupError::Denied)) => Err(LookupCode::AccessDenied),
-            Self::Found(Err(LookupError::Unknown)) => Err(LookupCode::NameUnresolvable),
+            Self::Found(Err(LookupError::Denied)) => Err(ErrorCode::AccessDenied),
+            Self::Found(Err(LookupError::Unknown)) => Err(ErrorCode::NameUnresolvable),
         }
     }
 }
-
-use p2::bindings::sockets::network::ErrorCode as LookupCode;
 
 #[wasmtime_wasi::async_trait]
 impl Pollable for Addresses {
@@ -378,7 +381,7 @@ fn link_lookups(linker: &mut Linker<State>) -> wasmtime::Result<()> {
             state.table.get(&network)?;
             let looking = Box::pin(state.outbound().look_up(&name));
             let addresses = state.table.push(Addresses::Looking(looking))?;
-            Ok((Ok::<_, LookupCode>(addresses),))
+            Ok((Ok::<_, ErrorCode>(addresses),))
         },
     )?;
     instance.func_wrap(

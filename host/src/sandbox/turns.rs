@@ -3,18 +3,23 @@
 //! Whoever has something to do gets a turn, and computes in it until the clock has ticked twice: for
 //! one tick at least. A guest that then wants more waits for a lane, of which each thread has one,
 //! and goes on for a tick at a time: so between the ticks of any such guests everyone else on that
-//! thread has a turn, and waits for one tick, however many of them there are.
+//! thread has a turn, and waits for one tick, however many of them there are. Who has computed little
+//! so far is let go first there: a request that takes some milliseconds is not to wait for a hundred
+//! that never end.
 //!
 //! Ticks are long as long as nobody wants more than a turn, which is mostly, and short while someone
 //! does: a hundred such guests that come together have a hundred turns before anyone else's.
 
 use std::cell::Cell;
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::oneshot;
 
 /// How long a tick is while nobody wants more than a turn. Shorter, and an idle server would wake
 /// up more often.
@@ -76,13 +81,16 @@ impl Clock {
 }
 
 thread_local! {
-    static LANE: Arc<Semaphore> = Arc::new(Semaphore::new(1));
+    static LANE: Arc<Lane> = Arc::default();
 
     /// What the guest that computes on this thread may, if it came by the lane.
-    static HELD: Cell<Option<OwnedSemaphorePermit>> = const { Cell::new(None) };
+    static HELD: Cell<Option<Pass>> = const { Cell::new(None) };
 
     /// The turn of the guest that computes on this thread.
-    static TURN: Cell<Turn> = const { Cell::new(Turn { began: 0, ends: 0, used: 0 }) };
+    static TURN: Cell<Turn> = const { Cell::new(Turn::NONE) };
+
+    /// Whether the guest that was polled last on this thread waits to go on, and for nothing else.
+    static MAKES_WAY: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A turn of a guest.
@@ -92,34 +100,78 @@ struct Turn {
     began: u64,
     /// The tick at which the guest is to make way.
     ends: u64,
-    /// For how long the guest had computed when it began, in microseconds.
-    used: u64,
+    /// What the guest had computed when it began.
+    before: Computed,
 }
 
-/// Begins a turn of a guest that has computed for `used` microseconds before. To be called before a
-/// guest is polled.
-pub(super) fn begin(clock: &Clock, used: u64) {
+impl Turn {
+    const NONE: Self = Self {
+        began: 0,
+        ends: 0,
+        before: Computed {
+            time: 0,
+            waited: 0,
+            long_turns: 0,
+        },
+    };
+}
+
+/// For how long a guest has computed, in microseconds.
+///
+/// What is counted is the ticks that fall into its turns. A short turn may see none, and another one
+/// as short may see one: together they come to the time that was used.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Computed {
+    time: u64,
+    /// The same, when it last waited for something.
+    waited: u64,
+    /// Its turns in a row until now into which a long tick fell.
+    long_turns: u32,
+}
+
+/// So many turns in a row that meet a long tick are no chance: the guest computes for about as long
+/// each time, and many of its kind would hold others up as one that never ends does.
+const LONG_TURNS: u32 = 3;
+
+/// Begins a turn of a guest that has computed for so long before. To be called before a guest is
+/// polled.
+pub(super) fn begin(clock: &Clock, before: Computed) {
+    MAKES_WAY.set(false);
     TURN.set(Turn {
         began: clock.time(),
         ends: clock.now() + 2,
-        used,
+        before,
     });
 }
 
 /// Ends a turn, and leaves the lane if the guest came by it. Returns for how long the guest has
-/// computed now, in microseconds.
-pub(super) fn end(clock: &Clock) -> u64 {
+/// computed now.
+pub(super) fn end(clock: &Clock) -> Computed {
     HELD.take();
-    used(clock)
+    let time = used(clock);
+    let before = TURN.get().before;
+    let waited = match MAKES_WAY.get() {
+        true => before.waited,
+        false => time,
+    };
+    let long_turns = match time - before.time < CALM.as_micros() as u64 {
+        true => 0,
+        false => before.long_turns.saturating_add(1),
+    };
+    if long_turns >= LONG_TURNS {
+        clock.is_crowded();
+    }
+    Computed {
+        time,
+        waited,
+        long_turns,
+    }
 }
 
 /// For how long the guest that computes on this thread has done so, in microseconds.
-///
-/// What is counted is the ticks that fall into its turns. A short turn may see none, and another one
-/// as short may see one: together they come to the time that was used.
 pub(super) fn used(clock: &Clock) -> u64 {
     let turn = TURN.get();
-    turn.used + clock.time().saturating_sub(turn.began)
+    turn.before.time + clock.time().saturating_sub(turn.began)
 }
 
 /// Whether the turn has been long enough. A store that has waited for long finds its deadline
@@ -142,17 +194,168 @@ pub(super) fn poll_lasts(clock: &Clock, cx: &mut Context<'_>) -> Poll<()> {
     Poll::Ready(())
 }
 
+/// How long a guest may compute without waiting for anything, and be let go before others, in
+/// microseconds: more than most requests take.
+const LITTLE: u64 = 10_000;
+
 /// Waits for the lane, and for everyone else to have had a turn.
 pub(super) async fn make_way(clock: Clock) {
-    // The lane is never closed.
-    let held = LANE.with(Arc::clone).acquire_owned().await.ok();
-    // The first turn is theirs who are known to be ready, the second theirs who come to be known of
-    // only in the first: a connection is accepted in the one, and answered in the other.
-    tokio::task::yield_now().await;
-    tokio::task::yield_now().await;
-    HELD.set(held);
+    let computed_little = used(&clock).saturating_sub(TURN.get().before.waited) < LITTLE;
+    let mut waiting = pin!(wait(computed_little));
+    let pass = poll_fn(|cx| {
+        let pass = waiting.as_mut().poll(cx);
+        MAKES_WAY.set(pass.is_pending());
+        pass
+    })
+    .await;
+    HELD.set(Some(pass));
     TURN.set(Turn {
         ends: clock.now() + 1,
         ..TURN.get()
     });
+}
+
+async fn wait(computed_little: bool) -> Pass {
+    let pass = LANE.with(Arc::clone).enter(computed_little).await;
+    // The first turn is theirs who are known to be ready, the second theirs who come to be known of
+    // only in the first: a connection is accepted in the one, and answered in the other.
+    tokio::task::yield_now().await;
+    tokio::task::yield_now().await;
+    pass
+}
+
+/// Of so many who are let go, one is of those who have computed much, if there is any.
+const ONE_IN: u32 = 8;
+
+/// Lets one go at a time.
+#[derive(Default)]
+struct Lane(Mutex<Waiting>);
+
+#[derive(Default)]
+struct Waiting {
+    taken: bool,
+    /// Those who have computed little, and those who have computed much.
+    little: VecDeque<oneshot::Sender<Pass>>,
+    much: VecDeque<oneshot::Sender<Pass>>,
+    let_go: u32,
+}
+
+/// Held by the one who goes. The next one goes when it is dropped.
+struct Pass(Option<Arc<Lane>>);
+
+impl Lane {
+    async fn enter(self: Arc<Self>, computed_little: bool) -> Pass {
+        let turn = {
+            let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            if std::mem::replace(&mut waiting.taken, true) {
+                let (pass, turn) = oneshot::channel();
+                match computed_little {
+                    true => waiting.little.push_back(pass),
+                    false => waiting.much.push_back(pass),
+                }
+                Some(turn)
+            } else {
+                None
+            }
+        };
+        match turn {
+            // Nobody forgets who waits as long as the lane is there, and it is held here.
+            Some(turn) => turn.await.unwrap_or(Pass(None)),
+            None => Pass(Some(self)),
+        }
+    }
+
+    /// Who goes next. None leaves the lane free.
+    fn next(&self) -> Option<oneshot::Sender<Pass>> {
+        let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Waiting {
+            taken,
+            little,
+            much,
+            let_go,
+        } = &mut *waiting;
+        *let_go = let_go.wrapping_add(1);
+        let (first, second) = match *let_go % ONE_IN {
+            0 => (much, little),
+            _ => (little, much),
+        };
+        let next = first.pop_front().or_else(|| second.pop_front());
+        *taken = next.is_some();
+        next
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        let Some(lane) = self.0.take() else {
+            return;
+        };
+        while let Some(next) = lane.next() {
+            match next.send(Self(Some(lane.clone()))) {
+                Ok(()) => return,
+                // It is gone: what it was given is not to let the next one go as well.
+                Err(mut unused) => unused.0 = None,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    /// Whether it goes now.
+    fn goes(waiting: &mut (impl Future<Output = Pass> + Unpin)) -> Option<Pass> {
+        waiting.now_or_never()
+    }
+
+    #[test]
+    fn one_goes_at_a_time_and_who_computed_little_goes_first() {
+        let lane: Arc<Lane> = Arc::default();
+        let enter = |little| Box::pin(lane.clone().enter(little));
+        let first = goes(&mut enter(false)).expect("nobody is there");
+        let (mut much, mut gone, mut little) = (enter(false), enter(true), enter(true));
+        assert!(goes(&mut much).is_none());
+        assert!(goes(&mut gone).is_none());
+        assert!(goes(&mut little).is_none());
+        drop(gone);
+        drop(first);
+        assert!(goes(&mut much).is_none());
+        let second = goes(&mut little).expect("it is its turn");
+        assert!(goes(&mut much).is_none());
+        drop(second);
+        drop(goes(&mut much).expect("nobody else is left"));
+        assert!(goes(&mut enter(true)).is_some());
+    }
+
+    #[test]
+    fn who_is_let_go_and_does_not_come_leaves_the_lane_free() {
+        let lane: Arc<Lane> = Arc::default();
+        let first = goes(&mut Box::pin(lane.clone().enter(true)));
+        let mut second = Box::pin(lane.clone().enter(true));
+        assert!(goes(&mut second).is_none());
+        drop(first);
+        drop(second);
+        assert!(goes(&mut Box::pin(lane.enter(true))).is_some());
+    }
+
+    #[test]
+    fn who_computed_much_goes_some_time() {
+        let lane: Arc<Lane> = Arc::default();
+        let mut going = goes(&mut Box::pin(lane.clone().enter(true)));
+        let mut much = Box::pin(lane.clone().enter(false));
+        assert!(goes(&mut much).is_none());
+        for _ in 0..ONE_IN {
+            let mut little = Box::pin(lane.clone().enter(true));
+            assert!(goes(&mut little).is_none());
+            drop(going);
+            if goes(&mut much).is_some() {
+                return;
+            }
+            going = goes(&mut little);
+        }
+        panic!("it never goes");
+    }
 }

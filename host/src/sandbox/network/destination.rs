@@ -131,7 +131,8 @@ impl FromStr for Destination {
             return Err(DestinationError::Form);
         }
         let port = match port.parse() {
-            Ok(port) if port > 0 => port,
+            // A sign is none of it.
+            Ok(number) if number > 0 && !port.starts_with('+') => number,
             _ => return Err(DestinationError::Port),
         };
         let host = match network {
@@ -177,11 +178,13 @@ fn is_name(name: &str) -> bool {
 
 /// Networks that are not for the whole Internet, or lead elsewhere by the address within: IANA's
 /// registries of special-purpose addresses (RFC 6890 and its successors), and multicast.
-const SPECIAL_V4: [([u8; 4], u8); 16] = [
+const SPECIAL_V4: [([u8; 4], u8); 18] = [
     ([0, 0, 0, 0], 8),
     ([10, 0, 0, 0], 8),
     ([100, 64, 0, 0], 10),
     ([127, 0, 0, 0], 8),
+    // Of a cloud, inside its machines.
+    ([168, 63, 129, 16], 32),
     ([169, 254, 0, 0], 16),
     ([172, 16, 0, 0], 12),
     ([192, 0, 0, 0], 24),
@@ -190,6 +193,7 @@ const SPECIAL_V4: [([u8; 4], u8); 16] = [
     ([192, 52, 193, 0], 24),
     ([192, 88, 99, 0], 24),
     ([192, 168, 0, 0], 16),
+    ([192, 175, 48, 0], 24),
     ([198, 18, 0, 0], 15),
     ([198, 51, 100, 0], 24),
     ([203, 0, 113, 0], 24),
@@ -198,10 +202,11 @@ const SPECIAL_V4: [([u8; 4], u8); 16] = [
 ];
 
 /// Within 2000::/3, which is all that is given out of IPv6.
-const SPECIAL_V6: [([u16; 3], u8); 4] = [
+const SPECIAL_V6: [([u16; 3], u8); 5] = [
     ([0x2001, 0, 0], 23),
     ([0x2001, 0xdb8, 0], 32),
     ([0x2002, 0, 0], 16),
+    ([0x2620, 0x4f, 0x8000], 48),
     ([0x3fff, 0, 0], 20),
 ];
 
@@ -273,6 +278,7 @@ mod tests {
             ("db:0", Port),
             ("db:65536", Port),
             ("db:http", Port),
+            ("db:+80", Port),
             (":1", Name),
             ("a b:1", Name),
             ("a..b:1", Name),
@@ -368,6 +374,7 @@ mod tests {
             "10.1.2.3",
             "100.127.0.1",
             "127.0.0.1",
+            "168.63.129.16",
             "169.254.169.254",
             "172.31.0.1",
             "192.168.0.1",
