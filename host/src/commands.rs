@@ -133,7 +133,7 @@ pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode, Error> {
     // One is enough to compile and link for.
     let engine = Engine::new(plan.room(1), &needs, limits.clone())?;
     let connect = args.network.allow_connect.clone();
-    let grants = Grants::default().with_network(connect);
+    let grants = Grants::default().with_destinations(connect);
     let guest = Guest::new(&engine, &component, grants).map_err(refused(&args.guest))?;
     let mut stdout = io::stdout().lock();
     // Whoever closes the pipe has read enough.
@@ -231,7 +231,7 @@ fn grants(args: &ServeArgs) -> Result<Grants, Error> {
         path: grant.host,
         reason,
     })?;
-    Ok(grants.with_network(args.network.allow_connect.clone()))
+    Ok(grants.with_destinations(args.network.allow_connect.clone()))
 }
 
 fn dispatch(dispatch: Dispatch) -> server::Dispatch {

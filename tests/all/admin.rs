@@ -2,7 +2,7 @@
 
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -176,6 +176,11 @@ fn only_the_same_user_may_connect_and_nothing_is_written_over() {
             "{server:?}"
         );
     }
+    // One that listens in its own way is somebody's.
+    let datagrams = directory.path().join("datagrams");
+    let somebody = UnixDatagram::bind(&datagrams).unwrap();
+    refused(&format!("unix:{}", datagrams.display()), "stop the server");
+    somebody.send_to(b"still there", &datagrams).unwrap();
     let file = directory.path().join("file");
     std::fs::write(&file, "kept").unwrap();
     refused(&format!("unix:{}", file.display()), "not a socket");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use wasmtime_wasi::filesystem::WasiFilesystemCtx;
 use wasmtime_wasi::{FsPerms, WasiCtx};
 
-use super::network::{Destination, Network};
+use super::network::{Destination, Destinations};
 
 /// What a guest may do in a directory.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,7 +39,7 @@ pub struct Grants(Arc<Granted>);
 struct Granted {
     filesystem: WasiFilesystemCtx,
     environment: Vec<(String, String)>,
-    network: Arc<Network>,
+    destinations: Arc<Destinations>,
 }
 
 impl Grants {
@@ -81,16 +81,16 @@ impl Grants {
         Ok(Self(Arc::new(Granted {
             filesystem: context.build().filesystem().clone(),
             environment: last_of_each(environment),
-            network: Arc::default(),
+            destinations: Arc::default(),
         })))
     }
 
     /// Grants TCP connections to `destinations` as well.
-    pub fn with_network(self, destinations: Vec<Destination>) -> Self {
+    pub fn with_destinations(self, destinations: Vec<Destination>) -> Self {
         Self(Arc::new(Granted {
             filesystem: self.filesystem(),
             environment: self.environment().to_vec(),
-            network: Arc::new(Network::new(destinations)),
+            destinations: Arc::new(Destinations::new(destinations)),
         }))
     }
 
@@ -105,8 +105,8 @@ impl Grants {
     }
 
     /// Where to connect to.
-    pub(super) fn network(&self) -> Arc<Network> {
-        self.0.network.clone()
+    pub(super) fn destinations(&self) -> Arc<Destinations> {
+        self.0.destinations.clone()
     }
 }
 

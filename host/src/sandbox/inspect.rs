@@ -349,7 +349,7 @@ pub(super) fn compile(
         exports: names(&mut ty.exports(engine.wasmtime()).map(|(name, _)| name)),
         needs,
     };
-    check(&report, grants.network().is_granted())?;
+    check(&report, !grants.destinations().is_empty())?;
     Ok((component, report))
 }
 

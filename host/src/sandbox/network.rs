@@ -38,12 +38,12 @@ const MAX_TOLD: usize = 256;
 
 /// Where guests may connect to, and where the names among that lead.
 #[derive(Default)]
-pub(super) struct Network {
-    destinations: Vec<Destination>,
+pub(super) struct Destinations {
+    all: Vec<Destination>,
     names: Vec<Name>,
 }
 
-impl Network {
+impl Destinations {
     pub(super) fn new(destinations: Vec<Destination>) -> Self {
         let mut names: Vec<Name> = Vec::new();
         for destination in &destinations {
@@ -60,14 +60,14 @@ impl Network {
             }
         }
         Self {
-            destinations,
+            all: destinations,
             names,
         }
     }
 
-    /// Whether there is anywhere to connect to.
-    pub(super) fn is_granted(&self) -> bool {
-        !self.destinations.is_empty()
+    /// Whether there is nowhere to connect to.
+    pub(super) fn is_empty(&self) -> bool {
+        self.all.is_empty()
     }
 }
 
@@ -155,16 +155,16 @@ fn permitted(destinations: &[Destination], addresses: &[IpAddr]) -> Vec<SocketAd
 /// The network of one connection's guest.
 #[derive(Clone)]
 pub(super) struct Outbound {
-    network: Arc<Network>,
+    destinations: Arc<Destinations>,
     /// What this guest was told of names.
     told: Arc<Mutex<Vec<SocketAddr>>>,
     transport: SharedTransport,
 }
 
 impl Outbound {
-    pub(super) fn new(network: Arc<Network>, transport: SharedTransport) -> Self {
+    pub(super) fn new(destinations: Arc<Destinations>, transport: SharedTransport) -> Self {
         Self {
-            network,
+            destinations,
             told: Arc::default(),
             transport,
         }
@@ -174,7 +174,7 @@ impl Outbound {
     fn context(&self) -> WasiSocketsCtx {
         let this = self.clone();
         let mut context = WasiCtx::builder()
-            .allow_tcp(self.network.is_granted())
+            .allow_tcp(!self.destinations.is_empty())
             .allow_udp(false)
             .allow_ip_name_lookup(false)
             .socket_addr_check(move |address, to| {
@@ -202,7 +202,7 @@ impl Outbound {
     }
 
     fn may_connect(&self, address: SocketAddr) -> bool {
-        let granted = &self.network.destinations;
+        let granted = &self.destinations.all;
         let canonical = SocketAddr::new(address.ip().to_canonical(), address.port());
         granted.iter().any(|destination| destination.is(canonical))
             || lock(&self.told).contains(&canonical)
@@ -219,7 +219,7 @@ impl Outbound {
             Some(_) => None,
             None => destination::normal(name)
                 .and_then(|name| {
-                    let names = &self.network.names;
+                    let names = &self.destinations.names;
                     names.iter().find(|known| known.name == name)
                 })
                 .map(Name::look_up),
@@ -438,12 +438,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_crowd_asks_once() {
-        let network = Network::new(destinations(&["localhost:80/127.0.0.0/8"]));
-        let first = network.names[0].look_up();
-        let second = network.names[0].look_up();
+        let known = Destinations::new(destinations(&["localhost:80/127.0.0.0/8"]));
+        let first = known.names[0].look_up();
+        let second = known.names[0].look_up();
         assert!(first.ptr_eq(&second));
         let found = first.await.unwrap();
         assert_eq!(*found, ["127.0.0.1:80".parse().unwrap()]);
-        assert!(network.names[0].look_up().ptr_eq(&second));
+        assert!(known.names[0].look_up().ptr_eq(&second));
     }
 }

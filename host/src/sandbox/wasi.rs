@@ -54,7 +54,7 @@ impl Wasi {
             ..
         } = self;
         let outbound =
-            outbound.get_or_insert_with(|| Outbound::new(grants.network(), transport.clone()));
+            outbound.get_or_insert_with(|| Outbound::new(grants.destinations(), transport.clone()));
         (outbound, sockets)
     }
 }

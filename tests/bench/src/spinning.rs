@@ -1,6 +1,10 @@
-//! Guests that compute without end, one for each core, and an innocent one beside them.
+//! Guests that compute, and an innocent one beside them.
 
-use std::io::Write;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use crate::report::{Section, Table};
 use crate::samples::{Samples, quantile};
@@ -45,16 +49,126 @@ pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
         }
     }
     Ok(Section {
-        title: "Beside guests that compute without end",
+        title: "Beside guests that compute",
         notes: vec![format!(
             "{QUESTIONS} questions one after the other, each on a connection of its own. The client \
              competes with the guests for the cores as well."
         )],
-        tables: vec![Table {
-            title: "From the connection to the answer".into(),
-            columns: vec!["server", "spinning guests", "p50, ms", "p99, ms"],
-            rows,
-        }],
+        tables: vec![
+            Table {
+                title: "From the connection to the answer".into(),
+                columns: vec!["server", "spinning guests", "p50, ms", "p99, ms"],
+                rows,
+            },
+            crowds(effort)?,
+        ],
         charts: Vec::new(),
     })
+}
+
+/// Those that are there beside an innocent one.
+#[derive(Clone, Copy)]
+struct Crowd {
+    name: &'static str,
+    size: usize,
+    /// What each asks for, and again when it is answered.
+    question: &'static str,
+}
+
+const CROWDS: [Crowd; 3] = [
+    Crowd {
+        name: "nobody",
+        size: 0,
+        question: "",
+    },
+    Crowd {
+        name: "100 that compute without end",
+        size: 100,
+        question: "compute 1000000000\n",
+    },
+    Crowd {
+        name: "100 that ask for 4 ms over and over",
+        size: 100,
+        question: "compute 4\n",
+    },
+];
+
+/// How often an answer is looked for.
+const SWEEP: Duration = Duration::from_millis(1);
+
+fn crowds(effort: Effort) -> Result<Table, String> {
+    let mut rows = Vec::new();
+    for dispatch in ["concurrent", "spawn"] {
+        let command = wasinetd(dispatch, "fixtures/uses", &["--log-level", "error"]);
+        for crowd in CROWDS {
+            let mut figures: [Samples; 4] = Default::default();
+            for _ in 0..effort.rounds {
+                let failed = |error| format!("{dispatch}, beside {}: {error}", crowd.name);
+                let server = Server::start(dispatch, &command, Address::Printed)?;
+                let felt = crowd.beside(server.address()).map_err(failed)?;
+                figures
+                    .iter_mut()
+                    .zip(felt)
+                    .for_each(|(figure, felt)| figure.push(felt));
+            }
+            let mut row = vec![format!("wasinetd, {dispatch}"), crowd.name.into()];
+            row.extend(figures.iter().map(|figure| figure.with_spread(2)));
+            rows.push(row);
+        }
+    }
+    Ok(Table {
+        title: "A crowd that computes, and questions that cost nothing or 3 ms of time".into(),
+        columns: vec![
+            "server",
+            "beside",
+            "nothing: p50, ms",
+            "p99, ms",
+            "3 ms: p50, ms",
+            "p99, ms",
+        ],
+        rows,
+    })
+}
+
+impl Crowd {
+    /// What an innocent one feels, in milliseconds: p50 and p99 of questions that cost nothing, and
+    /// of those that cost something.
+    fn beside(self, address: SocketAddr) -> io::Result<[f64; 4]> {
+        let ended = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let begun = (0..self.size).map(|_| self.join(address));
+            let crowd = begun.collect::<io::Result<Vec<_>>>()?;
+            let asking = scope.spawn(|| self.go_on(crowd, &ended));
+            let felt = ["compute 0\n", "compute 3\n"]
+                .map(|question| client::ask(address, question, QUESTIONS / 3));
+            ended.store(true, Ordering::Relaxed);
+            asking.join().expect("asking does not panic")?;
+            let [nothing, something] = felt;
+            let (mut nothing, mut something) = (nothing?, something?);
+            let mut milliseconds = |share| quantile(&mut nothing, share) / 1e3;
+            let cheap = [milliseconds(0.5), milliseconds(0.99)];
+            let mut milliseconds = |share| quantile(&mut something, share) / 1e3;
+            Ok([cheap[0], cheap[1], milliseconds(0.5), milliseconds(0.99)])
+        })
+    }
+
+    fn join(self, address: SocketAddr) -> io::Result<TcpStream> {
+        let mut stream = client::connect(address)?;
+        stream.write_all(self.question.as_bytes())?;
+        stream.set_nonblocking(true)?;
+        Ok(stream)
+    }
+
+    /// Asks again whoever was answered.
+    fn go_on(self, mut crowd: Vec<TcpStream>, ended: &AtomicBool) -> io::Result<()> {
+        while !ended.load(Ordering::Relaxed) {
+            for stream in &mut crowd {
+                if stream.read(&mut [0; 64]).is_ok_and(|n| n > 0) {
+                    stream.write_all(self.question.as_bytes())?;
+                }
+            }
+            thread::sleep(SWEEP);
+        }
+        Ok(())
+    }
 }
