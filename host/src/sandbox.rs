@@ -19,7 +19,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
@@ -90,6 +90,12 @@ pub trait Transport: Send + 'static {
 
 /// A transport shared by the sandbox and by its owner, who ends it.
 pub(crate) type SharedTransport = Arc<Mutex<dyn Transport>>;
+
+/// Locks what a sandbox shares. A panic while it is held ends the connection; the fields are plain
+/// data.
+fn lock<T: ?Sized>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Why a call of a guest did not succeed.
 #[derive(Debug, PartialEq)]
@@ -179,7 +185,7 @@ impl Guest {
 
     fn store(&self, transport: SharedTransport) -> Store<State> {
         let limits = self.engine.limits();
-        let id = tcp::lock(&transport).id();
+        let id = lock(&transport).id();
         let mut table = ResourceTable::new();
         table.set_max_capacity(limits.open_files);
         let memory = Memory::new(
@@ -263,7 +269,7 @@ const ENTRIES_PER_HANDLE: usize = 4;
 /// Tells the transport of the limit that a guest ended for, if it did.
 fn note_limit(store: &Store<State>, error: &wasmtime::Error) {
     if let Some(limit) = limits::of_error(error) {
-        tcp::lock(&store.data().transport).limited(limit);
+        lock(&store.data().transport).limited(limit);
     }
 }
 
@@ -272,7 +278,7 @@ struct Release(SharedTransport);
 
 impl Drop for Release {
     fn drop(&mut self) {
-        tcp::lock(&self.0).release();
+        lock(&self.0).release();
     }
 }
 

@@ -202,11 +202,10 @@ impl Ticker {
         let (stop, stopped) = mpsc::channel();
         let thread = thread::spawn(move || {
             let mut last = Instant::now();
-            let mut due = Clock::first_tick();
-            while stopped.recv_timeout(due) == Err(RecvTimeoutError::Timeout) {
+            while stopped.recv_timeout(clock.due()) == Err(RecvTimeoutError::Timeout) {
                 let now = Instant::now();
                 // First: a guest that sees the epoch looks at the clock.
-                due = clock.tick(now - last);
+                clock.tick(now - last);
                 last = now;
                 engine.increment_epoch();
             }

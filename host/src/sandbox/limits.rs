@@ -12,7 +12,7 @@ use prometheus_client::registry::{Registry, Unit};
 use wasmtime::ResourceLimiter;
 use wasmtime::component::ResourceTableError;
 
-use super::{SharedTransport, tcp};
+use super::{SharedTransport, lock};
 use crate::limit::Limit;
 
 /// What a sandbox may use. The defaults are those of the command line, where each has its reason.
@@ -140,7 +140,7 @@ impl Memory {
         match self.refusal(bytes) {
             None => true,
             Some(limit) => {
-                tcp::lock(&self.transport).limited(limit);
+                lock(&self.transport).limited(limit);
                 false
             }
         }

@@ -7,7 +7,7 @@ mod destination;
 
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures::future::{BoxFuture, FutureExt, Shared};
@@ -23,7 +23,7 @@ use wasmtime_wasi::sockets::{
 
 pub use destination::{Destination, DestinationError};
 
-use super::{SharedTransport, State, tcp};
+use super::{SharedTransport, State, lock};
 use crate::limit::Limit;
 
 /// How long it is believed where a name leads. Arbitrary: what the system's resolver says has no
@@ -99,14 +99,12 @@ struct Lookup {
 impl Name {
     fn look_up(&self) -> Shared<BoxFuture<'static, Found>> {
         let mut last = lock(&self.last);
-        if let Some(lookup) = &*last {
+        if let Some(Lookup { begun, found }) = &*last {
             // It does not know that it has been answered before someone asks.
-            let _ = lookup.found.clone().now_or_never();
-        }
-        if let Some(lookup) = &*last
-            && (lookup.found.peek().is_none() || lookup.begun.elapsed() < BELIEVED)
-        {
-            return lookup.found.clone();
+            let is_answered = found.clone().now_or_never().is_some();
+            if !is_answered || begun.elapsed() < BELIEVED {
+                return found.clone();
+            }
         }
         let work = tokio::spawn(look_up(self.name.clone(), self.destinations.clone()));
         let found = async { work.await.unwrap_or(Err(LookupError::Unknown)) };
@@ -260,12 +258,8 @@ impl Outbound {
     }
 
     fn refused(&self) {
-        tcp::lock(&self.transport).limited(Limit::AllowConnect);
+        lock(&self.transport).limited(Limit::AllowConnect);
     }
-}
-
-fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl WasiSocketsView for State {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 
 use super::turns::{self, Clock};
-use super::{SharedTransport, tcp};
+use super::{SharedTransport, lock};
 use crate::limit::Limit;
 
 /// The longest line that is logged as one, in bytes. A longer one is broken.
@@ -103,7 +103,7 @@ struct Lines {
 
 impl Lines {
     fn write(&self, bytes: &[u8]) {
-        let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut line = lock(&self.line);
         if line.left > 0 && line.write(bytes) == 0 {
             warn!(
                 id = line.id,
@@ -112,7 +112,7 @@ impl Lines {
                 limit = %Limit::MaxOutput,
                 "no more of what this guest prints is logged"
             );
-            tcp::lock(&self.limit.transport).limited(Limit::MaxOutput);
+            lock(&self.limit.transport).limited(Limit::MaxOutput);
         }
     }
 }

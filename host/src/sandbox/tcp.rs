@@ -6,7 +6,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use tokio::sync::oneshot;
@@ -16,7 +15,7 @@ use wasmtime::component::{
 };
 use wasmtime::{AsContextMut, StoreContextMut};
 
-use super::{SharedTransport, State, Transport, turns};
+use super::{SharedTransport, State, lock, turns};
 use bindings::wasinetd::tcp::types::{
     ErrorCode, Host, HostConnection, HostConnectionWithStore, Ipv4SocketAddress, Ipv6SocketAddress,
     SocketAddress,
@@ -106,11 +105,6 @@ impl Sending {
         self.waker = Some(cx.waker().clone());
         Poll::Pending
     }
-}
-
-pub(super) fn lock(transport: &SharedTransport) -> MutexGuard<'_, dyn Transport + 'static> {
-    // A panic while it is held ends the connection; the fields are plain data.
-    transport.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Host for State {}

@@ -15,11 +15,13 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+
+use super::lock;
 
 /// How long a tick is while nobody wants more than a turn. Shorter, and an idle server would wake
 /// up more often.
@@ -47,21 +49,20 @@ struct Counted {
 }
 
 impl Clock {
-    /// Counts a tick so long after the last one. Returns how long after it the next is due.
-    pub(super) fn tick(&self, after: Duration) -> Duration {
+    /// Counts a tick so long after the last one.
+    pub(super) fn tick(&self, after: Duration) {
         let after = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
-        let time = self.0.time.fetch_add(after, Ordering::Relaxed) + after;
+        self.0.time.fetch_add(after, Ordering::Relaxed);
         self.0.ticks.fetch_add(1, Ordering::Relaxed);
-        if time < self.0.crowded.load(Ordering::Relaxed) {
+    }
+
+    /// How long after the last tick the next one is due.
+    pub(super) fn due(&self) -> Duration {
+        if self.time() < self.0.crowded.load(Ordering::Relaxed) {
             CROWDED
         } else {
             CALM
         }
-    }
-
-    /// How long after the start the first tick is due.
-    pub(super) fn first_tick() -> Duration {
-        CALM
     }
 
     fn now(&self) -> u64 {
@@ -74,7 +75,7 @@ impl Clock {
     }
 
     /// Someone wants more than a turn.
-    fn is_crowded(&self) {
+    fn crowd(&self) {
         let until = self.time() + STAYS_CROWDED;
         self.0.crowded.store(until, Ordering::Relaxed);
     }
@@ -159,7 +160,7 @@ pub(super) fn end(clock: &Clock) -> Computed {
         false => before.long_turns.saturating_add(1),
     };
     if long_turns >= LONG_TURNS {
-        clock.is_crowded();
+        clock.crowd();
     }
     Computed {
         time,
@@ -179,7 +180,7 @@ pub(super) fn used(clock: &Clock) -> u64 {
 pub(super) fn is_over(clock: &Clock) -> bool {
     let over = clock.now() >= TURN.get().ends;
     if over {
-        clock.is_crowded();
+        clock.crowd();
     }
     over
 }
@@ -246,7 +247,7 @@ struct Pass(Option<Arc<Lane>>);
 impl Lane {
     async fn enter(self: Arc<Self>, computed_little: bool) -> Pass {
         let turn = {
-            let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut waiting = lock(&self.0);
             if std::mem::replace(&mut waiting.taken, true) {
                 let (pass, turn) = oneshot::channel();
                 match computed_little {
@@ -267,7 +268,7 @@ impl Lane {
 
     /// Who goes next. None leaves the lane free.
     fn next(&self) -> Option<oneshot::Sender<Pass>> {
-        let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = lock(&self.0);
         let Waiting {
             taken,
             little,

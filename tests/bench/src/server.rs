@@ -206,19 +206,20 @@ impl Drop for Server {
     }
 }
 
-/// A `wasinetd serve` of a guest on a free port.
+/// A `wasinetd serve` of a guest on a free port. All load comes from one source, which may have all
+/// places unless `arguments` say otherwise.
 pub(crate) fn wasinetd(dispatch: &str, guest: &str, arguments: &[&str]) -> Vec<String> {
     let mut command: Vec<String> = [
         "target/release/wasinetd",
         "serve",
         "--listen",
         "127.0.0.1:0",
-        // All load comes from one source.
-        "--max-connections-per-source",
-        "off",
     ]
     .map(String::from)
     .into();
+    if !arguments.contains(&"--max-connections-per-source") {
+        command.extend(["--max-connections-per-source", "off"].map(String::from));
+    }
     command.extend(["--dispatch", dispatch].map(String::from));
     command.extend(arguments.iter().map(ToString::to_string));
     command.push(format!("target/guests/{guest}.wasm"));

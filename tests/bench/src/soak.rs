@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::report::{Section, Table};
-use crate::server::{Address, Server};
+use crate::server::{Address, Server, wasinetd};
 use crate::{client, machine};
 use hostile::{FAULTS, Fault, MANY};
 use innocent::{Felt, Innocents};
@@ -154,29 +154,24 @@ fn warm_up(server: &Server, admin: &Admin) -> Result<(), String> {
 }
 
 fn command(dispatch: &str, admin: &Path) -> Vec<String> {
-    let mut command: Vec<String> = ["target/release/wasinetd", "serve"].map(Into::into).into();
-    let per_source = PLACES_PER_SOURCE.to_string();
     let places = PLACES.to_string();
-    for (flag, value) in [
-        ("--listen", "127.0.0.1:0"),
-        ("--dispatch", dispatch),
-        ("--max-connections", &places),
-        ("--max-connections-per-source", &per_source),
-        ("--admin", &format!("unix:{}", admin.display())),
-        ("--log-level", "error"),
+    let per_source = PLACES_PER_SOURCE.to_string();
+    let admin = format!("unix:{}", admin.display());
+    let flags = [
+        ["--max-connections", &places],
+        ["--max-connections-per-source", &per_source],
+        ["--admin", &admin],
+        ["--log-level", "error"],
         // So short that each is met many times in a minute.
-        ("--cpu-time", "500ms"),
-        ("--max-memory", "16MiB"),
-        ("--idle-timeout", "3s"),
-        ("--first-byte-timeout", "1s"),
-        ("--write-timeout", "1s"),
-        ("--max-lifetime", "5s"),
-        ("--keepalive", "1s"),
-    ] {
-        command.extend([flag.into(), value.into()]);
-    }
-    command.push("target/guests/fixtures/hostile.wasm".into());
-    command
+        ["--cpu-time", "500ms"],
+        ["--max-memory", "16MiB"],
+        ["--idle-timeout", "3s"],
+        ["--first-byte-timeout", "1s"],
+        ["--write-timeout", "1s"],
+        ["--max-lifetime", "5s"],
+        ["--keepalive", "1s"],
+    ];
+    wasinetd(dispatch, "fixtures/hostile", flags.as_flattened())
 }
 
 /// What innocent clients feel beside some faults.

@@ -143,12 +143,11 @@ impl Crowd {
                 .map(|question| client::ask(address, question, QUESTIONS / 3));
             ended.store(true, Ordering::Relaxed);
             asking.join().expect("asking does not panic")?;
-            let [nothing, something] = felt;
-            let (mut nothing, mut something) = (nothing?, something?);
-            let mut milliseconds = |share| quantile(&mut nothing, share) / 1e3;
-            let cheap = [milliseconds(0.5), milliseconds(0.99)];
-            let mut milliseconds = |share| quantile(&mut something, share) / 1e3;
-            Ok([cheap[0], cheap[1], milliseconds(0.5), milliseconds(0.99)])
+            let milliseconds =
+                |mut times: Vec<f64>| [0.5, 0.99].map(|share| quantile(&mut times, share) / 1e3);
+            let [nothing, something] = felt.map(|times| times.map(milliseconds));
+            let ([p50, p99], [p50_of_3, p99_of_3]) = (nothing?, something?);
+            Ok([p50, p99, p50_of_3, p99_of_3])
         })
     }
 

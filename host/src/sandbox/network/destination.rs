@@ -1,8 +1,10 @@
 //! Where guests may connect to: `HOST:PORT`, or `NAME:PORT/CIDR`.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
+
+use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::network::{Network, NetworkError};
 
@@ -178,62 +180,61 @@ fn is_name(name: &str) -> bool {
 
 /// Networks that are not for the whole Internet, or lead elsewhere by the address within: IANA's
 /// registries of special-purpose addresses (RFC 6890 and its successors), and multicast.
-const SPECIAL_V4: [([u8; 4], u8); 18] = [
-    ([0, 0, 0, 0], 8),
-    ([10, 0, 0, 0], 8),
-    ([100, 64, 0, 0], 10),
-    ([127, 0, 0, 0], 8),
+const SPECIAL_V4: [Ipv4Net; 18] = [
+    v4([0, 0, 0, 0], 8),
+    v4([10, 0, 0, 0], 8),
+    v4([100, 64, 0, 0], 10),
+    v4([127, 0, 0, 0], 8),
     // Of a cloud, inside its machines.
-    ([168, 63, 129, 16], 32),
-    ([169, 254, 0, 0], 16),
-    ([172, 16, 0, 0], 12),
-    ([192, 0, 0, 0], 24),
-    ([192, 0, 2, 0], 24),
-    ([192, 31, 196, 0], 24),
-    ([192, 52, 193, 0], 24),
-    ([192, 88, 99, 0], 24),
-    ([192, 168, 0, 0], 16),
-    ([192, 175, 48, 0], 24),
-    ([198, 18, 0, 0], 15),
-    ([198, 51, 100, 0], 24),
-    ([203, 0, 113, 0], 24),
+    v4([168, 63, 129, 16], 32),
+    v4([169, 254, 0, 0], 16),
+    v4([172, 16, 0, 0], 12),
+    v4([192, 0, 0, 0], 24),
+    v4([192, 0, 2, 0], 24),
+    v4([192, 31, 196, 0], 24),
+    v4([192, 52, 193, 0], 24),
+    v4([192, 88, 99, 0], 24),
+    v4([192, 168, 0, 0], 16),
+    v4([192, 175, 48, 0], 24),
+    v4([198, 18, 0, 0], 15),
+    v4([198, 51, 100, 0], 24),
+    v4([203, 0, 113, 0], 24),
     // Multicast, reserved, and broadcast.
-    ([224, 0, 0, 0], 3),
+    v4([224, 0, 0, 0], 3),
 ];
 
-/// Within 2000::/3, which is all that is given out of IPv6.
-const SPECIAL_V6: [([u16; 3], u8); 5] = [
-    ([0x2001, 0, 0], 23),
-    ([0x2001, 0xdb8, 0], 32),
-    ([0x2002, 0, 0], 16),
-    ([0x2620, 0x4f, 0x8000], 48),
-    ([0x3fff, 0, 0], 20),
+const fn v4([a, b, c, d]: [u8; 4], prefix: u8) -> Ipv4Net {
+    Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), prefix)
+}
+
+/// All that is given out of IPv6.
+const GIVEN_OUT_V6: Ipv6Net = v6([0x2000, 0, 0], 3);
+
+/// Of that.
+const SPECIAL_V6: [Ipv6Net; 5] = [
+    v6([0x2001, 0, 0], 23),
+    v6([0x2001, 0xdb8, 0], 32),
+    v6([0x2002, 0, 0], 16),
+    v6([0x2620, 0x4f, 0x8000], 48),
+    v6([0x3fff, 0, 0], 20),
 ];
+
+const fn v6([a, b, c]: [u16; 3], prefix: u8) -> Ipv6Net {
+    Ipv6Net::new_assert(Ipv6Addr::new(a, b, c, 0, 0, 0, 0, 0), prefix)
+}
 
 fn is_public(address: IpAddr) -> bool {
     match address {
-        IpAddr::V4(address) => {
-            let bits = address.to_bits();
-            !SPECIAL_V4.iter().any(|(network, prefix)| {
-                (bits ^ u32::from_be_bytes(*network)) >> (32 - prefix) == 0
-            })
-        }
+        IpAddr::V4(address) => !SPECIAL_V4.iter().any(|special| special.contains(&address)),
         IpAddr::V6(address) => {
-            let high = |[a, b, c]: [u16; 3]| u64::from(a) << 32 | u64::from(b) << 16 | u64::from(c);
-            let [a, b, c, ..] = address.segments();
-            let bits = high([a, b, c]);
-            a >> 13 == 1
-                && !SPECIAL_V6
-                    .iter()
-                    .any(|(network, prefix)| (bits ^ high(*network)) >> (48 - prefix) == 0)
+            GIVEN_OUT_V6.contains(&address)
+                && !SPECIAL_V6.iter().any(|special| special.contains(&address))
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, Ipv6Addr};
-
     use super::*;
 
     fn destination(text: &str) -> Destination {

@@ -45,6 +45,8 @@ enum Harm {
     Gone,
     /// Many connect at once, and leave.
     Burst,
+    /// More than the source may have: those beyond are refused.
+    Flood,
 }
 
 pub(super) const FAULTS: [Fault; 27] = [
@@ -77,7 +79,7 @@ pub(super) const FAULTS: [Fault; 27] = [
     client("one that sends nonsense", Harm::Noise),
     client("one that is gone without a word", Harm::Gone),
     client("one that connects in bursts", Harm::Burst),
-    client("one that floods its own places", Harm::Guest("sleep")),
+    client("one that floods its own places", Harm::Flood),
 ];
 
 const fn guest(name: &'static str, harm: &'static str) -> Fault {
@@ -92,8 +94,7 @@ const fn client(name: &'static str, harm: Harm) -> Fault {
 impl Fault {
     /// Has so many of it there until `end`.
     pub(super) fn go_on(&self, address: SocketAddr, many: usize, end: Instant) -> io::Result<()> {
-        // Those beyond what one source may have are refused.
-        let many = if self.name.contains("flood") {
+        let many = if let Harm::Flood = self.harm {
             10 * many
         } else {
             many
@@ -131,6 +132,7 @@ impl Fault {
         match &self.harm {
             Harm::Guest(line) => stream.write_all(format!("{line}\n").as_bytes())?,
             Harm::Deaf => stream.write_all(b"write forever\n")?,
+            Harm::Flood => stream.write_all(b"sleep\n")?,
             Harm::Silent | Harm::Slow | Harm::Burst => {}
             Harm::Resets => {
                 let question = b"innocent\n";
