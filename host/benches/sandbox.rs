@@ -33,7 +33,7 @@ fn guest(name: &str) -> Guest {
         panic!("{path}: {error}; run `make build` first");
     });
     let needs = Needs::of(&component).expect("the guest is accepted");
-    let engine = Engine::new(ROOM, &needs, Limits::default()).expect("the pool fits");
+    let engine = Engine::new(ROOM, &needs, Limits::default(), None).expect("the pool fits");
     Guest::new(&engine, &component, Grants::default()).expect("the guest is accepted")
 }
 
@@ -115,6 +115,14 @@ impl Transport for Client {
     }
 
     fn draining(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
+    }
+
+    fn is_replaced(&self) -> bool {
+        false
+    }
+
+    fn replaced(&self) -> BoxFuture<'static, ()> {
         Box::pin(std::future::pending())
     }
 }

@@ -1,29 +1,35 @@
-//! What an operator can ask a running server, by HTTP on a Unix socket.
+//! What an operator can ask a running server, by HTTP on a Unix socket or a loopback address.
+
+mod api;
+mod logs;
+pub mod model;
 
 use std::convert::Infallible;
+use std::fmt;
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use prometheus_client::encoding::text::encode;
-use prometheus_client::registry::Registry;
 use rustix::fs::Mode;
 use rustix::process::umask;
 use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use crate::Error;
-use crate::lifecycle::Lifecycle;
+use api::Api;
+pub use api::{Operated, Order};
+pub use logs::{Logs, Piece};
 
 /// Operators at once. More wait.
 const CLIENTS: usize = 16;
@@ -34,105 +40,213 @@ const PATIENCE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_
 /// How long one may take for a request and its answer together.
 const ANSWERED: Duration = Duration::from_secs(30);
 
-/// The media type of OpenMetrics' text.
-const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// Where operators connect to.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Address {
+    /// A Unix socket, which only the user of this process can connect to.
+    Unix(PathBuf),
+    /// A loopback address, which any user of this machine can connect to: they show a token.
+    Loopback(SocketAddr),
+}
 
-/// The socket that operators connect to. Its file is removed when this is dropped.
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Loopback(address) => address.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = &'static str;
+
+    fn from_str(value: &str) -> Result<Self, Self::Err> {
+        if let Some(path) = value.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+            return Ok(Self::Unix(path.into()));
+        }
+        match value.parse::<SocketAddr>() {
+            Ok(address) if address.ip().is_loopback() => Ok(Self::Loopback(address)),
+            Ok(_) => Err(
+                "not a loopback address: what operators send is not encrypted; use 127.0.0.1 or [::1], or unix:PATH",
+            ),
+            Err(_) => Err(
+                "not unix: and a path, such as unix:/run/wasinetd/admin.sock, nor a loopback address and a port, such as 127.0.0.1:7879",
+            ),
+        }
+    }
+}
+
+/// The socket that operators connect to. A Unix socket's file is removed when this is dropped.
 pub struct Admin {
-    listener: UnixListener,
-    path: PathBuf,
-    /// What is at the path, as long as it is ours.
-    file: (u64, u64),
+    listener: Listener,
+    token: Option<String>,
+}
+
+enum Listener {
+    Unix {
+        listener: UnixListener,
+        path: PathBuf,
+        /// What is at the path, as long as it is ours.
+        file: (u64, u64),
+    },
+    Tcp(TcpListener),
 }
 
 impl Admin {
-    /// Listens at `path`, for the user of this process alone. What a server that is no more has left
-    /// there is replaced. To be called before there are other threads: what they create meanwhile
-    /// would be as private.
+    /// Listens at `address`. What a server that is no more has left at the path of a Unix socket is
+    /// replaced. To be called before there are other threads: what they create meanwhile would be as
+    /// private.
+    ///
+    /// Whoever connects to a loopback address has to show `token`.
     ///
     /// # Errors
     ///
     /// [`Error::Admin`] when something else is there, or nothing can be.
-    pub fn bind(path: &Path) -> Result<Self, Error> {
-        let failed = |source: io::Error, fix| Error::Admin {
-            path: path.into(),
+    pub fn bind(address: &Address, token: Option<String>) -> Result<Self, Error> {
+        let listener = match address {
+            Address::Unix(path) => bind_unix(path),
+            Address::Loopback(address) => bind_tcp(*address),
+        };
+        let token = token.filter(|_| matches!(address, Address::Loopback(_)));
+        let failed = |(source, fix)| Error::Admin {
+            address: address.clone(),
             source,
             fix,
         };
-        match std::fs::symlink_metadata(path) {
-            Ok(found) if !found.file_type().is_socket() => {
-                let error = io::Error::new(io::ErrorKind::AlreadyExists, "it is not a socket");
-                return Err(failed(error, "name a path where nothing is"));
-            }
-            Ok(_) => remove_stale(path).map_err(|error| {
-                failed(
-                    error,
-                    "stop the server that listens there, or name another path",
-                )
-            })?,
-            Err(_) => {}
-        }
-        listen(path)
-            .and_then(|listener| {
-                Ok(Self {
-                    listener,
-                    file: identity(path)?,
-                    path: path.into(),
-                })
-            })
-            .map_err(|error| failed(error, "name a path in a directory of your own"))
+        listener
+            .map(|listener| Self { listener, token })
+            .map_err(failed)
     }
 
-    /// Answers operators with the figures of `registry` and the phase of `lifecycle`, without end. To
-    /// be called within a tokio runtime.
+    /// Where operators connect to, with the port that was found where any was asked for.
+    pub fn address(&self) -> Address {
+        match &self.listener {
+            Listener::Unix { path, .. } => Address::Unix(path.clone()),
+            Listener::Tcp(listener) => {
+                let unknown = (std::net::Ipv4Addr::LOCALHOST, 0).into();
+                Address::Loopback(listener.local_addr().unwrap_or(unknown))
+            }
+        }
+    }
+
+    /// Answers operators about what is `operated`, without end. To be called within a tokio runtime.
     ///
     /// # Errors
     ///
     /// Fails when the runtime will not have the socket.
-    pub async fn serve(&self, registry: Registry, lifecycle: Lifecycle) -> io::Result<Infallible> {
-        let listener = tokio::net::UnixListener::from_std(self.listener.try_clone()?)?;
-        let view = Arc::new(View {
-            registry,
-            lifecycle,
-        });
-        let places = Arc::new(Semaphore::new(CLIENTS));
-        loop {
-            let place = places.clone().acquire_owned().await;
-            let place = place.expect("it is never closed");
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    warn!(%error, "cannot accept an operator");
-                    tokio::time::sleep(PATIENCE.1).await;
-                    continue;
-                }
-            };
-            let view = view.clone();
-            tokio::spawn(async move {
-                let answer = service_fn(|request| {
-                    std::future::ready(Ok::<_, Infallible>(view.answer(&request)))
-                });
-                let connection = hyper::server::conn::http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(PATIENCE.0)
-                    .keep_alive(false)
-                    .serve_connection(TokioIo::new(stream), answer);
-                match tokio::time::timeout(ANSWERED, connection).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => debug!(%error, "an operator's connection failed"),
-                    Err(_) => debug!("an operator did not take the answer"),
-                }
-                drop(place);
-            });
+    pub async fn serve(&self, operated: Operated) -> io::Result<Infallible> {
+        let api = Arc::new(Api::new(operated, self.token.as_deref()));
+        match &self.listener {
+            Listener::Unix { listener, .. } => {
+                let listener = tokio::net::UnixListener::from_std(listener.try_clone()?)?;
+                accept(api, async || Ok(listener.accept().await?.0)).await
+            }
+            Listener::Tcp(listener) => {
+                let listener = tokio::net::TcpListener::from_std(listener.try_clone()?)?;
+                accept(api, async || Ok(listener.accept().await?.0)).await
+            }
         }
     }
+}
+
+/// Answers whom `accept` accepts.
+async fn accept<S>(api: Arc<Api>, accept: impl AsyncFn() -> io::Result<S>) -> io::Result<Infallible>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let places = Arc::new(Semaphore::new(CLIENTS));
+    loop {
+        let place = places.clone().acquire_owned().await;
+        let place = place.expect("it is never closed");
+        match accept().await {
+            Ok(stream) => {
+                let api = api.clone();
+                tokio::spawn(async move {
+                    answer(api, stream).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                warn!(%error, "cannot accept an operator");
+                tokio::time::sleep(PATIENCE.1).await;
+            }
+        }
+    }
+}
+
+async fn answer(api: Arc<Api>, stream: impl AsyncRead + AsyncWrite + Unpin) {
+    let takes_long = &AtomicBool::new(false);
+    let api = &*api;
+    let answer =
+        service_fn(
+            |request| async move { Ok::<_, Infallible>(api.answer(request, takes_long).await) },
+        );
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(PATIENCE.0)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), answer);
+    let mut connection = pin!(connection);
+    loop {
+        match tokio::time::timeout(ANSWERED, connection.as_mut()).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => return debug!(%error, "an operator's connection failed"),
+            Err(_) if takes_long.load(Ordering::Relaxed) => {}
+            Err(_) => return debug!("an operator did not take the answer"),
+        }
+    }
+}
+
+/// What failed, and what to do about it.
+type Failed = (io::Error, &'static str);
+
+fn bind_tcp(address: SocketAddr) -> Result<Listener, Failed> {
+    TcpListener::bind(address)
+        .and_then(|listener| {
+            listener.set_nonblocking(true)?;
+            Ok(Listener::Tcp(listener))
+        })
+        .map_err(|error| {
+            (
+                error,
+                "stop the server that holds the port, or choose another one",
+            )
+        })
+}
+
+fn bind_unix(path: &Path) -> Result<Listener, Failed> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            let error = io::Error::new(io::ErrorKind::AlreadyExists, "it is not a socket");
+            return Err((error, "name a path where nothing is"));
+        }
+        Ok(_) => remove_stale(path).map_err(|error| {
+            (
+                error,
+                "stop the server that listens there, or name another path",
+            )
+        })?,
+        Err(_) => {}
+    }
+    listen(path)
+        .and_then(|listener| {
+            Ok(Listener::Unix {
+                listener,
+                file: identity(path)?,
+                path: path.into(),
+            })
+        })
+        .map_err(|error| (error, "name a path in a directory of your own"))
 }
 
 impl Drop for Admin {
     fn drop(&mut self) {
         // It may be gone already, and another one's be there: that is theirs to see to.
-        if identity(&self.path).is_ok_and(|file| file == self.file) {
-            let _ = std::fs::remove_file(&self.path);
+        if let Listener::Unix { path, file, .. } = &self.listener
+            && identity(path).is_ok_and(|there| there == *file)
+        {
+            let _ = std::fs::remove_file(path);
         }
     }
 }
@@ -167,56 +281,4 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     let listener = listener?;
     listener.set_nonblocking(true)?;
     Ok(listener)
-}
-
-/// What there is to see.
-struct View {
-    registry: Registry,
-    lifecycle: Lifecycle,
-}
-
-impl View {
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
-            let allowed = HeaderValue::from_static("GET, HEAD");
-            answer.headers_mut().insert(ALLOW, allowed);
-            return answer;
-        }
-        match request.uri().path() {
-            "/healthz" => text(StatusCode::OK, "ok\n"),
-            "/readyz" if self.lifecycle.is_draining() => {
-                text(StatusCode::SERVICE_UNAVAILABLE, "draining\n")
-            }
-            "/readyz" => text(StatusCode::OK, "ready\n"),
-            "/metrics" => self.metrics(),
-            _ => text(
-                StatusCode::NOT_FOUND,
-                "there are /healthz, /readyz and /metrics\n",
-            ),
-        }
-    }
-
-    fn metrics(&self) -> Response<Full<Bytes>> {
-        let mut figures = String::new();
-        // A string takes everything.
-        if encode(&mut figures, &self.registry).is_err() {
-            return text(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "the figures are not text\n",
-            );
-        }
-        let mut answer = text(StatusCode::OK, figures);
-        let media_type = HeaderValue::from_static(OPEN_METRICS);
-        answer.headers_mut().insert(CONTENT_TYPE, media_type);
-        answer
-    }
-}
-
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut answer = Response::new(Full::new(body.into()));
-    *answer.status_mut() = status;
-    let media_type = HeaderValue::from_static("text/plain; charset=utf-8");
-    answer.headers_mut().insert(CONTENT_TYPE, media_type);
-    answer
 }

@@ -5,12 +5,16 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bytes::Bytes;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use wasinetd::admin::Address;
 use wasinetd::connection;
+use wasinetd::limit::Limit;
 use wasinetd::listener::{self, Prefix, Rules};
 use wasinetd::network::Network;
 use wasinetd::sandbox::{self, Access, Destination, DirGrant};
+use wasinetd::service::Probe;
 
 /// The exit code for a mistake on the command line (BSD `sysexits.h`).
 pub(crate) const EX_USAGE: u8 = 64;
@@ -27,7 +31,7 @@ pub(crate) struct Cli {
 const EXIT_CODES: &str = "\
 Exit codes: 0 after a clean drain, 64 for a mistake on the command line, 65 for a guest that cannot \
 be run, 69 for an address or a socket that cannot be listened on, 70 for a fault of wasinetd, 75 when \
-connections had to be ended before they were done, 78 for a setting that this machine cannot meet.";
+connections had to be ended before they were done, 78 for a setting that cannot be met.";
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -36,6 +40,10 @@ pub(crate) enum Command {
     /// Say whether a guest would be accepted, what it needs, and how many fit on this machine
     #[command(after_help = GRANTED)]
     Check(CheckArgs),
+    /// Compile a guest into the cache, so that `serve` begins at once
+    Compile(CompileArgs),
+    /// See and steer a server that runs
+    Ctl(CtlArgs),
 }
 
 const GRANTED: &str = "\
@@ -92,15 +100,26 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) connection_limits: ConnectionLimits,
 
+    #[command(flatten)]
+    pub(crate) swap: SwapArgs,
+
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+
     /// How long open connections may take to finish after SIGTERM or SIGINT; a second signal ends
     /// them at once
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, allow_hyphen_values = true)]
     pub(crate) drain_timeout: Duration,
 
-    /// Answer operators over HTTP on a Unix socket, which only this user can connect to: /metrics
-    /// (OpenMetrics), /healthz and /readyz
-    #[arg(long, value_name = "unix:PATH", value_parser = unix_socket)]
-    pub(crate) admin: Option<PathBuf>,
+    /// Answer operators over HTTP, such as `wasinetd ctl`, Prometheus or a browser: on a Unix
+    /// socket, which only this user can connect to, or on a loopback address, where they show a token
+    #[arg(long, value_name = "unix:PATH|127.0.0.1:PORT")]
+    pub(crate) admin: Option<Address>,
+
+    /// The file with the token that operators show on a loopback address. Only this user may be able
+    /// to read it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) admin_token_file: Option<PathBuf>,
 
     /// How to write the log, which goes to standard error
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
@@ -112,6 +131,63 @@ pub(crate) struct ServeArgs {
 }
 
 impl ServeArgs {
+    /// What each limit is set to, as its flag would have it.
+    pub(crate) fn limits(&self, max_connections: usize, memory: usize) -> Vec<(Limit, String)> {
+        let guest = self.guest_limits.limits(memory);
+        let connection = &self.connection_limits;
+        let rules = self.admission.rules(max_connections);
+        let size = |bytes: usize| ByteSize(bytes as u64).to_string().replace(' ', "");
+        let time = |time| humantime::format_duration(time).to_string();
+        let off = || "off".to_string();
+        let time_or_off = |or_off: OrOff<Duration>| or_off.0.map_or_else(off, time);
+        let size_or_off = |or_off: OrOff<usize>| or_off.0.map_or_else(off, size);
+        let rate_or_off = |rate: OrOff<usize>| rate.0.map_or_else(off, |rate| rate.to_string());
+        let many = |networks: &[Network], none: &str| match networks {
+            [] => none.to_string(),
+            some => some
+                .iter()
+                .map(Network::to_string)
+                .collect::<Vec<_>>()
+                .join(","),
+        };
+        let connect = self.network.allow_connect.len();
+        Limit::ALL
+            .into_iter()
+            .map(|limit| {
+                let value = match limit {
+                    Limit::MaxMemory => size(guest.memory),
+                    Limit::MaxTotalMemory => size(guest.total_memory),
+                    Limit::CpuTime => time(guest.cpu_time),
+                    Limit::Stack => size(guest.stack),
+                    Limit::MaxHandles => guest.handles.to_string(),
+                    Limit::MaxOpenFiles => guest.open_files.to_string(),
+                    Limit::MaxCallSize => size(guest.call_size),
+                    Limit::MaxOutput => size(guest.output),
+                    Limit::AllowConnect => format!("{connect} destinations"),
+                    Limit::IdleTimeout => time_or_off(connection.idle_timeout),
+                    Limit::FirstByteTimeout => time_or_off(connection.first_byte_timeout),
+                    Limit::WriteTimeout => time_or_off(connection.write_timeout),
+                    Limit::Keepalive => time_or_off(connection.keepalive),
+                    Limit::MaxLifetime => time_or_off(connection.max_lifetime),
+                    Limit::MaxOldVersionAge => time_or_off(self.swap.max_old_version_age),
+                    Limit::MaxBytesIn => size_or_off(connection.max_bytes_in),
+                    Limit::MaxBytesOut => size_or_off(connection.max_bytes_out),
+                    Limit::MaxConnections => max_connections.to_string(),
+                    Limit::MaxConnectionsPerSource => rules
+                        .connections_per_source
+                        .map_or_else(off, |most| most.to_string()),
+                    Limit::AcceptRate => rate_or_off(self.admission.accept_rate),
+                    Limit::AcceptRatePerSource => {
+                        rate_or_off(self.admission.accept_rate_per_source)
+                    }
+                    Limit::Allow => many(&rules.allow, "everyone"),
+                    Limit::Deny => many(&rules.deny, "nobody"),
+                };
+                (limit, value)
+            })
+            .collect()
+    }
+
     /// The directories to grant, of both kinds.
     pub(crate) fn directories(&self) -> Vec<DirGrant> {
         let grant = |access| {
@@ -126,6 +202,59 @@ impl ServeArgs {
             .chain(self.dir_rw.iter().map(grant(Access::ReadWrite)))
             .collect()
     }
+}
+
+/// How a new version of the guest takes the place of the one that is served, after SIGHUP, `ctl swap`,
+/// or a change of the file with --watch. A version that cannot be run changes nothing.
+#[derive(Args)]
+#[command(next_help_heading = "New versions of the guest")]
+pub(crate) struct SwapArgs {
+    /// Swap to the guest's file whenever it has changed, by a rename or in place
+    #[arg(long)]
+    pub(crate) watch: bool,
+
+    /// How long connections may go on with a version after it was replaced; then they are reset. An
+    /// hour: longer than any exchange of a protocol that ends when it is asked to
+    #[arg(long, value_name = "DURATION|off", default_value = "1h", value_parser = duration_or_off)]
+    max_old_version_age: OrOff<Duration>,
+
+    /// Ask a version this before it is served. \\r, \\n, \\t, \\0, \\xHH and \\\\ stand for what they do
+    /// in C: 'GET / HTTP/1.1\\r\\nHost: probe\\r\\n\\r\\n'
+    #[arg(long, value_name = "TEXT", value_parser = escaped, requires = "probe_expect")]
+    probe_send: Option<Bytes>,
+
+    /// What its answer has to begin with, such as 'HTTP/1.1 200'
+    #[arg(long, value_name = "TEXT", value_parser = escaped)]
+    probe_expect: Option<Bytes>,
+
+    /// How long it may take to answer the probe
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = some_duration)]
+    probe_timeout: Duration,
+}
+
+impl SwapArgs {
+    pub(crate) fn max_old_version_age(&self) -> Option<Duration> {
+        self.max_old_version_age.0
+    }
+
+    pub(crate) fn probe(&self) -> Option<Probe> {
+        let expect = self.probe_expect.as_ref()?;
+        Some(Probe {
+            send: self.probe_send.as_deref().unwrap_or_default().into(),
+            expect: expect.to_vec(),
+            timeout: self.probe_timeout,
+        })
+    }
+}
+
+/// Where compiled guests are kept.
+#[derive(Args)]
+pub(crate) struct CacheArgs {
+    /// Keep compiled guests in this directory, so that the next start is quick; off compiles each
+    /// time. Nobody else may enter it: what is there is run
+    /// [default: $CACHE_DIRECTORY, $XDG_CACHE_HOME/wasinetd or $HOME/.cache/wasinetd, whichever is set]
+    #[arg(long, value_name = "DIR|off")]
+    pub(crate) cache: Option<PathBuf>,
 }
 
 /// Where guests may connect to. Without it they have no network.
@@ -349,6 +478,100 @@ pub(crate) struct CheckArgs {
     pub(crate) guest_limits: GuestLimits,
 }
 
+#[derive(Args)]
+pub(crate) struct CompileArgs {
+    /// The guests: components that export wasinetd:tcp/handler
+    #[arg(value_name = "GUEST.wasm", required = true)]
+    pub(crate) guests: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+
+    #[command(flatten)]
+    pub(crate) network: NetworkArgs,
+
+    #[command(flatten)]
+    pub(crate) guest_limits: GuestLimits,
+}
+
+#[derive(Args)]
+pub(crate) struct CtlArgs {
+    /// Where the server was told to answer operators
+    #[arg(
+        long,
+        global = true,
+        value_name = "unix:PATH|127.0.0.1:PORT",
+        env = "WASINETD_ADMIN"
+    )]
+    pub(crate) admin: Option<Address>,
+
+    /// The file with the token to show, for a loopback address
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "WASINETD_ADMIN_TOKEN_FILE"
+    )]
+    pub(crate) admin_token_file: Option<PathBuf>,
+
+    /// Print what the server says as JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    #[command(subcommand)]
+    pub(crate) command: CtlCommand,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum CtlCommand {
+    /// The services, and the versions of their guests: since when, with how many connections
+    Status,
+    /// The connections that are open
+    Connections,
+    /// Reset a connection
+    Kill {
+        /// Its number, as in the log and the list of connections
+        id: u64,
+    },
+    /// Accept no more connections, let those that are open finish, and end
+    Drain,
+    /// Let a new process of the program that is installed now take over, and end when the connections
+    /// that are open have
+    Restart,
+    /// Serve new connections with another guest. Those that are open finish with theirs
+    Swap {
+        /// The service; a server without a config file has one, `default`
+        service: String,
+        /// The guest
+        #[arg(value_name = "GUEST.wasm")]
+        guest: PathBuf,
+    },
+    /// Serve new connections with the version before
+    Rollback {
+        /// The service
+        service: String,
+    },
+    /// The limits: what they are set to, and how often they were met
+    Limits,
+    /// The last lines of the log
+    Logs {
+        /// Those of this connection only
+        id: Option<u64>,
+        /// Go on with those that follow
+        #[arg(long, short)]
+        follow: bool,
+    },
+    /// Watch rates, latency, versions and connections
+    Top {
+        /// Time from one view to the next
+        #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = some_duration)]
+        interval: Duration,
+        /// Show so many views and end
+        #[arg(long, value_name = "N", value_parser = positive)]
+        count: Option<usize>,
+    },
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Dispatch {
     /// A task for each connection, which any thread may go on with
@@ -379,11 +602,32 @@ fn address(value: &str) -> Result<SocketAddr, String> {
         .map_err(|_| "not an IP address and a port, such as 127.0.0.1:7878 or [::1]:7878".into())
 }
 
-fn unix_socket(value: &str) -> Result<PathBuf, String> {
-    match value.strip_prefix("unix:") {
-        Some(path) if !path.is_empty() => Ok(path.into()),
-        _ => Err("not unix: and a path, such as unix:/run/wasinetd/admin.sock".into()),
+/// Text with C's escapes, as bytes.
+fn escaped(value: &str) -> Result<Bytes, String> {
+    let mut bytes = Vec::new();
+    let mut rest = value.as_bytes().iter();
+    while let Some(&byte) = rest.next() {
+        if byte != b'\\' {
+            bytes.push(byte);
+            continue;
+        }
+        bytes.push(match rest.next() {
+            Some(b'r') => b'\r',
+            Some(b'n') => b'\n',
+            Some(b't') => b'\t',
+            Some(b'0') => 0,
+            Some(b'\\') => b'\\',
+            Some(b'x') => hex(rest.next(), rest.next())
+                .ok_or("\\x needs two hexadecimal digits, such as \\x0a")?,
+            _ => return Err("after \\ comes r, n, t, 0, xHH or another \\".into()),
+        });
     }
+    Ok(bytes.into())
+}
+
+fn hex(high: Option<&u8>, low: Option<&u8>) -> Option<u8> {
+    let digit = |digit: &u8| (*digit as char).to_digit(16);
+    Some((digit(high?)? * 16 + digit(low?)?) as u8)
 }
 
 fn directory(value: &str) -> Result<(PathBuf, String), String> {

@@ -2,13 +2,13 @@
 
 mod counts;
 mod limits;
+mod open;
 mod socket;
 
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -20,10 +20,12 @@ use crate::lifecycle::Lifecycle;
 use crate::limit::{Limit, Met};
 use crate::listener::Accepted;
 use crate::sandbox::{self, Guest, Transport};
-pub use counts::Counts;
 use counts::Kind;
+pub use counts::{Counts, KINDS, Measures};
 pub use limits::Limits;
 use limits::{Timer, Times};
+use open::Order;
+pub use open::{Entry, Open, Used};
 use socket::Socket;
 
 /// How long after the last byte of an answer the client may take to close its side, and how much
@@ -34,55 +36,53 @@ use socket::Socket;
 /// trip to the far side of the world, several times over, and a large socket buffer.
 const LINGER: (Duration, usize) = (Duration::from_secs(2), 4 << 20);
 
-/// What connections are served with.
-pub struct Service {
-    /// What is called for each.
-    pub guest: Guest,
+/// A version of a service: what connections are served with that begin while it is the current one.
+pub struct Version {
+    /// The service.
+    pub service: Arc<str>,
+    /// What is called for each connection.
+    pub guest: Arc<Guest>,
     /// What each may take.
     pub limits: Limits,
-    /// Those that are left are reset when it ends.
+    /// Drains when there is a newer version, or when the server does.
     pub lifecycle: Lifecycle,
     /// What became of them.
     pub counts: Counts,
+    /// What those of the service took.
+    pub measures: Arc<Measures>,
+    /// Where they are listed while they are open.
+    pub open: Arc<Open>,
 }
 
 /// Serves one accepted connection in a fresh sandbox, and logs how it went.
 ///
-/// The connection is reset when it meets one of its limits, or when the server ends before the guest
-/// is done.
-pub async fn handle(accepted: Accepted, service: Arc<Service>) {
-    let started = Instant::now();
-    let Service {
-        guest,
-        limits,
-        lifecycle,
-        counts,
-    } = &*service;
-    let _open = counts.begin();
+/// The connection is reset when it meets one of its limits, or when it is told to end before the
+/// guest is done.
+pub async fn handle(accepted: Accepted, version: Arc<Version>) {
     let Accepted {
         stream,
         peer,
         place,
     } = accepted;
-    let connection = Connection::new(stream, peer, started, *limits, lifecycle.clone());
+    let _counted = version.counts.begin();
+    let entry = version.open.add(Entry::new(peer, version.clone()));
+    let connection = Connection::new(stream, entry.clone());
     let connection = Arc::new(Mutex::new(connection));
     let outcome = {
-        let mut call = Box::pin(guest.handle(connection.clone()));
+        let mut call = Box::pin(version.guest.handle(connection.clone()));
         let mut timer = Timer::default();
-        let call = poll_fn(|cx| {
-            let polled = call.as_mut().poll(cx);
-            if polled.is_ready() {
-                return polled.map(Ending::Guest);
+        let ending = poll_fn(|cx| {
+            if let Poll::Ready(result) = call.as_mut().poll(cx) {
+                return Poll::Ready(Ending::Guest(result));
             }
             let mut connection = lock(&connection);
             connection.socket.push();
-            connection.poll_limit(cx, &mut timer).map(Ending::Limit)
-        });
-        let ending = tokio::select! {
-            biased;
-            ending = call => ending,
-            () = lifecycle.ended() => Ending::Server,
-        };
+            if let Poll::Ready(limit) = connection.poll_limit(cx, &mut timer) {
+                return Poll::Ready(Ending::Limit(limit));
+            }
+            entry.poll_order(cx).map(Ending::Order)
+        })
+        .await;
         Outcome::new(ending, lock(&connection).lost)
         // The sandbox is gone after this block: none is held by a client that takes its time to
         // close.
@@ -91,19 +91,18 @@ pub async fn handle(accepted: Accepted, service: Arc<Service>) {
         .expect("the sandbox that shared it is gone")
         .into_inner()
         .unwrap_or_else(PoisonError::into_inner);
-    let duration = started.elapsed();
+    let duration = entry.began.elapsed();
     match outcome {
         Outcome::Ok => connection.close().await,
         // The client is not to take what it got for all.
         _ => connection.socket.reset_when_dropped(),
     }
+    if let Outcome::Limit(limit) = outcome {
+        connection.met.add(limit);
+    }
     connection.log(&outcome, duration);
-    counts.ended(
-        outcome.kind(),
-        duration,
-        connection.bytes_in,
-        connection.bytes_out,
-    );
+    version.counts.end(outcome.kind());
+    version.measures.add(duration, &entry.used);
     // The socket first: a place that is free has no file open.
     drop(connection);
     drop(place);
@@ -113,7 +112,7 @@ pub async fn handle(accepted: Accepted, service: Arc<Service>) {
 enum Ending {
     Guest(Result<(), sandbox::Failure>),
     Limit(Limit),
-    Server,
+    Order(Order),
 }
 
 /// How a connection ended, for the log.
@@ -127,6 +126,8 @@ enum Outcome {
     ClientGone,
     /// It met a limit.
     Limit(Limit),
+    /// An operator ended it.
+    Killed,
     /// The server ended first.
     DrainTimeout,
     /// No sandbox could be made.
@@ -142,7 +143,9 @@ impl Outcome {
             Ending::Guest(Err(sandbox::Failure::Trap(trap))) => Self::Trap(trap),
             Ending::Guest(Err(sandbox::Failure::NotStarted(reason))) => Self::NoSandbox(reason),
             Ending::Limit(limit) => Self::Limit(limit),
-            Ending::Server => Self::DrainTimeout,
+            Ending::Order(Order::Kill) => Self::Killed,
+            Ending::Order(Order::TooOld) => Self::Limit(Limit::MaxOldVersionAge),
+            Ending::Order(Order::ServerEnds) => Self::DrainTimeout,
         }
     }
 }
@@ -156,6 +159,7 @@ impl Outcome {
             Self::Trap(_) => Kind::Trap,
             Self::ClientGone => Kind::ClientGone,
             Self::Limit(_) => Kind::Limit,
+            Self::Killed => Kind::Killed,
             Self::DrainTimeout => Kind::DrainTimeout,
             Self::NoSandbox(_) => Kind::NoSandbox,
         }
@@ -170,6 +174,7 @@ impl fmt::Display for Outcome {
             Self::Trap(trap) => write!(f, "trap: {}", trap.reason),
             Self::ClientGone => write!(f, "client gone"),
             Self::Limit(limit) => write!(f, "limit: {limit}"),
+            Self::Killed => write!(f, "killed"),
             Self::DrainTimeout => write!(f, "drain timeout"),
             Self::NoSandbox(reason) => write!(f, "no sandbox: {reason}"),
         }
@@ -178,9 +183,8 @@ impl fmt::Display for Outcome {
 
 /// A socket with what is counted and remembered about it.
 struct Connection {
-    id: u64,
+    entry: Arc<Entry>,
     socket: Socket,
-    peer: SocketAddr,
     limits: Limits,
     times: Times,
     /// A limit of bytes that the guest or the client wants to go beyond.
@@ -188,9 +192,6 @@ struct Connection {
     /// What the kernel held for the client when it was last asked, in bytes.
     held: Option<usize>,
     met: Met,
-    lifecycle: Lifecycle,
-    bytes_in: u64,
-    bytes_out: u64,
     /// The client is known to be gone.
     lost: bool,
     /// The client has closed its side.
@@ -202,26 +203,15 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(
-        stream: TcpStream,
-        peer: SocketAddr,
-        now: Instant,
-        limits: Limits,
-        lifecycle: Lifecycle,
-    ) -> Self {
-        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+    fn new(stream: TcpStream, entry: Arc<Entry>) -> Self {
         Self {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             socket: Socket::new(stream),
-            peer,
-            limits,
-            times: Times::new(now),
+            limits: entry.version.limits,
+            times: Times::new(entry.began),
+            entry,
             exceeded: None,
             held: None,
             met: Met::default(),
-            lifecycle,
-            bytes_in: 0,
-            bytes_out: 0,
             lost: false,
             received_end: false,
             sent_end: false,
@@ -247,18 +237,16 @@ impl Connection {
         tokio::select! {
             _ = self.socket.drain(LINGER.1) => {}
             () = tokio::time::sleep(LINGER.0) => {}
-            () = self.lifecycle.ended() => {}
+            _ = poll_fn(|cx| self.entry.poll_order(cx)) => {}
         }
     }
 
     /// Ready with a limit that the connection has met and ends for.
     fn poll_limit(&mut self, cx: &mut Context<'_>, timer: &mut Timer) -> Poll<Limit> {
-        let limit = match self.exceeded {
-            Some(limit) => limit,
-            None => ready!(self.poll_time(cx, timer)),
-        };
-        self.met.add(limit);
-        Poll::Ready(limit)
+        match self.exceeded {
+            Some(limit) => Poll::Ready(limit),
+            None => self.poll_time(cx, timer),
+        }
     }
 
     fn poll_time(&mut self, cx: &mut Context<'_>, timer: &mut Timer) -> Poll<Limit> {
@@ -307,11 +295,12 @@ impl Connection {
             _ => None,
         };
         info!(
-            id = self.id,
-            peer = %self.peer,
+            id = self.entry.id,
+            peer = %self.entry.peer,
+            version = self.entry.version.guest.digest().short(),
             duration = ?duration,
-            bytes_in = self.bytes_in,
-            bytes_out = self.bytes_out,
+            bytes_in = self.entry.used.received(),
+            bytes_out = self.entry.used.sent(),
             outcome = %outcome,
             limit = self.met.names(),
             backtrace,
@@ -322,7 +311,7 @@ impl Connection {
     /// Counts what was received.
     fn received(&mut self, result: io::Result<usize>) -> io::Result<usize> {
         if let Ok(n) = result {
-            self.bytes_in += n as u64;
+            self.entry.used.receive(n);
             self.received_end |= n == 0;
             self.times.received(Instant::now());
         }
@@ -342,11 +331,11 @@ impl Connection {
 
 impl Transport for Connection {
     fn id(&self) -> u64 {
-        self.id
+        self.entry.id
     }
 
     fn remote_address(&self) -> SocketAddr {
-        self.peer
+        self.entry.peer
     }
 
     fn local_address(&self) -> io::Result<SocketAddr> {
@@ -354,7 +343,7 @@ impl Transport for Connection {
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        let left = left(self.limits.bytes_in, self.bytes_in);
+        let left = left(self.limits.bytes_in, self.entry.used.received());
         // With nothing left, the end may still come.
         let most = left.max(1).min(buf.len());
         match self.socket.poll_receive(cx, &mut buf[..most]) {
@@ -379,7 +368,7 @@ impl Transport for Connection {
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let most = left(self.limits.bytes_out, self.bytes_out).min(bytes.len());
+        let most = left(self.limits.bytes_out, self.entry.used.sent()).min(bytes.len());
         if most == 0 {
             self.exceeded = Some(Limit::MaxBytesOut);
             return Poll::Pending;
@@ -391,7 +380,7 @@ impl Transport for Connection {
             return Poll::Pending;
         };
         if let Ok(n) = result {
-            self.bytes_out += n as u64;
+            self.entry.used.send(n);
             self.times.sent(Instant::now());
         }
         Poll::Ready(self.note(result))
@@ -416,12 +405,33 @@ impl Transport for Connection {
     }
 
     fn is_draining(&self) -> bool {
-        self.lifecycle.is_draining()
+        self.entry.version.lifecycle.is_draining()
     }
 
     fn draining(&self) -> BoxFuture<'static, ()> {
-        let lifecycle = self.lifecycle.clone();
+        let lifecycle = self.entry.version.lifecycle.clone();
         Box::pin(async move { lifecycle.draining().await })
+    }
+
+    fn is_replaced(&self) -> bool {
+        self.entry.version.lifecycle.is_replaced()
+    }
+
+    fn replaced(&self) -> BoxFuture<'static, ()> {
+        let lifecycle = self.entry.version.lifecycle.clone();
+        Box::pin(async move { lifecycle.replaced().await })
+    }
+
+    fn instantiated(&mut self, took: Duration) {
+        self.entry.used.set_instantiation(took);
+    }
+
+    fn computed(&mut self, time: Duration) {
+        self.entry.used.set_computed(time);
+    }
+
+    fn has_memory(&mut self, bytes: usize) {
+        self.entry.used.set_memory(bytes);
     }
 }
 

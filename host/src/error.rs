@@ -78,15 +78,52 @@ pub enum Error {
     },
 
     /// The socket for operators cannot be had.
-    #[error("cannot listen at {path:?} given to --admin: {source}; {fix}")]
+    #[error("cannot listen at {address} given to --admin: {source}; {fix}")]
     Admin {
         /// Where it was to be.
-        path: PathBuf,
+        address: crate::admin::Address,
         /// Why.
         source: io::Error,
         /// What to do about it.
         fix: &'static str,
     },
+
+    /// The directory of compiled guests is not one to be trusted.
+    #[error(
+        "cannot keep compiled guests in {path:?} given to --cache: {reason}, or use --cache off"
+    )]
+    Cache {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it, and the fix.
+        reason: String,
+    },
+
+    /// The token of operators is not one.
+    #[error("cannot use {path:?} given to --admin-token-file: {reason}")]
+    Token {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and the fix.
+        reason: String,
+    },
+
+    /// The guest's file cannot be watched.
+    #[error(
+        "cannot watch {path:?}, as --watch asks for: {reason}; name a file in a directory that can be read, or send SIGHUP instead when it has changed"
+    )]
+    Watch {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+
+    /// Operators on a loopback address have nothing to show.
+    #[error(
+        "--admin is a loopback address, which any user of this machine can connect to; name a file with a token that operators show: --admin-token-file FILE, or use --admin unix:PATH"
+    )]
+    NoToken,
 
     /// Something that should always work did not.
     #[error("{stage} failed: {reason}")]
@@ -105,8 +142,13 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::GuestUnreadable { .. } | Self::GuestRefused { .. } => 65,
-            Self::Directory { .. } | Self::Capacity { .. } | Self::Pool { .. } => 78,
-            Self::Listen { .. } | Self::Admin { .. } => 69,
+            Self::Directory { .. }
+            | Self::Capacity { .. }
+            | Self::Pool { .. }
+            | Self::Cache { .. }
+            | Self::Token { .. } => 78,
+            Self::NoToken => 64,
+            Self::Watch { .. } | Self::Listen { .. } | Self::Admin { .. } => 69,
             Self::Internal { .. } => 70,
         }
     }

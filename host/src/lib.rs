@@ -20,8 +20,10 @@ mod error;
 pub mod lifecycle;
 pub mod limit;
 pub mod listener;
+pub mod metrics;
 pub mod network;
 pub mod sandbox;
 pub mod server;
+pub mod service;
 
 pub use error::Error;

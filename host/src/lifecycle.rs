@@ -1,16 +1,17 @@
-//! From serving, to draining, to the end.
+//! From serving, to draining, to the end: of the server, and of each version of a guest.
 
 use tokio::sync::watch;
 
-/// How far the server has come on its way to its end. It never goes back.
+/// How far the server, or a version, has come on its way to its end. It never goes back.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
 enum Phase {
     Serving,
+    Replaced,
     Draining,
     Ended,
 }
 
-/// Moves the server on, for all who hold a [`Lifecycle`] of it.
+/// Moves the server, or a version, on, for all who hold a [`Lifecycle`] of it.
 #[derive(Debug)]
 pub struct Controller(watch::Sender<Phase>);
 
@@ -24,6 +25,11 @@ impl Controller {
     /// A view of the phase, for those that have to act on it.
     pub fn lifecycle(&self) -> Lifecycle {
         Lifecycle(self.0.subscribe())
+    }
+
+    /// New connections are another version's; the open ones may finish, in their own time.
+    pub fn replace(&self) {
+        self.advance(Phase::Replaced);
     }
 
     /// No new connections; the open ones may finish.
@@ -55,6 +61,16 @@ impl Lifecycle {
     /// Whether no new connections are taken any more.
     pub fn is_draining(&self) -> bool {
         *self.0.borrow() >= Phase::Draining || self.0.has_changed().is_err()
+    }
+
+    /// Whether new connections are another version's, or nobody's.
+    pub fn is_replaced(&self) -> bool {
+        *self.0.borrow() >= Phase::Replaced || self.0.has_changed().is_err()
+    }
+
+    /// Waits until new connections are another version's, or nobody's.
+    pub async fn replaced(&self) {
+        self.reached(Phase::Replaced).await;
     }
 
     /// Waits until no new connections are to be taken.

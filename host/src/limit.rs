@@ -40,6 +40,8 @@ pub enum Limit {
     Keepalive,
     /// How long a connection is open.
     MaxLifetime,
+    /// How long a connection is open after its guest was replaced.
+    MaxOldVersionAge,
     /// What is received on a connection.
     MaxBytesIn,
     /// What is sent on a connection.
@@ -63,7 +65,7 @@ static MET: [AtomicU64; Limit::ALL.len()] = [const { AtomicU64::new(0) }; Limit:
 
 impl Limit {
     /// All there are.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::MaxMemory,
         Self::MaxTotalMemory,
         Self::CpuTime,
@@ -78,6 +80,7 @@ impl Limit {
         Self::WriteTimeout,
         Self::Keepalive,
         Self::MaxLifetime,
+        Self::MaxOldVersionAge,
         Self::MaxBytesIn,
         Self::MaxBytesOut,
         Self::MaxConnections,
@@ -105,6 +108,7 @@ impl Limit {
             Self::WriteTimeout => "write-timeout",
             Self::Keepalive => "keepalive",
             Self::MaxLifetime => "max-lifetime",
+            Self::MaxOldVersionAge => "max-old-version-age",
             Self::MaxBytesIn => "max-bytes-in",
             Self::MaxBytesOut => "max-bytes-out",
             Self::MaxConnections => "max-connections",

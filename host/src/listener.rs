@@ -249,6 +249,11 @@ pub fn register(registry: &mut Registry) {
     );
 }
 
+/// How often accepting failed.
+pub(crate) fn accept_errors() -> u64 {
+    ACCEPT_ERRORS.get()
+}
+
 enum Phase {
     Serving(BoxFuture<'static, ()>),
     /// New handshakes are refused, those under way may complete.

@@ -1,13 +1,19 @@
 //! The log on standard error.
 
+use std::cell::Cell;
 use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
+use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use wasinetd::admin::{Logs, Piece};
 
 use crate::cli::{LogFormat, LogLevel};
 
@@ -22,23 +28,31 @@ const MAX_BUFFERED: usize = 8 << 20;
 const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Starts to log. What is logged is written out when the guard is dropped.
-pub(crate) fn start(format: LogFormat, level: LogLevel) -> LogGuard {
-    let shared = Arc::new(Shared::default());
-    let builder = fmt()
-        .with_max_level(match level {
-            LogLevel::Error => LevelFilter::ERROR,
-            LogLevel::Warn => LevelFilter::WARN,
-            LogLevel::Info => LevelFilter::INFO,
-            LogLevel::Debug => LevelFilter::DEBUG,
-        })
+///
+/// What is written is handed on to `logs` as well.
+pub(crate) fn start(format: LogFormat, level: LogLevel, logs: Logs) -> LogGuard {
+    let shared = Arc::new(Shared {
+        lines: Mutex::default(),
+        filled: Condvar::new(),
+        logs,
+    });
+    let level = match level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+    };
+    let lines = fmt::layer()
         .with_ansi(io::stderr().is_terminal())
         .with_writer({
             let shared = shared.clone();
             move || Gatherer(shared.clone())
         });
+    // In this order: what an event is about is known when its line is written.
+    let log = tracing_subscriber::registry().with(level).with(About);
     match format {
-        LogFormat::Text => builder.init(),
-        LogFormat::Json => builder.json().flatten_event(true).init(),
+        LogFormat::Text => log.with(lines).init(),
+        LogFormat::Json => log.with(lines.json().flatten_event(true)).init(),
     }
     let (done, written) = mpsc::channel();
     let writer = shared.clone();
@@ -71,15 +85,17 @@ impl Drop for LogGuard {
 /// A system call for each line, or a wake-up of another thread, would be a good part of the cost of
 /// a short connection. Here the writing thread is woken by the first line, waits a moment, and
 /// writes all that has come together.
-#[derive(Default)]
 struct Shared {
     lines: Mutex<Lines>,
     filled: Condvar,
+    logs: Logs,
 }
 
 #[derive(Default)]
 struct Lines {
     bytes: Vec<u8>,
+    /// The connection that each line is of, and where it ends.
+    ends: Vec<(Option<u64>, usize)>,
     dropped: u64,
     ended: bool,
 }
@@ -97,6 +113,8 @@ impl Shared {
         }
         let first = lines.bytes.is_empty();
         lines.bytes.extend_from_slice(line);
+        let end = lines.bytes.len();
+        lines.ends.push((ABOUT.take(), end));
         drop(lines);
         if first {
             self.filled.notify_one();
@@ -104,7 +122,6 @@ impl Shared {
     }
 
     fn write_out(&self) {
-        let mut bytes = Vec::new();
         loop {
             let lines = self.lock();
             let empty = |lines: &mut Lines| lines.bytes.is_empty() && !lines.ended;
@@ -117,12 +134,15 @@ impl Shared {
                 .filled
                 .wait_timeout_while(lines, GATHER, |lines| !lines.ended);
             let (mut lines, _) = gather.unwrap_or_else(PoisonError::into_inner);
-            bytes.clear();
-            std::mem::swap(&mut lines.bytes, &mut bytes);
+            let bytes = std::mem::take(&mut lines.bytes);
+            let ends = std::mem::take(&mut lines.ends);
             let (dropped, ended) = (std::mem::take(&mut lines.dropped), lines.ended);
             drop(lines);
             // When standard error is closed the log has no reader, and the service goes on.
             let _ = io::stderr().write_all(&bytes);
+            if !bytes.is_empty() {
+                self.logs.hand_on(Piece::new(bytes.into(), ends.into()));
+            }
             if dropped > 0 {
                 tracing::warn!(
                     dropped,
@@ -133,6 +153,34 @@ impl Shared {
             }
         }
     }
+}
+
+thread_local! {
+    /// The connection that the line which is being written on this thread is about.
+    static ABOUT: Cell<Option<u64>> = const { Cell::new(None) };
+}
+
+/// Finds out which connection an event is about: the one of its field `id`. What a guest prints is no
+/// field, and so cannot pass for one.
+struct About;
+
+impl<S: Subscriber> Layer<S> for About {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        ABOUT.set(None);
+        event.record(&mut Id);
+    }
+}
+
+struct Id;
+
+impl Visit for Id {
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        if field.name() == "id" {
+            ABOUT.set(Some(value));
+        }
+    }
+
+    fn record_debug(&mut self, _: &Field, _: &dyn std::fmt::Debug) {}
 }
 
 /// Where one line is put together.

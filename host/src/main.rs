@@ -2,6 +2,7 @@
 
 mod cli;
 mod commands;
+mod ctl;
 mod logging;
 
 use std::io::{self, Write};
@@ -29,6 +30,8 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Serve(args) => commands::serve(*args),
         Command::Check(args) => commands::check(&args),
+        Command::Compile(args) => commands::compile(&args),
+        Command::Ctl(args) => return ctl::run(args),
     };
     result.unwrap_or_else(|error| {
         // Where standard error is closed, the exit code still says what kind of failure it was.

@@ -4,6 +4,8 @@
 //! instance and a call for each connection. Listeners, configuration and command line are unknown
 //! here: a connection is a [`Transport`].
 
+mod cache;
+mod digest;
 mod engine;
 mod grants;
 mod inspect;
@@ -21,11 +23,14 @@ use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use wasmtime::component::{Accessor, ResourceTable};
 use wasmtime::{Store, UpdateDeadline};
 
+pub use cache::{Cache, CacheError};
+pub use digest::Digest;
 pub use engine::{Engine, HOST_STACK_BYTES, Room};
 pub use grants::{Access, DirGrant, Grants};
 pub use inspect::{Needs, Refusal, Report};
@@ -86,6 +91,27 @@ pub trait Transport: Send + 'static {
 
     /// Resolves when [`Self::is_draining`] is true.
     fn draining(&self) -> BoxFuture<'static, ()>;
+
+    /// Whether new connections are not handled as this one is any more.
+    fn is_replaced(&self) -> bool;
+
+    /// Resolves when [`Self::is_replaced`] is true.
+    fn replaced(&self) -> BoxFuture<'static, ()>;
+
+    /// It took so long to make an instance.
+    fn instantiated(&mut self, took: Duration) {
+        let _ = took;
+    }
+
+    /// The guest has computed for so long by now.
+    fn computed(&mut self, time: Duration) {
+        let _ = time;
+    }
+
+    /// The guest has so much memory now, in bytes.
+    fn has_memory(&mut self, bytes: usize) {
+        let _ = bytes;
+    }
 }
 
 /// A transport shared by the sandbox and by its owner, who ends it.
@@ -114,6 +140,8 @@ pub struct Guest {
     pre: tcp::bindings::GuestPre<State>,
     grants: Grants,
     report: Report,
+    digest: Digest,
+    compiled: bool,
 }
 
 impl Guest {
@@ -123,7 +151,8 @@ impl Guest {
     ///
     /// Says what is wrong with the component, and the fix.
     pub fn new(engine: &Engine, component: &[u8], grants: Grants) -> Result<Self, Refusal> {
-        let (component, report) = inspect::compile(engine, component, &grants)?;
+        let digest = Digest::of(component);
+        let (component, report, compiled) = inspect::compile(engine, component, &digest, &grants)?;
         let pre = engine
             .linker()
             .instantiate_pre(&component)
@@ -137,7 +166,19 @@ impl Guest {
             pre,
             grants,
             report,
+            digest,
+            compiled,
         })
+    }
+
+    /// What the bytes of the component are known by.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// Whether it was compiled for this, and not found in the cache.
+    pub fn was_compiled(&self) -> bool {
+        self.compiled
     }
 
     /// What the guest imports, exports and needs.
@@ -155,8 +196,8 @@ impl Guest {
         let transport: SharedTransport = transport;
         let mut store = self.store(transport.clone());
         // Dropped before the store is, whichever way this ends.
-        let _release = Release(transport);
-        self.in_turns(self.run(&mut store)).await
+        let _release = Release(transport.clone());
+        self.in_turns(&transport, self.run(&mut store)).await
     }
 
     /// Makes an instance for a connection, and drops it without a call.
@@ -165,19 +206,26 @@ impl Guest {
     ///
     /// [`Failure::NotStarted`] when the guest does not get as far as that.
     pub async fn try_out<T: Transport>(&self, transport: Arc<Mutex<T>>) -> Result<(), Failure> {
-        let mut store = self.store(transport);
-        self.in_turns(self.instantiate(&mut store)).await.map(drop)
+        let transport: SharedTransport = transport;
+        let mut store = self.store(transport.clone());
+        let instantiating = self.instantiate(&mut store);
+        self.in_turns(&transport, instantiating).await.map(drop)
     }
 
     /// Runs what computes in a sandbox, a turn for each poll.
-    async fn in_turns<T>(&self, work: impl Future<Output = T>) -> T {
+    async fn in_turns<T>(&self, transport: &SharedTransport, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         let clock = self.engine.clock();
         let mut computed = turns::Computed::default();
         poll_fn(|cx| {
+            let before = computed.time();
             turns::begin(clock, computed);
             let polled = work.as_mut().poll(cx);
             computed = turns::end(clock);
+            // No tick falls into most turns.
+            if computed.time() != before {
+                lock(transport).computed(computed.time());
+            }
             polled
         })
         .await
@@ -237,11 +285,14 @@ impl Guest {
     }
 
     async fn instantiate(&self, store: &mut Store<State>) -> Result<tcp::bindings::Guest, Failure> {
+        let began = Instant::now();
         let instantiated = self.pre.instantiate_async(&mut *store).await;
-        instantiated.map_err(|error| {
+        let instance = instantiated.map_err(|error| {
             note_limit(store, &error);
             Failure::NotStarted(trap::reason(&error))
-        })
+        })?;
+        lock(&store.data().transport).instantiated(began.elapsed());
+        Ok(instance)
     }
 
     /// Makes an instance in `store` and calls it.

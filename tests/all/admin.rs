@@ -8,7 +8,7 @@ use std::process::Command;
 
 use rustix::process::Signal;
 
-use crate::harness::{MODES, Server, fixture, guest, output, page, run, wasinetd};
+use crate::harness::{MODES, Server, fixture, guest, output, page, wasinetd};
 
 /// A path for a socket, in a directory that is gone with it.
 fn socket() -> (tempfile::TempDir, PathBuf, String) {
@@ -33,15 +33,20 @@ fn ask(socket: &Path, path: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// A figure of the metrics.
-fn figure(socket: &Path, name: &str) -> f64 {
+/// A figure of the metrics: the sum of the series with this name, without `wasinetd_`, and this label.
+fn figure(socket: &Path, name: &str, label: &str) -> f64 {
     let metrics = ask(socket, "/metrics", &[]);
-    metrics
+    let series: Vec<f64> = metrics
         .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
-        .unwrap_or_else(|| panic!("no {name} in\n{metrics}"))
-        .parse()
-        .unwrap()
+        .filter_map(|line| {
+            let (series, figure) = line.rsplit_once(' ')?;
+            let (this, labels) = series.split_once('{').unwrap_or((series, ""));
+            let wanted = this.strip_prefix("wasinetd_")? == name && labels.contains(label);
+            wanted.then(|| figure.parse().unwrap())
+        })
+        .collect();
+    assert!(!series.is_empty(), "no {name} with {label} in\n{metrics}");
+    series.iter().sum()
 }
 
 #[test]
@@ -49,28 +54,38 @@ fn connections_and_what_they_move_are_counted() {
     for mode in MODES {
         let (_directory, socket, flag) = socket();
         let server = Server::start(mode, &guest("echo"), &["--admin", &flag]);
-        assert_eq!(figure(&socket, "wasinetd_connections_open"), 0.0);
+        assert_eq!(figure(&socket, "connections_open", ""), 0.0);
         let mut client = server.connect();
         client.send("hello");
         assert_eq!(client.read(5), "hello");
-        assert_eq!(figure(&socket, "wasinetd_connections_open"), 1.0);
+        assert_eq!(figure(&socket, "connections_open", ""), 1.0);
         client.finish();
         assert_eq!(client.read_to_end(), "");
         drop(client);
         server.wait_for_log(&["connection ended"]);
         // The line comes first.
-        while figure(&socket, "wasinetd_connections_open") > 0.0 {}
-        for (name, value) in [
-            ("wasinetd_connections_total{outcome=\"ok\"}", 1.0),
-            ("wasinetd_connections_total{outcome=\"trap\"}", 0.0),
-            ("wasinetd_received_bytes_total", 5.0),
-            ("wasinetd_sent_bytes_total", 5.0),
-            ("wasinetd_connection_duration_seconds_count", 1.0),
-            ("wasinetd_accept_errors_total", 0.0),
-            ("wasinetd_guests_memory_bytes", 0.0),
+        while figure(&socket, "connections_open", "") > 0.0 {}
+        for (name, label, value) in [
+            ("connections_total", "outcome=\"ok\"", 1.0),
+            ("connections_total", "outcome=\"trap\"", 0.0),
+            ("received_bytes_total", "service=\"default\"", 5.0),
+            ("sent_bytes_total", "service=\"default\"", 5.0),
+            ("connection_duration_seconds_count", "", 1.0),
+            ("instantiation_duration_seconds_count", "", 1.0),
+            ("connection_cpu_seconds_count", "", 1.0),
+            ("connection_memory_bytes_count", "", 1.0),
+            ("accept_errors_total", "", 0.0),
+            ("guests_memory_bytes", "", 0.0),
+            ("pool_instances", "", 0.0),
         ] {
-            assert_eq!(figure(&socket, name), value, "{name}");
+            assert_eq!(figure(&socket, name, label), value, "{name} {label}");
         }
+        // Rust's guests begin with some hundred KiB.
+        assert!(figure(&socket, "connection_memory_bytes_sum", "") > 1e5);
+        assert_eq!(
+            figure(&socket, "connection_memory_bytes_bucket", "+Inf"),
+            1.0
+        );
     }
 }
 
@@ -87,12 +102,7 @@ fn each_limit_is_counted_when_it_is_met() {
             "4MiB",
         ];
         let server = Server::start(mode, &fixture("uses"), &limits);
-        let met = |limit| {
-            figure(
-                &socket,
-                &format!("wasinetd_limits_met_total{{limit=\"{limit}\"}}"),
-            )
-        };
+        let met = |limit| figure(&socket, "limits_met_total", &format!("limit=\"{limit}\""));
         let all = ask(&socket, "/metrics", &[]);
         let counted: Vec<_> = all
             .lines()
@@ -100,7 +110,7 @@ fn each_limit_is_counted_when_it_is_met() {
             .filter_map(|line| line.split('"').next())
             .collect();
         // Those of `--help`, but for what is no limit by itself.
-        assert_eq!(counted.len(), 22, "{all}");
+        assert_eq!(counted.len(), 23, "{all}");
         for flag in counted {
             assert_eq!(met(flag), 0.0, "{flag}");
         }
@@ -134,11 +144,11 @@ fn who_asks_learns_whether_it_serves_and_what_there_is() {
             ask(&socket, "/metrics", &[])
                 .ends_with("# EOF\n200 application/openmetrics-text; version=1.0.0; charset=utf-8")
         );
-        assert!(ask(&socket, "/nothing", &[]).contains("/metrics\n404 "));
-        assert!(ask(&socket, "/healthz", &["--request", "DELETE"]).contains("405 "));
+        assert!(ask(&socket, "/nothing", &[]).contains("/v1/status"));
+        assert!(ask(&socket, "/v1/status", &["--request", "DELETE"]).contains("405 "));
         let mut sleeper = server.connect();
         sleeper.send("GET /sleep HTTP/1.1\r\nHost: test\r\n\r\n");
-        while figure(&socket, "wasinetd_connections_open") < 1.0 {}
+        while figure(&socket, "connections_open", "") < 1.0 {}
         server.signal(Signal::TERM);
         server.wait_for_log(&["draining"]);
         assert_eq!(
@@ -170,11 +180,7 @@ fn only_the_same_user_may_connect_and_nothing_is_written_over() {
         let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         refused(&flag, "stop the server");
-        assert_eq!(
-            figure(&socket, "wasinetd_connections_open"),
-            0.0,
-            "{server:?}"
-        );
+        assert_eq!(figure(&socket, "connections_open", ""), 0.0, "{server:?}");
     }
     // One that listens in its own way is somebody's.
     let datagrams = directory.path().join("datagrams");
@@ -186,9 +192,10 @@ fn only_the_same_user_may_connect_and_nothing_is_written_over() {
     refused(&format!("unix:{}", file.display()), "not a socket");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
     refused("unix:/no/such/directory/admin.sock", "No such file");
-    let mut usage = wasinetd();
-    usage
-        .args(["serve", "--admin", "127.0.0.1:1"])
-        .arg(guest("echo"));
-    assert_eq!(run(&mut usage).status.code(), Some(64));
+    for address in ["127.0.0.1:1", "0.0.0.0:1", "nowhere"] {
+        let mut usage = wasinetd();
+        usage.args(["serve", "--admin", address]).arg(guest("echo"));
+        let output = output(&mut usage);
+        assert_eq!(output.status.code(), Some(64), "{output:?}");
+    }
 }

@@ -73,6 +73,8 @@ pub(crate) fn wasinetd() -> Command {
     );
     let mut command = Command::new(path);
     command.current_dir(root());
+    // Not in the home of whoever runs the tests.
+    command.env("XDG_CACHE_HOME", root().join("target/test-cache"));
     command
 }
 
@@ -106,6 +108,88 @@ pub(crate) fn curl(server: &Server, path: &str, arguments: &[&str]) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8(output.stdout).expect("pages are text")
+}
+
+/// A server's admin socket, in a directory that is gone with it.
+pub(crate) struct AdminSocket {
+    directory: tempfile::TempDir,
+    /// As `--admin` wants it.
+    pub(crate) flag: String,
+}
+
+impl AdminSocket {
+    pub(crate) fn new() -> Self {
+        let directory = tempfile::tempdir().expect("there is room");
+        let path = directory.path().join("admin.sock");
+        Self {
+            directory,
+            flag: format!("unix:{}", path.display()),
+        }
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.directory.path().join("admin.sock")
+    }
+
+    /// A path beside it.
+    pub(crate) fn beside(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// What `wasinetd ctl` says.
+    pub(crate) fn ctl(&self, arguments: &[&str]) -> Output {
+        output(
+            wasinetd()
+                .args(["ctl", "--admin", &self.flag])
+                .args(arguments),
+        )
+    }
+
+    /// The same, of one that succeeds.
+    pub(crate) fn ctl_text(&self, arguments: &[&str]) -> String {
+        let output = self.ctl(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).expect("it is text")
+    }
+
+    /// How many versions there are of the one service.
+    pub(crate) fn versions(&self) -> usize {
+        let status = self.ctl_json(&["status"]);
+        let versions = status["services"][0]["versions"].as_array();
+        versions.expect("they are listed").len()
+    }
+
+    /// All figures.
+    pub(crate) fn metrics(&self) -> String {
+        let mut curl = Command::new("curl");
+        curl.args([
+            "--silent",
+            "--show-error",
+            "--max-time",
+            "60",
+            "--unix-socket",
+        ]);
+        let output = output(curl.arg(self.path()).arg("http://localhost/metrics"));
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).expect("they are text")
+    }
+
+    /// What it says as JSON.
+    pub(crate) fn ctl_json(&self, arguments: &[&str]) -> serde_json::Value {
+        let text = self.ctl_text(&[&["--json"], arguments].concat());
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text}"))
+    }
+}
+
+/// A version of the guest `names` that goes by this name, as a file at `path`.
+pub(crate) fn write_version(path: &Path, name: &str) {
+    let mut component = std::fs::read(fixture("names")).expect("it is there");
+    let place = component
+        .windows(16)
+        .position(|bytes| bytes == b"NAME-OF-VERSION-")
+        .expect("the guest has its name");
+    component[place..place + 16].copy_from_slice(format!("{name:_<16}").as_bytes());
+    std::fs::write(path, component).expect("there is room");
 }
 
 /// Tests with a load of their own, or with a time to keep, run alone.
@@ -217,6 +301,17 @@ impl Server {
     /// Where it listens first.
     pub(crate) fn address(&self) -> SocketAddr {
         self.addresses[0]
+    }
+
+    /// Where operators connect to it, of a server that was told to have some.
+    pub(crate) fn operators(&mut self) -> String {
+        let mut line = String::new();
+        let stdout = self.stdout.as_mut().expect("it is read once");
+        stdout.read_line(&mut line).expect("it is text");
+        let address = line.trim_end().strip_prefix("operators connect to ");
+        address
+            .unwrap_or_else(|| panic!("the server said {line:?}\n{self:?}"))
+            .into()
     }
 
     /// Where it listens.

@@ -6,7 +6,7 @@
 use std::thread;
 use std::time::Instant;
 
-use crate::harness::{Client, MODES, PATIENCE, Server, fixture, text_fixture};
+use crate::harness::{Client, MODES, PATIENCE, Server, fixture, run, text_fixture, wasinetd};
 
 /// How many of a kind run side by side.
 const MANY: usize = 100;
@@ -192,13 +192,13 @@ fn who_traps_before_the_first_call() {
 }
 
 #[test]
-fn who_traps_while_it_is_instantiated() {
-    for mode in MODES {
-        let server = Server::start(mode, &text_fixture("start_traps"), &[]);
-        (0..MANY).for_each(|_| is_reset(&server));
-        server.wait_for_log(&["connection ended", "outcome=no sandbox: ", "unreachable"]);
-        assert_eq!(server.log_lines("a bug in wasinetd").len(), 0, "{server:?}");
-    }
+fn who_traps_while_it_is_instantiated_is_not_served() {
+    let mut command = wasinetd();
+    command.args(["serve", "--listen", "127.0.0.1:0"]);
+    let output = run(command.arg(text_fixture("start_traps")));
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(65), "{text}");
+    assert!(text.contains("unreachable"), "{text}");
 }
 
 #[test]

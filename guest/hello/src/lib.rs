@@ -40,6 +40,10 @@ impl Platform for Sandbox {
         wasinetd_guest::sleep(duration).await;
     }
 
+    async fn replaced(&self) {
+        self.drain.replaced().await;
+    }
+
     async fn draining(&self) {
         self.drain.begun().await;
     }

@@ -20,6 +20,10 @@ pub trait Platform {
     /// Waits for `duration`.
     async fn sleep(&self, duration: Duration);
 
+    /// Waits until new connections are not served as this one is: there is a newer version, or the
+    /// server is going away.
+    async fn replaced(&self);
+
     /// Waits until the server is going away.
     async fn draining(&self);
 
@@ -54,12 +58,12 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
     P: Platform,
 {
-    let draining = AtomicBool::new(false);
+    let replaced = AtomicBool::new(false);
     let mut connection = Connection {
         stream,
         platform,
-        draining: &draining,
-        idle_end: pin!(idle_end(platform, &draining).fuse()),
+        replaced: &replaced,
+        idle_end: pin!(idle_end(platform, &replaced).fuse()),
         received: Vec::new(),
         response: Vec::new(),
         date: Date::default(),
@@ -77,8 +81,8 @@ struct Connection<'a, S, P, E> {
     /// Resolves when the connection should be given up if no request has begun. One for all
     /// requests: to begin to wait for the host costs as much as a small answer.
     idle_end: Pin<&'a mut Fuse<E>>,
-    /// Whether the server is going away, as far as `idle_end` has found out.
-    draining: &'a AtomicBool,
+    /// Whether the next answer is to be the last, as far as `idle_end` has found out.
+    replaced: &'a AtomicBool,
     pages: &'a Path,
     /// What was received and not yet understood.
     received: Vec<u8>,
@@ -167,7 +171,7 @@ where
         }
         // What has been sent behind this request was asked for before the client could know.
         let more = self.received.len() as u64 > request.body;
-        let keep_alive = request.keep_alive && (more || !self.is_draining().await);
+        let keep_alive = request.keep_alive && (more || !self.is_replaced().await);
         let next = match (keep_alive, request.says_keep_alive) {
             (true, false) => Next::Open,
             (true, true) => Next::OpenSaidSo,
@@ -223,10 +227,10 @@ where
         Ok(keep_alive)
     }
 
-    async fn is_draining(&mut self) -> bool {
+    async fn is_replaced(&mut self) -> bool {
         // Once it has begun to wait, a look costs no call of the host.
         let _ = futures::poll!(self.idle_end.as_mut());
-        self.draining.load(Ordering::Relaxed)
+        self.replaced.load(Ordering::Relaxed)
     }
 
     /// Answers what is not a request. The connection ends with it.
@@ -269,9 +273,13 @@ const HTML: &str = "text/html; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
 
 /// Resolves when a connection on which no request has begun should be given up.
-async fn idle_end(platform: &impl Platform, draining: &AtomicBool) {
+///
+/// That is not as soon as there is a newer version: its client may be sending a request, and is told
+/// with the answer to that.
+async fn idle_end(platform: &impl Platform, replaced: &AtomicBool) {
+    platform.replaced().await;
+    replaced.store(true, Ordering::Relaxed);
     platform.draining().await;
-    draining.store(true, Ordering::Relaxed);
     platform.sleep(DRAIN_GRACE).await;
 }
 

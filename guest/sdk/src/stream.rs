@@ -112,10 +112,14 @@ impl AsyncWrite for TcpStream {
     }
 }
 
-/// Tells a handler that the host accepts no new connections and waits for the open ones to end.
+/// Tells a handler that its connection is waited for, and how urgently.
 ///
-/// A protocol that keeps connections open between exchanges should end them at the next pause: the
-/// host waits only for so long (`--drain-timeout`).
+/// When a newer version of the guest has taken over, a protocol that keeps connections open should
+/// make the next exchange the last, so that the client connects again. An idle connection may be kept:
+/// the host waits for long (`--max-old-version-age`).
+///
+/// When the host drains, it accepts no new connections, and idle ones should end at once: it waits
+/// only for so long (`--drain-timeout`).
 pub struct Drain {
     connection: &'static Connection,
 }
@@ -129,6 +133,17 @@ impl Drain {
     /// Waits until the host begins to drain.
     pub async fn begun(&self) {
         self.connection.draining().await;
+    }
+
+    /// Whether a newer version of the guest has taken over, or the host has begun to drain. Cheap
+    /// enough to ask once for each exchange.
+    pub fn is_replaced(&self) -> bool {
+        self.connection.is_replaced()
+    }
+
+    /// Waits until a newer version of the guest has taken over, or the host begins to drain.
+    pub async fn replaced(&self) {
+        self.connection.replaced().await;
     }
 }
 

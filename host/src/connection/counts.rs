@@ -1,12 +1,9 @@
-//! What is counted of all connections.
+//! What is counted of connections.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use prometheus_client::registry::{Registry, Unit};
+use crate::metrics::Histogram;
 
 /// How connections end.
 #[derive(Clone, Copy)]
@@ -16,78 +13,114 @@ pub(super) enum Kind {
     Trap,
     ClientGone,
     Limit,
+    Killed,
     DrainTimeout,
     NoSandbox,
 }
 
 /// The kinds by name, in their order.
-const KINDS: [&str; 7] = [
+pub const KINDS: [&str; 8] = [
     "ok",
     "guest_error",
     "trap",
     "client_gone",
     "limit",
+    "killed",
     "drain_timeout",
     "no_sandbox",
 ];
 
-/// Counts connections and what they move, for the metrics.
+/// The connections of one version of a guest: how many are open, and how the others have ended.
+#[derive(Debug, Default)]
 pub struct Counts {
-    open: Gauge,
-    /// By kind.
-    ended: [Counter; KINDS.len()],
-    duration: Histogram,
-    received: Counter,
-    sent: Counter,
+    open: AtomicU64,
+    ended: [AtomicU64; KINDS.len()],
 }
 
 impl Counts {
-    /// Begins to count, as part of `registry`.
-    pub fn register(registry: &mut Registry) -> Self {
-        let by_outcome: Family<[(&str, &str); 1], Counter> = Family::default();
-        // From a tenth of a millisecond to a quarter of an hour.
-        let duration = Histogram::new(exponential_buckets(0.0001, 4.0, 12));
-        let this = Self {
-            open: Gauge::default(),
-            ended: KINDS.map(|kind| by_outcome.get_or_create_owned(&[("outcome", kind)])),
-            duration,
-            received: Counter::default(),
-            sent: Counter::default(),
-        };
-        let help = "Connections that are open";
-        registry.register("connections_open", help, this.open.clone());
-        let help = "Connections that have ended, and how";
-        registry.register("connections", help, by_outcome);
-        let help = "How long connections were open";
-        let duration = this.duration.clone();
-        registry.register_with_unit("connection_duration", help, Unit::Seconds, duration);
-        let help = "What was received on connections that have ended";
-        registry.register_with_unit("received", help, Unit::Bytes, this.received.clone());
-        let help = "What was sent on connections that have ended";
-        registry.register_with_unit("sent", help, Unit::Bytes, this.sent.clone());
-        this
+    /// The connections that are open.
+    pub fn open(&self) -> u64 {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// The connections that have ended in each of [`KINDS`].
+    pub fn ended(&self) -> [u64; KINDS.len()] {
+        std::array::from_fn(|kind| self.ended[kind].load(Ordering::Relaxed))
     }
 
     /// Counts a connection as open until what is returned is dropped.
     pub(super) fn begin(&self) -> Open<'_> {
-        self.open.inc();
+        self.open.fetch_add(1, Ordering::Relaxed);
         Open(&self.open)
     }
 
     /// Counts how a connection has ended.
-    pub(super) fn ended(&self, kind: Kind, duration: Duration, received: u64, sent: u64) {
-        self.ended[kind as usize].inc();
-        self.duration.observe(duration.as_secs_f64());
-        self.received.inc_by(received);
-        self.sent.inc_by(sent);
+    pub(super) fn end(&self, kind: Kind) {
+        self.ended[kind as usize].fetch_add(1, Ordering::Relaxed);
     }
 }
 
 /// A connection that is open.
-pub(super) struct Open<'a>(&'a Gauge);
+pub(super) struct Open<'a>(&'a AtomicU64);
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.0.dec();
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What connections took, whichever version they were served with.
+#[derive(Debug)]
+pub struct Measures {
+    /// How long they were open, in seconds.
+    pub duration: Histogram,
+    /// How long it took to make their instance, in seconds.
+    pub instantiation: Histogram,
+    /// How long their guest computed, in seconds.
+    pub cpu: Histogram,
+    /// The memory that their guest had at most, in bytes.
+    pub memory: Histogram,
+    received: AtomicU64,
+    sent: AtomicU64,
+}
+
+impl Default for Measures {
+    fn default() -> Self {
+        Self {
+            // From a tenth of a millisecond to three hours.
+            duration: Histogram::new(100, 4, 1e6),
+            // From a microsecond to 16 ms.
+            instantiation: Histogram::new(1_000, 2, 1e9),
+            // From a millisecond to 16 s.
+            cpu: Histogram::new(1_000, 2, 1e6),
+            // From a page of WebAssembly to half of a GiB and more.
+            memory: Histogram::new(65_536, 2, 1.0),
+            received: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Measures {
+    /// What was received on connections that have ended, in bytes.
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    /// What was sent on connections that have ended, in bytes.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Counts what a connection took that has ended.
+    pub(super) fn add(&self, open_for: Duration, used: &super::Used) {
+        self.duration.observe(open_for.as_micros() as u64);
+        if let Some(took) = used.instantiation() {
+            self.instantiation.observe(took.as_nanos() as u64);
+        }
+        self.cpu.observe(used.computed().as_micros() as u64);
+        self.memory.observe(used.memory());
+        self.received.fetch_add(used.received(), Ordering::Relaxed);
+        self.sent.fetch_add(used.sent(), Ordering::Relaxed);
     }
 }

@@ -1,17 +1,24 @@
 //! The engine that all sandboxes share: its pool of instance slots, its linker and its clock.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use prometheus_client::registry::Registry;
-use wasmtime::component::{HasData, Linker, ResourceTable};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::{Registry, Unit};
+use tracing::warn;
+use wasmtime::component::{Component, HasData, Linker, ResourceTable};
 use wasmtime::{
     Config, Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails,
 };
 use wasmtime_wasi::{p2, p3};
 
+use super::cache::{self, Cache};
+use super::digest::Digest;
 use super::inspect::{MAX_CORE_INSTANCES, Needs};
 use super::limits::{self, Budget, Limits};
 use super::turns::Clock;
@@ -28,7 +35,7 @@ const KEEP_RESIDENT_BYTES: usize = 256 << 10;
 pub const HOST_STACK_BYTES: usize = 3 << 19;
 
 /// The elements that a table can have, unless it begins with more. wasmtime's own default.
-const TABLE_ELEMENTS: usize = 20_000;
+pub(super) const TABLE_ELEMENTS: usize = 20_000;
 
 /// A page of WebAssembly.
 const WASM_PAGE_BYTES: usize = 64 << 10;
@@ -53,24 +60,41 @@ struct Inner {
     clock: Clock,
     limits: Limits,
     budget: Arc<Budget>,
+    cache: Option<Cache>,
+    /// What its code is known by in the cache.
+    key: String,
+    room: Needs,
+    /// How many there may be at once.
+    instances: usize,
     /// Stops when the last clone is dropped.
     _ticker: Ticker,
 }
 
 impl Engine {
-    /// Makes an engine with `room` for guests with such `needs`, each within `limits`.
+    /// Makes an engine with `room` for guests with such `needs`, each within `limits`. What it
+    /// compiles is kept in `cache`.
     ///
     /// # Errors
     ///
     /// [`Error::Pool`] when the system does not let us have the address space.
-    pub fn new(room: Room, needs: &Needs, limits: Limits) -> Result<Self, Error> {
-        let wasmtime = wasmtime::Engine::new(&config(room, needs, &limits))
+    pub fn new(
+        room: Room,
+        needs: &Needs,
+        limits: Limits,
+        cache: Option<Cache>,
+    ) -> Result<Self, Error> {
+        let needs = needs.with_room_for_others();
+        let wasmtime = wasmtime::Engine::new(&config(room, &needs, &limits))
             .map_err(|error| Error::pool(room.connections, error))?;
         let linker =
             linker(&wasmtime).map_err(|error| Error::internal("linking the host", error))?;
         let clock = Clock::default();
         let ticker = Ticker::start(wasmtime.clone(), clock.clone());
         Ok(Self(Arc::new(Inner {
+            key: cache::key(&wasmtime),
+            cache,
+            room: needs,
+            instances: room.connections,
             wasmtime,
             linker,
             clock,
@@ -83,6 +107,7 @@ impl Engine {
     /// Adds to `registry` what the sandboxes take together.
     pub fn register(&self, registry: &mut Registry) {
         limits::register(self.budget().clone(), registry);
+        registry.register_collector(Box::new(Pool(self.clone())));
     }
 
     pub(super) fn wasmtime(&self) -> &wasmtime::Engine {
@@ -97,6 +122,26 @@ impl Engine {
         &self.0.limits
     }
 
+    /// What was kept of a component's compiled code.
+    pub(super) fn cached(&self, component: &Digest) -> Option<Vec<u8>> {
+        self.0.cache.as_ref()?.get(component, &self.0.key)
+    }
+
+    /// Keeps the compiled code of a component, where it is to be kept.
+    pub(super) fn keep(&self, component: &Digest, compiled: &Component) {
+        if let Some(cache) = &self.0.cache {
+            match compiled.serialize() {
+                Ok(code) => cache.put(component, &self.0.key, &code),
+                Err(error) => warn!(%error, "a compiled guest cannot be written down"),
+            }
+        }
+    }
+
+    /// What there is for each instance.
+    pub(super) fn room(&self) -> &Needs {
+        &self.0.room
+    }
+
     /// The memory that the sandboxes share.
     pub(super) fn budget(&self) -> &Arc<Budget> {
         &self.0.budget
@@ -104,6 +149,61 @@ impl Engine {
 
     pub(super) fn linker(&self) -> &Linker<State> {
         &self.0.linker
+    }
+}
+
+/// What is in use of the pool, for the metrics.
+struct Pool(Engine);
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Pool").finish_non_exhaustive()
+    }
+}
+
+impl Collector for Pool {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let Some(pool) = self.0.wasmtime().pooling_allocator_metrics() else {
+            return Ok(());
+        };
+        let gauges = [
+            (
+                "pool_instances",
+                "Instances of guests in the pool, of which there is one for each connection",
+                None,
+                pool.component_instances() as i64,
+            ),
+            (
+                "pool_instances_limit",
+                "Instances of guests that the pool has room for",
+                None,
+                self.0.0.instances as i64,
+            ),
+            (
+                "pool_stacks",
+                "Stacks of guests in use",
+                None,
+                pool.stacks() as i64,
+            ),
+            (
+                "pool_warm_memories",
+                "Memories that nobody uses and that still have what the last guest had for an image",
+                None,
+                pool.unused_warm_memories() as i64,
+            ),
+            (
+                "pool_resident",
+                "What stays resident of memories that nobody uses",
+                Some(Unit::Bytes),
+                pool.unused_memory_bytes_resident() as i64,
+            ),
+        ];
+        for (name, help, unit, figure) in gauges {
+            let gauge = ConstGauge::new(figure);
+            let kind = gauge.metric_type();
+            gauge.encode(encoder.encode_descriptor(name, help, unit.as_ref(), kind)?)?;
+        }
+        Ok(())
     }
 }
 

@@ -2,12 +2,15 @@
 
 use std::fmt;
 
+use tracing::warn;
 use wasmparser::{
     ComponentAlias, ComponentExternalKind, ComponentInstance, ComponentOuterAliasKind, Encoding,
     Instance, Parser, Payload,
 };
 use wasmtime::component::Component;
 
+use super::digest::Digest;
+use super::engine::TABLE_ELEMENTS;
 use super::{Engine, Grants, Limits};
 
 /// The package of our WIT.
@@ -100,6 +103,36 @@ impl Needs {
             if has > most {
                 return Err(Refusal(format!(
                     "each connection would take {has} {what}, and at most {most} are allowed; build it of fewer parts"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The same, and some more of what costs no more than addresses: the guests that follow the first
+    /// are not to be kept from having a table more.
+    pub(super) fn with_room_for_others(&self) -> Self {
+        Self {
+            memories: self.memories.max(1),
+            tables: self.tables.max(8),
+            ..*self
+        }
+    }
+
+    /// Refuses a guest that an engine with `room` for others has no slots for.
+    pub(super) fn fit_into(&self, room: &Self) -> Result<(), Refusal> {
+        for (what, needs, has) in [
+            ("memories", self.memories.into(), room.memories.into()),
+            ("tables", self.tables.into(), room.tables.into()),
+            (
+                "elements of a table",
+                self.table_elements,
+                room.table_elements.max(TABLE_ELEMENTS as u64),
+            ),
+        ] {
+            if needs > has {
+                return Err(Refusal(format!(
+                    "each connection would take {needs} {what}, and this server was started with room for {has}; start it again with this guest: a restart hands over without refusing anyone"
                 )));
             }
         }
@@ -332,16 +365,28 @@ pub struct Report {
     pub needs: Needs,
 }
 
-/// Compiles a component and checks that it imports only what is linked and exports a handler.
+/// Compiles a component, or takes what is kept of it, and checks that it imports only what is linked
+/// and exports a handler. Says whether it had to be compiled.
 pub(super) fn compile(
     engine: &Engine,
     bytes: &[u8],
+    digest: &Digest,
     grants: &Grants,
-) -> Result<(Component, Report), Refusal> {
+) -> Result<(Component, Report, bool), Refusal> {
     let needs = Needs::of(bytes)?;
     needs.fit(engine.limits())?;
-    let component = Component::new(engine.wasmtime(), bytes)
-        .map_err(|error| Refusal(format!("it does not compile: {error:#}; rebuild it")))?;
+    needs.fit_into(engine.room())?;
+    let kept = kept(engine, digest);
+    let compiled = kept.is_none();
+    let component = match kept {
+        Some(component) => component,
+        None => {
+            let component = Component::new(engine.wasmtime(), bytes)
+                .map_err(|error| Refusal(format!("it does not compile: {error:#}; rebuild it")))?;
+            engine.keep(digest, &component);
+            component
+        }
+    };
     let ty = component.component_type();
     let names = |names: &mut dyn Iterator<Item = &str>| names.map(String::from).collect();
     let report = Report {
@@ -350,7 +395,21 @@ pub(super) fn compile(
         needs,
     };
     check(&report, !grants.destinations().is_empty())?;
-    Ok((component, report))
+    Ok((component, report, compiled))
+}
+
+/// What is kept of a component, if it is of use.
+fn kept(engine: &Engine, digest: &Digest) -> Option<Component> {
+    let code = engine.cached(digest)?;
+    // SAFETY: it is what an engine like this one has written. Its digest says that nothing of it has
+    // changed since, and the cache that nobody but this user can have put it there.
+    match unsafe { Component::deserialize(engine.wasmtime(), code) } {
+        Ok(component) => Some(component),
+        Err(error) => {
+            warn!(%error, "what is kept of a guest does not fit; it is compiled again");
+            None
+        }
+    }
 }
 
 fn check(report: &Report, may_connect: bool) -> Result<(), Refusal> {

@@ -138,7 +138,10 @@ impl Memory {
     /// Whether the sandbox may have so many bytes more.
     fn grow(&mut self, bytes: usize) -> bool {
         match self.refusal(bytes) {
-            None => true,
+            None => {
+                lock(&self.transport).has_memory(self.used);
+                true
+            }
             Some(limit) => {
                 lock(&self.transport).limited(limit);
                 false

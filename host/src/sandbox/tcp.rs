@@ -126,6 +126,10 @@ impl HostConnection for State {
         Ok(lock(&self.transport).is_draining())
     }
 
+    fn is_replaced(&mut self, _: Resource<Connection>) -> wasmtime::Result<bool> {
+        Ok(lock(&self.transport).is_replaced())
+    }
+
     fn drop(&mut self, connection: Resource<Connection>) -> wasmtime::Result<()> {
         self.table.delete(connection)?;
         Ok(())
@@ -184,6 +188,15 @@ impl HostConnectionWithStore<State> for HasSelf<State> {
     ) -> wasmtime::Result<()> {
         let draining = accessor.with(|mut store| lock(&store.get().transport).draining());
         draining.await;
+        Ok(())
+    }
+
+    async fn replaced(
+        accessor: &Accessor<State, Self>,
+        _: Resource<Connection>,
+    ) -> wasmtime::Result<()> {
+        let replaced = accessor.with(|mut store| lock(&store.get().transport).replaced());
+        replaced.await;
         Ok(())
     }
 }

@@ -130,6 +130,12 @@ pub(super) struct Computed {
     long_turns: u32,
 }
 
+impl Computed {
+    pub(super) fn time(self) -> Duration {
+        Duration::from_micros(self.time)
+    }
+}
+
 /// So many turns in a row that meet a long tick are no chance: the guest computes for about as long
 /// each time, and many of its kind would hold others up as one that never ends does.
 const LONG_TURNS: u32 = 3;

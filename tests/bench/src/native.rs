@@ -84,6 +84,10 @@ impl Platform for Tokio {
         tokio::time::sleep(duration).await;
     }
 
+    async fn replaced(&self) {
+        std::future::pending().await
+    }
+
     async fn draining(&self) {
         std::future::pending().await
     }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use futures::FutureExt;
 use futures::executor::block_on;
 
 use super::*;
@@ -62,12 +63,19 @@ impl AsyncWrite for MockStream {
 #[derive(Default)]
 struct MockPlatform {
     slept: std::cell::Cell<Duration>,
+    replaced: bool,
     draining: bool,
 }
 
 impl Platform for MockPlatform {
     async fn sleep(&self, duration: Duration) {
         self.slept.set(self.slept.get() + duration);
+    }
+
+    async fn replaced(&self) {
+        if !self.replaced {
+            std::future::pending().await
+        }
     }
 
     async fn draining(&self) {
@@ -289,6 +297,7 @@ fn draining_answers(packet: &str) -> (String, Duration) {
         stays_open: true,
     };
     let platform = MockPlatform {
+        replaced: true,
         draining: true,
         ..MockPlatform::default()
     };
@@ -303,6 +312,33 @@ fn draining_answers(packet: &str) -> (String, Duration) {
 fn a_draining_server_answers_what_was_asked_and_closes() {
     let (answer, _) = draining_answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     assert!(answer.contains("Connection: close\r\n"), "{answer}");
+}
+
+#[test]
+fn a_newer_version_makes_the_next_answer_the_last_and_waits_for_it() {
+    let answers = |packet: &str| {
+        let mut stream = MockStream {
+            packets: [packet.into()].into(),
+            written: Vec::new(),
+            stays_open: true,
+        };
+        let platform = MockPlatform {
+            replaced: true,
+            ..MockPlatform::default()
+        };
+        let pages = pages();
+        let handled = handle(&mut stream, &pages, &platform).now_or_never();
+        (
+            handled.is_some(),
+            String::from_utf8(stream.written).unwrap(),
+        )
+    };
+    let (ended, answer) = answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert!(
+        ended && answer.contains("Connection: close\r\n"),
+        "{answer}"
+    );
+    assert_eq!(answers("\r\n"), (false, String::new()));
 }
 
 #[test]

@@ -1,0 +1,109 @@
+//! How a server starts: with what was compiled before.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use crate::harness::{Server, guest, output, run, wasinetd};
+
+/// The files in a directory of compiled guests.
+fn kept(cache: &Path) -> Vec<PathBuf> {
+    let files = fs::read_dir(cache).expect("it is there");
+    files.map(|file| file.unwrap().path()).collect()
+}
+
+#[test]
+fn what_was_compiled_is_kept_and_not_trusted_blindly() {
+    let directory = tempfile::tempdir().unwrap();
+    let cache = directory.path().join("cache");
+    let arguments = ["--cache", cache.to_str().unwrap()];
+    let echoes = |server: &Server| {
+        let mut client = server.connect();
+        client.send("hello");
+        assert_eq!(client.read(5), "hello");
+    };
+    echoes(&Server::start("concurrent", &guest("echo"), &arguments));
+    let files = kept(&cache);
+    assert_eq!(files.len(), 1, "{files:?}");
+    let code = fs::read(&files[0]).unwrap();
+    {
+        // It is used, and not written again.
+        let before = fs::metadata(&files[0]).unwrap();
+        let server = Server::start("concurrent", &guest("echo"), &arguments);
+        echoes(&server);
+        assert_eq!(server.log_lines("compiled again").len(), 0, "{server:?}");
+        let after = fs::metadata(&files[0]).unwrap();
+        use std::os::unix::fs::MetadataExt;
+        assert_eq!(before.ino(), after.ino());
+    }
+    for bad in [&code[..code.len() / 2], b"", &[0x90; 4096]] {
+        fs::write(&files[0], bad).unwrap();
+        let server = Server::start("concurrent", &guest("echo"), &arguments);
+        server.wait_for_log(&["it is compiled again"]);
+        echoes(&server);
+        assert_eq!(fs::read(&files[0]).unwrap(), code);
+    }
+}
+
+#[test]
+fn a_cache_of_somebody_else_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let serve = |cache: &Path| {
+        let mut command = wasinetd();
+        command.args(["serve", "--listen", "127.0.0.1:0", "--cache"]);
+        let output = output(command.arg(cache).arg(guest("echo")));
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(78), "{text}");
+        assert!(text.contains("--cache"), "{text}");
+        text
+    };
+    for mode in [0o755, 0o770, 0o777] {
+        fs::set_permissions(directory.path(), Permissions::from_mode(mode)).unwrap();
+        let text = serve(directory.path());
+        assert!(text.contains(&format!("{mode:03o}")), "{text}");
+    }
+    let file = directory.path().join("file");
+    fs::write(&file, "").unwrap();
+    serve(&file);
+    // Whoever runs the tests as root can make one that is another user's.
+    let others = directory.path().join("others");
+    fs::create_dir(&others).unwrap();
+    fs::set_permissions(&others, Permissions::from_mode(0o700)).unwrap();
+    if std::os::unix::fs::chown(&others, Some(12345), None).is_ok() {
+        let text = serve(&others);
+        assert!(text.contains("12345"), "{text}");
+    }
+}
+
+#[test]
+fn compile_warms_the_cache() {
+    let directory = tempfile::tempdir().unwrap();
+    let cache = directory.path().join("cache");
+    let compile = |guests: &[PathBuf]| {
+        let mut command = wasinetd();
+        command.arg("compile").args(guests);
+        let output = run(command.arg("--cache").arg(&cache));
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+        )
+    };
+    let (code, said) = compile(&[guest("echo"), guest("hello")]);
+    assert_eq!(
+        (code, said.matches(": compiled (").count()),
+        (Some(0), 2),
+        "{said}"
+    );
+    let (code, said) = compile(&[guest("echo")]);
+    assert!(
+        code == Some(0) && said.contains("compiled before"),
+        "{said}"
+    );
+    let files = kept(&cache);
+    assert_eq!(files.len(), 2);
+    let arguments = ["--cache", cache.to_str().unwrap()];
+    drop(Server::start("concurrent", &guest("hello"), &arguments));
+    // What serves is what was compiled for.
+    assert_eq!(kept(&cache).len(), 2);
+    assert_eq!(compile(&["README.md".into()]).0, Some(65));
+}
