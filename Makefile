@@ -79,8 +79,11 @@ toolchain:
 	@$(CARGO) --version >/dev/null 2>&1 || rustup toolchain install
 	@test -d "$$(rustc --print target-libdir --target $(GUEST_TARGET))" || rustup target add $(GUEST_TARGET)
 
+# Without Chromium the tests of the dashboard are left out by name, for it is no small thing to install.
 test-tools:
 	@command -v curl >/dev/null || { echo 'make: curl is missing: apt-get install curl' >&2; exit 1; }
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || test -n "$$CHROMIUM" || \
+		echo 'make: without Chromium the tests of the dashboard are left out: apt-get install chromium' >&2
 
 # What is missing beside wrk is left out of the report by name.
 bench-tools: toolchain

@@ -8,6 +8,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -28,7 +29,7 @@ use tracing::{debug, warn};
 
 use crate::Error;
 use api::Api;
-pub use api::{Operated, Order};
+pub use api::{Obeyed, Operated, Order};
 pub use logs::{Logs, Piece};
 
 /// Operators at once. More wait.
@@ -81,6 +82,8 @@ impl FromStr for Address {
 pub struct Admin {
     listener: Listener,
     token: Option<String>,
+    /// Another process goes on with it.
+    handed_over: AtomicBool,
 }
 
 enum Listener {
@@ -115,8 +118,56 @@ impl Admin {
             fix,
         };
         listener
-            .map(|listener| Self { listener, token })
+            .map(|listener| Self {
+                listener,
+                token,
+                handed_over: AtomicBool::new(false),
+            })
             .map_err(failed)
+    }
+
+    /// Goes on with a socket that listens at `address` already.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Admin`] when the socket is not there any more.
+    pub fn adopt(address: &Address, token: Option<String>, socket: OwnedFd) -> Result<Self, Error> {
+        let listener = match address {
+            Address::Loopback(_) => Ok(Listener::Tcp(socket.into())),
+            Address::Unix(path) => identity(path).map(|file| Listener::Unix {
+                listener: socket.into(),
+                path: path.clone(),
+                file,
+            }),
+        };
+        listener
+            .map(|listener| Self {
+                token: token.filter(|_| matches!(listener, Listener::Tcp(_))),
+                listener,
+                handed_over: AtomicBool::new(false),
+            })
+            .map_err(|source| Error::Admin {
+                address: address.clone(),
+                source,
+                fix: "start the server anew",
+            })
+    }
+
+    /// The same socket once more, to be handed over.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process has no more files.
+    pub fn try_clone_socket(&self) -> io::Result<OwnedFd> {
+        Ok(match &self.listener {
+            Listener::Unix { listener, .. } => listener.try_clone()?.into(),
+            Listener::Tcp(listener) => listener.try_clone()?.into(),
+        })
+    }
+
+    /// Leaves the path of a Unix socket to the process that goes on with it.
+    pub fn hand_over(&self) {
+        self.handed_over.store(true, Ordering::Relaxed);
     }
 
     /// Where operators connect to, with the port that was found where any was asked for.
@@ -244,6 +295,7 @@ impl Drop for Admin {
     fn drop(&mut self) {
         // It may be gone already, and another one's be there: that is theirs to see to.
         if let Listener::Unix { path, file, .. } = &self.listener
+            && !self.handed_over.load(Ordering::Relaxed)
             && identity(path).is_ok_and(|there| there == *file)
         {
             let _ = std::fs::remove_file(path);

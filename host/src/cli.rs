@@ -136,11 +136,10 @@ impl ServeArgs {
         let guest = self.guest_limits.limits(memory);
         let connection = &self.connection_limits;
         let rules = self.admission.rules(max_connections);
-        let size = |bytes: usize| ByteSize(bytes as u64).to_string().replace(' ', "");
         let time = |time| humantime::format_duration(time).to_string();
         let off = || "off".to_string();
         let time_or_off = |or_off: OrOff<Duration>| or_off.0.map_or_else(off, time);
-        let size_or_off = |or_off: OrOff<usize>| or_off.0.map_or_else(off, size);
+        let size_or_off = |or_off: OrOff<usize>| or_off.0.map_or_else(off, size_text);
         let rate_or_off = |rate: OrOff<usize>| rate.0.map_or_else(off, |rate| rate.to_string());
         let many = |networks: &[Network], none: &str| match networks {
             [] => none.to_string(),
@@ -155,14 +154,14 @@ impl ServeArgs {
             .into_iter()
             .map(|limit| {
                 let value = match limit {
-                    Limit::MaxMemory => size(guest.memory),
-                    Limit::MaxTotalMemory => size(guest.total_memory),
+                    Limit::MaxMemory => size_text(guest.memory),
+                    Limit::MaxTotalMemory => size_text(guest.total_memory),
                     Limit::CpuTime => time(guest.cpu_time),
-                    Limit::Stack => size(guest.stack),
+                    Limit::Stack => size_text(guest.stack),
                     Limit::MaxHandles => guest.handles.to_string(),
                     Limit::MaxOpenFiles => guest.open_files.to_string(),
-                    Limit::MaxCallSize => size(guest.call_size),
-                    Limit::MaxOutput => size(guest.output),
+                    Limit::MaxCallSize => size_text(guest.call_size),
+                    Limit::MaxOutput => size_text(guest.output),
                     Limit::AllowConnect => format!("{connect} destinations"),
                     Limit::IdleTimeout => time_or_off(connection.idle_timeout),
                     Limit::FirstByteTimeout => time_or_off(connection.first_byte_timeout),
@@ -628,6 +627,18 @@ fn escaped(value: &str) -> Result<Bytes, String> {
 fn hex(high: Option<&u8>, low: Option<&u8>) -> Option<u8> {
     let digit = |digit: &u8| (*digit as char).to_digit(16);
     Some((digit(high?)? * 16 + digit(low?)?) as u8)
+}
+
+/// A size as its flag takes it, and not rounded.
+fn size_text(bytes: usize) -> String {
+    let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    match units
+        .iter()
+        .find(|(unit, _)| bytes > 0 && bytes % unit == 0)
+    {
+        Some((unit, name)) => format!("{}{name}", bytes / unit),
+        None => format!("{bytes}B"),
+    }
 }
 
 fn directory(value: &str) -> Result<(PathBuf, String), String> {

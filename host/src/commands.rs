@@ -2,6 +2,8 @@
 
 mod check;
 mod serve;
+mod successor;
+mod supervisor;
 mod watch;
 
 use std::env;

@@ -2,6 +2,14 @@
 
 use tokio::sync::watch;
 
+/// Where the server, or a version, is on its way to its end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct State {
+    phase: Phase,
+    /// Another process accepts at the same sockets.
+    handed_over: bool,
+}
+
 /// How far the server, or a version, has come on its way to its end. It never goes back.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
 enum Phase {
@@ -13,11 +21,14 @@ enum Phase {
 
 /// Moves the server, or a version, on, for all who hold a [`Lifecycle`] of it.
 #[derive(Debug)]
-pub struct Controller(watch::Sender<Phase>);
+pub struct Controller(watch::Sender<State>);
 
 impl Default for Controller {
     fn default() -> Self {
-        Self(watch::Sender::new(Phase::Serving))
+        Self(watch::Sender::new(State {
+            phase: Phase::Serving,
+            handed_over: false,
+        }))
     }
 }
 
@@ -37,16 +48,28 @@ impl Controller {
         self.advance(Phase::Draining);
     }
 
+    /// The same, and another process goes on with the listening sockets: nobody is to be refused.
+    pub fn hand_over(&self) {
+        self.0.send_if_modified(|state| {
+            let serves = state.phase < Phase::Draining;
+            if serves {
+                state.handed_over = true;
+                state.phase = Phase::Draining;
+            }
+            serves
+        });
+    }
+
     /// The open connections end now.
     pub fn end(&self) {
         self.advance(Phase::Ended);
     }
 
     fn advance(&self, to: Phase) {
-        self.0.send_if_modified(|phase| {
-            let forward = *phase < to;
+        self.0.send_if_modified(|state| {
+            let forward = state.phase < to;
             if forward {
-                *phase = to;
+                state.phase = to;
             }
             forward
         });
@@ -55,22 +78,27 @@ impl Controller {
 
 /// Tells whether the server is draining or has ended. A dropped [`Controller`] counts as the end.
 #[derive(Clone, Debug)]
-pub struct Lifecycle(watch::Receiver<Phase>);
+pub struct Lifecycle(watch::Receiver<State>);
 
 impl Lifecycle {
     /// Whether no new connections are taken any more.
     pub fn is_draining(&self) -> bool {
-        *self.0.borrow() >= Phase::Draining || self.0.has_changed().is_err()
+        self.0.borrow().phase >= Phase::Draining || self.0.has_changed().is_err()
     }
 
     /// Whether new connections are another version's, or nobody's.
     pub fn is_replaced(&self) -> bool {
-        *self.0.borrow() >= Phase::Replaced || self.0.has_changed().is_err()
+        self.0.borrow().phase >= Phase::Replaced || self.0.has_changed().is_err()
     }
 
     /// Waits until new connections are another version's, or nobody's.
     pub async fn replaced(&self) {
         self.reached(Phase::Replaced).await;
+    }
+
+    /// Whether another process takes the new connections.
+    pub fn is_handed_over(&self) -> bool {
+        self.0.borrow().handed_over
     }
 
     /// Waits until no new connections are to be taken.
@@ -85,6 +113,6 @@ impl Lifecycle {
 
     async fn reached(&self, goal: Phase) {
         // The error says that the controller is gone, which is the end as well.
-        let _ = self.0.clone().wait_for(|phase| *phase >= goal).await;
+        let _ = self.0.clone().wait_for(|state| state.phase >= goal).await;
     }
 }

@@ -5,6 +5,7 @@ mod closing;
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, ready};
@@ -62,6 +63,12 @@ impl Bound {
             .map_err(|error| cannot_listen(address, error))
     }
 
+    /// Goes on with sockets that listen already, at `address` as it was asked for.
+    pub fn adopt(address: SocketAddr, sockets: Vec<OwnedFd>) -> Self {
+        let sockets = sockets.into_iter().map(Socket::from).collect();
+        Self { address, sockets }
+    }
+
     /// Lets clients connect.
     ///
     /// # Errors
@@ -89,16 +96,28 @@ pub struct Listening {
 }
 
 impl Listening {
-    /// Sorts the sockets of all addresses by shard.
-    pub fn by_shard(listening: Vec<Self>) -> Vec<Vec<TcpListener>> {
-        let shards = listening.first().map_or(0, |one| one.sockets.len());
-        let mut sorted: Vec<Vec<TcpListener>> = (0..shards).map(|_| Vec::new()).collect();
-        for socket_of_each_shard in listening.into_iter().map(|one| one.sockets) {
-            for (shard, socket) in sorted.iter_mut().zip(socket_of_each_shard) {
-                shard.push(socket);
+    /// Spreads the sockets of all addresses over `shards`. A server that has taken over from one with
+    /// other shards has more or fewer of them.
+    pub fn by_shard(listening: Vec<Self>, shards: usize) -> Vec<Vec<TcpListener>> {
+        let mut spread: Vec<Vec<TcpListener>> = (0..shards).map(|_| Vec::new()).collect();
+        for sockets in listening.into_iter().map(|one| one.sockets) {
+            for (n, socket) in sockets.into_iter().enumerate() {
+                spread[n % shards].push(socket);
             }
         }
-        sorted
+        spread
+    }
+
+    /// The same sockets once more, to be handed over.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process has no more files.
+    pub fn try_clone_sockets(&self) -> io::Result<Vec<OwnedFd>> {
+        let sockets = self.sockets.iter();
+        sockets
+            .map(|socket| Ok(socket.try_clone()?.into()))
+            .collect()
     }
 }
 
@@ -226,6 +245,7 @@ pub struct Incoming {
     next: usize,
     permits: PollSemaphore,
     places: Arc<Semaphore>,
+    lifecycle: Lifecycle,
     when_full: WhenFull,
     admission: Admission,
     /// Leave to accept a client was taken, and none has come yet.
@@ -289,6 +309,7 @@ impl Incoming {
             next: 0,
             permits: PollSemaphore::new(places.0.clone()),
             places: places.0,
+            lifecycle: lifecycle.clone(),
             when_full,
             admission,
             has_turn: false,
@@ -323,6 +344,11 @@ impl Incoming {
         if let Phase::Serving(draining) = &mut self.phase
             && draining.as_mut().poll(cx).is_ready()
         {
+            if self.lifecycle.is_handed_over() {
+                // Who waits is accepted by our successor, at the same sockets.
+                self.phase = Phase::Closed;
+                return;
+            }
             let listeners = || self.listeners.iter().map(AsyncFd::get_ref);
             listeners().for_each(closing::refuse_handshakes);
             let addresses = listeners().flat_map(TcpListener::local_addr);

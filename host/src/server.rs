@@ -19,7 +19,7 @@ use tracing::{error, info, warn};
 
 use crate::Error;
 use crate::lifecycle::Controller;
-pub use shards::Shards;
+pub use shards::{Pulse, Shards};
 
 /// How connections share the processor.
 #[derive(Clone, Copy, Debug, PartialEq)]

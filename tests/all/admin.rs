@@ -145,7 +145,7 @@ fn who_asks_learns_whether_it_serves_and_what_there_is() {
                 .ends_with("# EOF\n200 application/openmetrics-text; version=1.0.0; charset=utf-8")
         );
         assert!(ask(&socket, "/nothing", &[]).contains("/v1/status"));
-        assert!(ask(&socket, "/v1/status", &["--request", "DELETE"]).contains("405 "));
+        assert!(ask(&socket, "/healthz", &["--request", "DELETE"]).contains("405 "));
         let mut sleeper = server.connect();
         sleeper.send("GET /sleep HTTP/1.1\r\nHost: test\r\n\r\n");
         while figure(&socket, "connections_open", "") < 1.0 {}

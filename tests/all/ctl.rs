@@ -117,7 +117,7 @@ fn limits_and_rates_are_shown() {
         };
         assert_eq!(value("cpu-time"), "3s");
         assert_eq!(value("deny"), "192.0.2.0/24");
-        assert_eq!(value("max-memory"), "64.0MiB");
+        assert_eq!(value("max-memory"), "64MiB");
         assert_eq!(value("idle-timeout"), "1m");
         let view = admin.ctl_text(&["top", "--count", "2", "--interval", "10ms"]);
         assert_eq!(view.matches("ENDED/s").count(), 2, "{view}");

@@ -71,7 +71,11 @@ pub(crate) fn wasinetd() -> Command {
         "{} is missing: run `make build` first",
         path.display()
     );
-    let mut command = Command::new(path);
+    at_top(&path)
+}
+
+fn at_top(program: &Path) -> Command {
+    let mut command = Command::new(program);
     command.current_dir(root());
     // Not in the home of whoever runs the tests.
     command.env("XDG_CACHE_HOME", root().join("target/test-cache"));
@@ -223,7 +227,33 @@ impl Server {
         let turn = ALONE
             .read()
             .unwrap_or_else(|poisoned| poisoned.into_inner());
-        Self::spawn(mode, guest, arguments, Turn::Shared(turn))
+        Self::spawn(wasinetd(), mode, guest, arguments, Turn::Shared(turn))
+    }
+
+    /// The same, with the program at this path.
+    pub(crate) fn start_program(
+        program: &Path,
+        mode: &str,
+        guest: &Path,
+        arguments: &[&str],
+    ) -> Self {
+        Self::start_in(program, &[], mode, guest, arguments)
+    }
+
+    /// The same, with these environment variables.
+    pub(crate) fn start_in(
+        program: &Path,
+        environment: &[(&str, &str)],
+        mode: &str,
+        guest: &Path,
+        arguments: &[&str],
+    ) -> Self {
+        let turn = ALONE
+            .read()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut command = at_top(program);
+        command.envs(environment.iter().copied());
+        Self::spawn(command, mode, guest, arguments, Turn::Shared(turn))
     }
 
     /// The same, while no other test runs.
@@ -231,11 +261,16 @@ impl Server {
         let turn = ALONE
             .write()
             .unwrap_or_else(|poisoned| poisoned.into_inner());
-        Self::spawn(mode, guest, arguments, Turn::Alone(turn))
+        Self::spawn(wasinetd(), mode, guest, arguments, Turn::Alone(turn))
     }
 
-    fn spawn(mode: &str, guest: &Path, arguments: &[&str], turn: Turn) -> Self {
-        let mut command = wasinetd();
+    fn spawn(
+        mut command: Command,
+        mode: &str,
+        guest: &Path,
+        arguments: &[&str],
+        turn: Turn,
+    ) -> Self {
         command.args(["serve", "--dispatch", mode]);
         if !arguments.contains(&"--threads") {
             // More than one, on machines with few cores as well.
@@ -400,19 +435,24 @@ impl Server {
 
     /// Waits for its end; the log is complete then.
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
-        // There is no waiting for a child with a time limit but to ask again.
-        let status = loop {
-            match self.child.try_wait().expect("it is our child") {
-                Some(status) => break status,
-                None if Instant::now() > deadline => panic!("it does not end\n{self:?}"),
-                None => thread::sleep(Duration::from_millis(5)),
-            }
-        };
+        let status = self.wait_for_exit();
         if let Some(reader) = self.reader.take() {
             reader.join().expect("no reader panics");
         }
         status
+    }
+
+    /// Waits for its end. A successor may still write to the log.
+    pub(crate) fn wait_for_exit(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        // There is no waiting for a child with a time limit but to ask again.
+        loop {
+            match self.child.try_wait().expect("it is our child") {
+                Some(status) => return status,
+                None if Instant::now() > deadline => panic!("it does not end\n{self:?}"),
+                None => thread::sleep(Duration::from_millis(5)),
+            }
+        }
     }
 
     /// How many threads of this name have used a tenth of a second of processor time or more.

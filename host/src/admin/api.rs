@@ -74,8 +74,8 @@ pub struct Operated {
     pub limits: Vec<(Limit, String)>,
     /// What is logged.
     pub logs: Logs,
-    /// What is not up to the endpoint itself.
-    pub orders: mpsc::Sender<Order>,
+    /// What is not up to the endpoint itself, with where to say what came of it.
+    pub orders: mpsc::Sender<(Order, oneshot::Sender<Obeyed>)>,
     /// When the server began.
     pub since: SystemTime,
 }
@@ -84,9 +84,12 @@ pub struct Operated {
 pub enum Order {
     /// No new connections; the open ones may finish.
     Drain,
-    /// A new process is to take over. Told why it did not.
-    Restart(oneshot::Sender<Result<u32, String>>),
+    /// A new process is to take over.
+    Restart,
 }
+
+/// The number of the process that goes on or drains, or why there is none.
+pub type Obeyed = Result<u32, String>;
 
 /// Answers operators.
 pub(super) struct Api {
@@ -128,8 +131,12 @@ impl Api {
         let path = request.uri().path().trim_matches('/').to_string();
         let parts: Vec<&str> = path.split('/').collect();
         let read = matches!(*request.method(), Method::GET | Method::HEAD);
-        if let Some(answer) = self.public(&parts).filter(|_| read) {
-            return answer;
+        if let Some(answer) = self.public(&parts) {
+            return if read {
+                answer
+            } else {
+                not_allowed("GET, HEAD")
+            };
         }
         if !self.may(&request) {
             let mut answer = failure(
@@ -160,7 +167,12 @@ impl Api {
                 _ => return nowhere(),
             },
             ["v1", "drain"] => ("POST", Some(self.drain().await)),
-            ["v1", "restart"] => ("POST", Some(self.restart(takes_long).await)),
+            ["v1", "restart"] => {
+                takes_long.store(true, Ordering::Relaxed);
+                let answer = self.restart().await;
+                takes_long.store(false, Ordering::Relaxed);
+                ("POST", Some(answer))
+            }
             ["v1", "services", name, action @ ("swap" | "rollback")] => {
                 let Some(service) = self.service(name) else {
                     return failure(StatusCode::NOT_FOUND, &self.no_service(name));
@@ -178,12 +190,7 @@ impl Api {
             }
             _ => return nowhere(),
         };
-        answer.unwrap_or_else(|| {
-            let mut answer = failure(StatusCode::METHOD_NOT_ALLOWED, &format!("use {allowed}"));
-            let allowed = HeaderValue::from_static(allowed);
-            answer.headers_mut().insert(ALLOW, allowed);
-            answer
-        })
+        answer.unwrap_or_else(|| not_allowed(allowed))
     }
 
     /// What anyone may ask who gets here: whether we live, and the page that asks for a token.
@@ -318,24 +325,29 @@ impl Api {
 
     async fn drain(&self) -> Answer {
         // Once more would end the open connections: that is what a second signal is for.
-        if !self.operated.lifecycle.is_draining() {
-            info!("an operator asks to drain");
-            let _ = self.operated.orders.send(Order::Drain).await;
+        if self.operated.lifecycle.is_draining() {
+            return json(&());
         }
-        json(&())
+        match self.order(Order::Drain).await {
+            Ok(_) => json(&()),
+            Err(error) => failure(StatusCode::CONFLICT, &error),
+        }
     }
 
-    async fn restart(&self, takes_long: &AtomicBool) -> Answer {
-        let (done, result) = oneshot::channel();
-        takes_long.store(true, Ordering::Relaxed);
-        let _ = self.operated.orders.send(Order::Restart(done)).await;
-        let result = result.await;
-        takes_long.store(false, Ordering::Relaxed);
-        match result {
-            Ok(Ok(pid)) => json(&pid),
-            Ok(Err(error)) => failure(StatusCode::CONFLICT, &error),
-            Err(_) => failure(StatusCode::CONFLICT, "the server ends"),
+    async fn restart(&self) -> Answer {
+        match self.order(Order::Restart).await {
+            Ok(pid) => json(&pid),
+            Err(error) => failure(StatusCode::CONFLICT, &error),
         }
+    }
+
+    async fn order(&self, order: Order) -> Obeyed {
+        let (done, obeyed) = oneshot::channel();
+        let _ = self.operated.orders.send((order, done)).await;
+        // Nobody obeys any more when the server drains.
+        obeyed
+            .await
+            .unwrap_or_else(|_| Err("the server drains already".into()))
     }
 
     /// What was logged last, and what follows if that is wanted.
@@ -491,6 +503,13 @@ fn failure(status: StatusCode, error: &str) -> Answer {
         error: error.into(),
     });
     *answer.status_mut() = status;
+    answer
+}
+
+fn not_allowed(allowed: &'static str) -> Answer {
+    let mut answer = failure(StatusCode::METHOD_NOT_ALLOWED, &format!("use {allowed}"));
+    let allowed = HeaderValue::from_static(allowed);
+    answer.headers_mut().insert(ALLOW, allowed);
     answer
 }
 

@@ -1,5 +1,6 @@
 //! `serve`: from arguments to the end of the last connection.
 
+use std::env;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -12,19 +13,21 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 use wasinetd::Error;
-use wasinetd::admin::{Address, Admin, Logs, Operated, Order};
+use wasinetd::admin::{Address, Admin, Logs, Obeyed, Operated, Order};
 use wasinetd::capacity::{self, Plan};
 use wasinetd::connection::{self, Open};
-use wasinetd::lifecycle::Controller;
+use wasinetd::lifecycle::{Controller, Lifecycle};
 use wasinetd::limit;
 use wasinetd::listener::{self, Admission, Bound, Incoming, Listening, Places};
 use wasinetd::sandbox::{Access, Engine, Grants, Needs};
 use wasinetd::server::{self, Ended, Shards};
 use wasinetd::service::{self, Service, Settings};
 
+use super::successor::{self, Handover, Inherited};
+use super::supervisor::Supervisor;
 use super::watch;
 use super::{cache, internal, read, refused, token};
 use crate::cli::{Dispatch, ServeArgs};
@@ -41,6 +44,9 @@ const ONLY_SERVICE: &str = "default";
 pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     capacity::raise_open_files()?;
     let since = SystemTime::now();
+    let mut inherited = Inherited::take();
+    // Where it was installed: what is there later is what a successor is to be.
+    let program = env::current_exe().map_err(internal("finding the program"))?;
     // Before the file is read, so that no change of it is missed.
     let changes = match args.swap.watch {
         true => watch::changes(&args.guest)?.left_stream(),
@@ -57,11 +63,16 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let shards = Shards::new(dispatch(args.dispatch), threads(&args))?;
     // An address that is taken should be heard of before the guest is compiled, and clients only
     // after.
-    let admin = admin(&args)?;
+    let admin = admin(&args, &mut inherited)?;
     let bound: Vec<Bound> = args
         .listen
         .iter()
-        .map(|address| Bound::new(*address, shards.count(), args.connection_limits.keepalive()))
+        .map(|address| match inherited.sockets(*address) {
+            none if none.is_empty() => {
+                Bound::new(*address, shards.count(), args.connection_limits.keepalive())
+            }
+            sockets => Ok(Bound::adopt(*address, sockets)),
+        })
         .collect::<Result<_, _>>()?;
     let logs = Logs::default();
     let _log = logging::start(args.log_format, args.log_level, logs.clone());
@@ -90,18 +101,21 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         .build()
         .map_err(internal("starting a runtime"))?;
     let _context = control.enter();
-    let (stop, reload) = signals().map_err(internal("listening for signals"))?;
+    let signals = Signals::new().map_err(internal("listening for signals"))?;
     warn_of_capacity(&args, &plan, max_connections);
     announce(&listening, admin.as_ref());
+    let handover = handover(&listening, admin.as_ref(), program)?;
 
     let controller = Controller::default();
     let lifecycle = controller.lifecycle();
     let places = Places::new(max_connections);
     let admission = Admission::new(args.admission.rules(max_connections));
     let when_full = args.admission.when_full();
+    let pulse = shards.pulse();
+    let listeners = Listening::by_shard(listening, shards.count());
     let incoming = shards
         .contexts()
-        .zip(Listening::by_shard(listening))
+        .zip(listeners)
         .map(|(_context, listeners)| {
             let (places, admission) = (places.clone(), admission.clone());
             Incoming::new(listeners, places, when_full.clone(), admission, &lifecycle)
@@ -118,7 +132,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         incoming,
         handler,
         &controller,
-        stream::select(stop, received(drains)),
+        stream::select(signals.stop, received(drains)),
         args.drain_timeout,
     );
     let operated = Operated {
@@ -132,6 +146,15 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         orders,
         since,
     };
+    let supervisor = Supervisor::new();
+    let operator = Operator {
+        supervisor: &supervisor,
+        service: &service,
+        guest: &args.guest,
+        controller: &controller,
+        admin: admin.as_ref(),
+        drain,
+    };
     let ended = control.block_on(async {
         let operating = async {
             match &admin {
@@ -139,17 +162,29 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
                 None => std::future::pending().await,
             }
         };
-        let reloads = stream::select(reload, changes);
-        let reloading = reload_at_each(&service, &args.guest, reloads);
-        let obeying = obey(ordered, drain);
-        let tending = async {
-            tokio::join!(service.tend(&lifecycle), reloading, obeying);
+        // Operators who come later are the successor's.
+        let operating = async {
+            tokio::select! {
+                failed = operating => failed,
+                () = handed_over(&lifecycle) => std::future::pending().await,
+            }
+        };
+        let working = async {
+            tokio::join!(
+                service.tend(&lifecycle),
+                operator.reload(stream::select(signals.reload, changes)),
+                operator.obey(ordered, signals.restart, handover),
+                supervisor.watchdog(&pulse),
+                say_that_it_stops(&supervisor, &lifecycle),
+            );
             std::future::pending().await
         };
+        inherited.ready();
+        supervisor.ready();
         tokio::select! {
             ended = serving => ended,
             Err(error) = operating => Err(internal("serving operators")(error)),
-            never = tending => never,
+            never = working => never,
         }
     })?;
     match ended {
@@ -159,7 +194,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
 }
 
 /// What operators connect to.
-fn admin(args: &ServeArgs) -> Result<Option<Admin>, Error> {
+fn admin(args: &ServeArgs, inherited: &mut Inherited) -> Result<Option<Admin>, Error> {
     let Some(address) = &args.admin else {
         return Ok(None);
     };
@@ -167,37 +202,115 @@ fn admin(args: &ServeArgs) -> Result<Option<Admin>, Error> {
     if let (Address::Loopback(_), None) = (address, &token) {
         return Err(Error::NoToken);
     }
-    Admin::bind(address, token).map(Some)
-}
-
-/// Swaps to what the guest's file has then.
-async fn reload_at_each(service: &Arc<Service>, guest: &Path, reloads: impl Stream<Item = ()>) {
-    let mut reloads = pin!(reloads);
-    while let Some(()) = reloads.next().await {
-        reload(service, guest).await;
+    match inherited.admin() {
+        Some(socket) => Admin::adopt(address, token, socket).map(Some),
+        None => Admin::bind(address, token).map(Some),
     }
 }
 
-async fn reload(service: &Arc<Service>, path: &Path) {
-    let file: PathBuf = path.into();
-    // A file system may take its time.
-    let component = tokio::task::spawn_blocking(move || read(&file)).await;
-    match component {
-        // Whether it is swapped, and why not, is logged there.
-        Ok(Ok(component)) => drop(service.clone().swap(component).await),
-        Ok(Err(error)) => warn!(%error, "nothing has changed"),
-        Err(error) => warn!(%error, "reading the guest's file failed"),
+/// What a successor is to be given.
+fn handover(
+    listening: &[Listening],
+    admin: Option<&Admin>,
+    program: PathBuf,
+) -> Result<Handover, Error> {
+    let sockets = listening.iter().map(Listening::try_clone_sockets);
+    let sockets: Result<Vec<_>, _> = sockets.collect();
+    let admin = admin.map(Admin::try_clone_socket).transpose();
+    let failed = internal("keeping the sockets for a successor");
+    Ok(Handover::new(
+        sockets.map_err(&failed)?.into_iter().flatten().collect(),
+        admin.map_err(&failed)?,
+        program,
+    ))
+}
+
+async fn handed_over(lifecycle: &Lifecycle) {
+    lifecycle.draining().await;
+    if !lifecycle.is_handed_over() {
+        std::future::pending().await
     }
 }
 
-/// Carries out what operators want of the whole server.
-async fn obey(mut ordered: mpsc::Receiver<Order>, drain: mpsc::Sender<()>) {
-    while let Some(order) = ordered.recv().await {
-        match order {
-            // One that is on its way already is as good.
-            Order::Drain => drop(drain.try_send(())),
-            Order::Restart(done) => drop(done.send(Err("not yet".into()))),
+/// To the service manager, which takes a successor for us from the moment that there is one.
+async fn say_that_it_stops(supervisor: &Supervisor, lifecycle: &Lifecycle) {
+    lifecycle.draining().await;
+    if !lifecycle.is_handed_over() {
+        supervisor.stopping();
+    }
+}
+
+/// Does what operators and signals say.
+struct Operator<'a> {
+    supervisor: &'a Supervisor,
+    service: &'a Arc<Service>,
+    guest: &'a Path,
+    controller: &'a Controller,
+    admin: Option<&'a Admin>,
+    drain: mpsc::Sender<()>,
+}
+
+impl Operator<'_> {
+    /// Swaps to what the guest's file has, at each item.
+    async fn reload(&self, reloads: impl Stream<Item = ()>) {
+        let mut reloads = pin!(reloads);
+        while let Some(()) = reloads.next().await {
+            self.supervisor.reloading();
+            let file: PathBuf = self.guest.into();
+            // A file system may take its time.
+            let component = tokio::task::spawn_blocking(move || read(&file)).await;
+            match component {
+                // Whether it is swapped, and why not, is logged there.
+                Ok(Ok(component)) => drop(self.service.clone().swap(component).await),
+                Ok(Err(error)) => warn!(%error, "nothing has changed"),
+                Err(error) => warn!(%error, "reading the guest's file failed"),
+            }
+            self.supervisor.ready();
         }
+    }
+
+    /// Carries out what is wanted of the whole server, until it drains: the sockets are not to be kept
+    /// open then.
+    async fn obey(
+        &self,
+        mut ordered: mpsc::Receiver<(Order, oneshot::Sender<Obeyed>)>,
+        restarts: impl Stream<Item = ()>,
+        handover: Handover,
+    ) {
+        let mut restarts = pin!(restarts);
+        let lifecycle = self.controller.lifecycle();
+        loop {
+            let (order, done) = tokio::select! {
+                () = lifecycle.draining() => return,
+                Some(()) = restarts.next() => (Order::Restart, None),
+                Some((order, done)) = ordered.recv() => (order, Some(done)),
+            };
+            let outcome = match order {
+                Order::Drain => Ok(std::process::id()),
+                Order::Restart => self.restart(&handover).await,
+            };
+            if outcome.is_ok() {
+                // One that is on its way already is as good.
+                let _ = self.drain.try_send(());
+            }
+            if let Some(done) = done {
+                // Whoever asked may have gone.
+                let _ = done.send(outcome);
+            }
+        }
+    }
+
+    async fn restart(&self, handover: &Handover) -> Result<u32, String> {
+        let outcome = handover.start().await;
+        successor::note(&outcome);
+        if let Ok(pid) = outcome {
+            self.supervisor.succeeded_by(pid);
+            if let Some(admin) = self.admin {
+                admin.hand_over();
+            }
+            self.controller.hand_over();
+        }
+        outcome
     }
 }
 
@@ -287,13 +400,33 @@ fn announce(listening: &[Listening], admin: Option<&Admin>) {
     let _ = stdout.flush();
 }
 
-/// An item for each SIGTERM and SIGINT, and one for each SIGHUP.
-fn signals() -> io::Result<(impl Stream<Item = ()> + Send, impl Stream<Item = ()> + Send)> {
-    let each =
-        |kind| signal(kind).map(|mut signal| stream::poll_fn(move |cx| signal.poll_recv(cx)));
-    let stop = stream::select(
-        each(SignalKind::terminate())?,
-        each(SignalKind::interrupt())?,
-    );
-    Ok((stop, each(SignalKind::hangup())?))
+/// An item of a stream for each signal.
+struct Signals<A, B, C> {
+    /// SIGTERM and SIGINT.
+    stop: A,
+    /// SIGHUP.
+    reload: B,
+    /// SIGUSR2.
+    restart: C,
+}
+
+impl Signals<(), (), ()> {
+    fn new() -> io::Result<
+        Signals<
+            impl Stream<Item = ()> + Send,
+            impl Stream<Item = ()> + Send,
+            impl Stream<Item = ()> + Send,
+        >,
+    > {
+        let each =
+            |kind| signal(kind).map(|mut signal| stream::poll_fn(move |cx| signal.poll_recv(cx)));
+        Ok(Signals {
+            stop: stream::select(
+                each(SignalKind::terminate())?,
+                each(SignalKind::interrupt())?,
+            ),
+            reload: each(SignalKind::hangup())?,
+            restart: each(SignalKind::user_defined2())?,
+        })
+    }
 }

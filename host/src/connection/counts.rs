@@ -87,7 +87,7 @@ pub struct Measures {
 impl Default for Measures {
     fn default() -> Self {
         Self {
-            // From a tenth of a millisecond to three hours.
+            // From a tenth of a millisecond to some hours.
             duration: Histogram::new(100, 4, 1e6),
             // From a microsecond to 16 ms.
             instantiation: Histogram::new(1_000, 2, 1e9),

@@ -5,7 +5,7 @@ use std::thread;
 
 use futures::Stream;
 use futures::channel::oneshot;
-use tokio::runtime::{Builder, EnterGuard, Runtime};
+use tokio::runtime::{Builder, EnterGuard, Handle, Runtime};
 
 use super::balance::{Balanced, Load, balanced};
 use super::{Dispatch, dispatch_all};
@@ -43,6 +43,16 @@ impl Shards {
     /// How many streams of connections there are to be: one for each runtime.
     pub fn count(&self) -> usize {
         self.runtimes.len()
+    }
+
+    /// By which it is told whether the threads go on.
+    pub fn pulse(&self) -> Pulse {
+        Pulse(
+            self.runtimes
+                .iter()
+                .map(|runtime| runtime.handle().clone())
+                .collect(),
+        )
     }
 
     /// Enters each runtime in turn, to make what is to be polled there.
@@ -88,6 +98,21 @@ impl Shards {
     }
 }
 
+/// Tells whether the threads that connections run on go on.
+pub struct Pulse(Vec<Handle>);
+
+impl Pulse {
+    /// Resolves when each has had a turn. Never, if one has none any more.
+    pub async fn beat(&self) {
+        for runtime in &self.0 {
+            if runtime.spawn(async {}).await.is_err() {
+                // It has ended, as it does when the server has.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
 /// Handles `connections`, and keeps count of those that are open for the sake of the balance.
 async fn count_open<S, H, F>(connections: Balanced<S>, handler: H, dispatch: Dispatch)
 where
@@ -123,4 +148,46 @@ fn runtime(dispatch: Dispatch, threads: usize) -> std::io::Result<Runtime> {
         }
     };
     builder.enable_all().build()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use futures::stream;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[test]
+    fn there_is_no_pulse_while_a_thread_is_stuck() {
+        for dispatch in [Dispatch::Concurrent, Dispatch::Spawn] {
+            let shards = Shards::new(dispatch, 1).unwrap();
+            let pulse = shards.pulse();
+            let (is_stuck, stuck) = oneshot::channel();
+            let (go_on, release) = mpsc::channel::<()>();
+            let held = Arc::new(Mutex::new(Some((is_stuck, release))));
+            let handler = move |()| {
+                let held = held.lock().unwrap().take();
+                async move {
+                    let (is_stuck, release) = held.expect("there is one connection");
+                    is_stuck.send(()).unwrap();
+                    release.recv().unwrap();
+                    std::future::pending().await
+                }
+            };
+            let connections = Box::pin(stream::iter([()]));
+            let _running = shards.run(vec![connections], handler).unwrap();
+            let control = Builder::new_current_thread().enable_all().build().unwrap();
+            control.block_on(async {
+                stuck.await.unwrap();
+                let beat = timeout(Duration::from_millis(100), pulse.beat());
+                assert!(beat.await.is_err(), "{dispatch:?}");
+                go_on.send(()).unwrap();
+                pulse.beat().await;
+            });
+        }
+    }
 }
