@@ -44,6 +44,11 @@ pub(crate) enum Command {
     Compile(CompileArgs),
     /// See and steer a server that runs
     Ctl(CtlArgs),
+    /// Write the manual pages into a directory
+    Man {
+        /// The directory, which has to be there
+        directory: PathBuf,
+    },
 }
 
 const GRANTED: &str = "\
@@ -120,6 +125,11 @@ pub(crate) struct ServeArgs {
     /// to read it
     #[arg(long, value_name = "FILE")]
     pub(crate) admin_token_file: Option<PathBuf>,
+
+    /// Send a span for each connection to an OpenTelemetry collector, by OTLP over HTTP (not TLS: put
+    /// a collector on this machine). Off: it costs some microseconds for each
+    #[arg(long, value_name = "http://HOST:PORT", value_parser = collector)]
+    pub(crate) otlp: Option<String>,
 
     /// How to write the log, which goes to standard error
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
@@ -627,6 +637,17 @@ fn escaped(value: &str) -> Result<Bytes, String> {
 fn hex(high: Option<&u8>, low: Option<&u8>) -> Option<u8> {
     let digit = |digit: &u8| (*digit as char).to_digit(16);
     Some((digit(high?)? * 16 + digit(low?)?) as u8)
+}
+
+fn collector(value: &str) -> Result<String, String> {
+    let authority = value
+        .strip_prefix("http://")
+        .map(|rest| rest.trim_end_matches('/'));
+    let host_and_port = authority.and_then(|authority| authority.rsplit_once(':'));
+    match host_and_port {
+        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(value.into()),
+        _ => Err("not http://, a host and a port, such as http://127.0.0.1:4318".into()),
+    }
 }
 
 /// A size as its flag takes it, and not rounded.

@@ -1,6 +1,7 @@
 //! What the subcommands do.
 
 mod check;
+mod man;
 mod serve;
 mod successor;
 mod supervisor;
@@ -17,6 +18,7 @@ use wasinetd::Error;
 use wasinetd::sandbox::{Cache, Refusal};
 
 pub(crate) use check::{check, compile};
+pub(crate) use man::man;
 pub(crate) use serve::serve;
 
 use crate::cli::CacheArgs;

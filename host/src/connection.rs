@@ -14,12 +14,14 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
+use opentelemetry::KeyValue;
 use tracing::info;
 
 use crate::lifecycle::Lifecycle;
 use crate::limit::{Limit, Met};
 use crate::listener::Accepted;
 use crate::sandbox::{self, Guest, Transport};
+use crate::spans::{Ended, Spans};
 use counts::Kind;
 pub use counts::{Counts, KINDS, Measures};
 pub use limits::Limits;
@@ -52,6 +54,8 @@ pub struct Version {
     pub measures: Arc<Measures>,
     /// Where they are listed while they are open.
     pub open: Arc<Open>,
+    /// Where it is told how they went, if anywhere.
+    pub spans: Option<Arc<Spans>>,
 }
 
 /// Serves one accepted connection in a fresh sandbox, and logs how it went.
@@ -103,6 +107,9 @@ pub async fn handle(accepted: Accepted, version: Arc<Version>) {
     connection.log(&outcome, duration);
     version.counts.end(outcome.kind());
     version.measures.add(duration, &entry.used);
+    if let Some(spans) = &version.spans {
+        spans.ended(connection.span(&outcome, duration));
+    }
     // The socket first: a place that is free has no file open.
     drop(connection);
     drop(place);
@@ -306,6 +313,37 @@ impl Connection {
             backtrace,
             "connection ended"
         );
+    }
+
+    /// What is told of it elsewhere, under the names that OpenTelemetry has for it where there are any.
+    fn span(&self, outcome: &Outcome, duration: Duration) -> Ended {
+        let used = &self.entry.used;
+        let kind = KINDS[outcome.kind() as usize];
+        let of_version = &self.entry.version;
+        let mut attributes = vec![
+            KeyValue::new("network.transport", "tcp"),
+            KeyValue::new("client.address", self.entry.peer.ip().to_string()),
+            KeyValue::new("client.port", i64::from(self.entry.peer.port())),
+            KeyValue::new("wasinetd.connection", self.entry.id as i64),
+            KeyValue::new("wasinetd.service", of_version.service.to_string()),
+            KeyValue::new("wasinetd.version", of_version.guest.digest().to_string()),
+            KeyValue::new("wasinetd.outcome", kind),
+            KeyValue::new("wasinetd.received", used.received() as i64),
+            KeyValue::new("wasinetd.sent", used.sent() as i64),
+            KeyValue::new("wasinetd.cpu", used.computed().as_secs_f64()),
+            KeyValue::new("wasinetd.memory", used.memory() as i64),
+        ];
+        attributes.extend(
+            self.met
+                .names()
+                .map(|names| KeyValue::new("wasinetd.limits", names)),
+        );
+        Ended {
+            attributes,
+            duration,
+            instantiation: used.instantiation(),
+            wrong: (*outcome != Outcome::Ok).then_some(kind),
+        }
     }
 
     /// Counts what was received.

@@ -119,6 +119,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// A manual page cannot be written.
+    #[error("cannot write {path:?}: {source}; name a directory that is there")]
+    Man {
+        /// The page.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
     /// Operators on a loopback address have nothing to show.
     #[error(
         "--admin is a loopback address, which any user of this machine can connect to; name a file with a token that operators show: --admin-token-file FILE, or use --admin unix:PATH"
@@ -146,6 +155,7 @@ impl Error {
             | Self::Capacity { .. }
             | Self::Pool { .. }
             | Self::Cache { .. }
+            | Self::Man { .. }
             | Self::Token { .. } => 78,
             Self::NoToken => 64,
             Self::Watch { .. } | Self::Listen { .. } | Self::Admin { .. } => 69,

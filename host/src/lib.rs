@@ -25,5 +25,6 @@ pub mod network;
 pub mod sandbox;
 pub mod server;
 pub mod service;
+pub mod spans;
 
 pub use error::Error;

@@ -19,6 +19,7 @@ use tracing::{info, warn};
 use crate::connection::{Counts, KINDS, Limits, Measures, Open, Version};
 use crate::lifecycle::{Controller, Lifecycle};
 use crate::sandbox::{Digest, Engine, Grants, Guest};
+use crate::spans::Spans;
 pub use probe::Probe;
 
 /// What a service is, beside its guest.
@@ -33,6 +34,8 @@ pub struct Settings {
     pub probe: Option<Probe>,
     /// How long connections may go on with a version after it was replaced. None is no limit.
     pub max_old_version_age: Option<Duration>,
+    /// Where it is told how connections went, if anywhere.
+    pub spans: Option<Arc<Spans>>,
 }
 
 /// A service with its versions.
@@ -166,6 +169,7 @@ impl Service {
             counts: Counts::default(),
             measures: measures.clone(),
             open: open.clone(),
+            spans: settings.spans.clone(),
         };
         let installed = Installed::new(version);
         Ok(Self {
@@ -352,6 +356,7 @@ impl Service {
             counts: Counts::default(),
             measures: self.measures.clone(),
             open: self.open.clone(),
+            spans: self.settings.spans.clone(),
         });
         let mut versions = self.versions();
         if versions.draining {

@@ -20,6 +20,7 @@ mod isolation;
 mod limits;
 mod load;
 mod network;
+mod otlp;
 mod output;
 mod restart;
 mod shutdown;

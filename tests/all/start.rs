@@ -107,3 +107,39 @@ fn compile_warms_the_cache() {
     assert_eq!(kept(&cache).len(), 2);
     assert_eq!(compile(&["README.md".into()]).0, Some(65));
 }
+
+#[test]
+fn the_manual_has_every_option() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().to_str().unwrap();
+    assert!(run(wasinetd().args(["man", path])).status.success());
+    for (command, page) in [
+        (&["serve"][..], "wasinetd-serve"),
+        (&["ctl", "swap"], "wasinetd-ctl-swap"),
+    ] {
+        let help = run(wasinetd().args(command).arg("--help"));
+        let help = String::from_utf8(help.stdout).unwrap();
+        let page = fs::read_to_string(directory.path().join(format!("{page}.8"))).unwrap();
+        let options = help
+            .split_whitespace()
+            .filter(|word| word.starts_with("--"));
+        let mut counted = 0;
+        for option in options {
+            let name = option.trim_end_matches(|c: char| !c.is_ascii_lowercase());
+            assert!(page.contains(&name.replace('-', "\\-")), "{name}");
+            counted += 1;
+        }
+        assert!(counted > 2, "{help}");
+    }
+    let page = fs::read_to_string(directory.path().join("wasinetd-serve.8")).unwrap();
+    assert!(
+        page.contains("SIGUSR2") && page.contains("NOTIFY_SOCKET"),
+        "{page}"
+    );
+    assert_eq!(
+        run(wasinetd().args(["man", "/no/such/directory"]))
+            .status
+            .code(),
+        Some(78)
+    );
+}

@@ -25,6 +25,7 @@ use wasinetd::listener::{self, Admission, Bound, Incoming, Listening, Places};
 use wasinetd::sandbox::{Access, Engine, Grants, Needs};
 use wasinetd::server::{self, Ended, Shards};
 use wasinetd::service::{self, Service, Settings};
+use wasinetd::spans::Spans;
 
 use super::successor::{self, Handover, Inherited};
 use super::supervisor::Supervisor;
@@ -79,7 +80,10 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let cache = cache(&args.cache)?;
     let engine = Engine::new(plan.room(max_connections), &needs, limits, cache)?;
     let open = Arc::new(Open::default());
+    let spans = args.otlp.as_deref().map(Spans::to_collector).transpose();
+    let spans = spans.map_err(internal("setting up --otlp"))?.map(Arc::new);
     let settings = Settings {
+        spans: spans.clone(),
         name: ONLY_SERVICE.into(),
         limits: args.connection_limits.limits(),
         grants,
@@ -187,6 +191,9 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
             never = working => never,
         }
     })?;
+    if let Some(spans) = spans {
+        spans.close();
+    }
     match ended {
         Ended::Drained => Ok(ExitCode::SUCCESS),
         Ended::Cut => Ok(ExitCode::from(EX_TEMPFAIL)),

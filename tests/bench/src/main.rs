@@ -18,6 +18,7 @@ mod server;
 mod soak;
 mod spinning;
 mod streams;
+mod swaps;
 mod wrk;
 
 use std::path::Path;
@@ -62,6 +63,8 @@ enum Suite {
     Idle,
     /// Guests that compute without end, and an innocent one
     Spinning,
+    /// Guests that are swapped under load, and servers that are started again
+    Swaps,
     /// More connections, more threads, larger guests
     Growth,
 }
@@ -73,6 +76,7 @@ impl Suite {
             Self::Streams => streams::measure(effort),
             Self::Idle => idle::measure(effort),
             Self::Spinning => spinning::measure(effort),
+            Self::Swaps => swaps::measure(effort),
             Self::Growth => growth::measure(effort),
         }
     }

@@ -1,0 +1,301 @@
+//! Guests that are swapped under load, and servers that are started again.
+
+use std::cell::Cell;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::report::{Section, Table};
+use crate::samples::{Samples, quantile};
+use crate::server::{Address, PAGES, QUIET_PAGES, Server, wasinetd};
+use crate::wrk::{self, CONNECTIONS, Work};
+use crate::{Effort, client};
+
+/// How long from one swap to the next, under load.
+const BETWEEN: Duration = Duration::from_millis(100);
+
+/// The swaps that memory is measured over.
+const SWAPS: usize = 1_000;
+
+/// How often a server is started in a round.
+const STARTS: usize = 10;
+
+pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
+    let directory = Path::new("target/bench/swaps");
+    let failed = |error: std::io::Error| format!("{}: {error}", directory.display());
+    fs::create_dir_all(directory).map_err(failed)?;
+    let component = fs::read("target/guests/hello.wasm").map_err(failed)?;
+    let versions = Versions {
+        directory,
+        component,
+        next: Cell::new(0),
+    };
+    Ok(Section {
+        title: "Swapping guests, and starting again",
+        notes: vec![
+            format!(
+                "Versions of `hello` that differ in a custom section alone. Under load: {CONNECTIONS} \
+                 connections of wrk, and a swap each {BETWEEN:?}, by `wasinetd ctl swap`, whose own \
+                 processes compete for the two cores as well. Not one request failed, or there would \
+                 be no figures."
+            ),
+            "How long a swap takes is from its bytes to the exchange: digest, compiling, an instance \
+             and a probe are part of it."
+                .into(),
+        ],
+        tables: vec![
+            latency(effort, &versions)?,
+            took(effort, &versions)?,
+            memory(&versions)?,
+            starts(effort)?,
+        ],
+        charts: Vec::new(),
+    })
+}
+
+/// Components that do the same, and are not the same.
+struct Versions<'a> {
+    directory: &'a Path,
+    component: Vec<u8>,
+    next: Cell<u32>,
+}
+
+impl Versions<'_> {
+    /// A version that there was not before, as a file of this name.
+    fn new_one(&self, name: &str) -> Result<PathBuf, String> {
+        let number = self.next.replace(self.next.get() + 1);
+        let mut component = self.component.clone();
+        // A custom section (component model, binary format): its kind, its length, the length of its
+        // name, its name, and what is in it. By process and number no two are the same.
+        component.extend([0, 10, 1, b'v']);
+        component.extend(std::process::id().to_le_bytes());
+        component.extend(number.to_le_bytes());
+        let path = self.directory.join(name).with_extension("wasm");
+        fs::write(&path, component).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(path)
+    }
+}
+
+/// A server that can be told.
+struct Told {
+    server: Server,
+    admin: String,
+}
+
+impl Told {
+    fn start(arguments: &[&str]) -> Result<Self, String> {
+        let admin = format!("unix:/tmp/wasinetd-bench-{}.sock", std::process::id());
+        let arguments = [&["--admin", &admin], arguments].concat();
+        let command = wasinetd("concurrent", "hello", &arguments);
+        let server = Server::start("wasinetd", &command, Address::Printed)?;
+        Ok(Self { server, admin })
+    }
+
+    /// Swaps, and returns how long that took, in milliseconds.
+    fn swap(&self, guest: &Path) -> Result<f64, String> {
+        let mut ctl = Command::new("target/release/wasinetd");
+        ctl.args(["ctl", "--json", "--admin", &self.admin, "swap", "default"]);
+        let output = ctl.arg(guest).output().map_err(|error| error.to_string())?;
+        let answer: serde_json::Value = serde_json::from_slice(&output.stdout)
+            .map_err(|_| String::from_utf8_lossy(&output.stderr).into_owned())?;
+        let took = answer["took"].as_f64().ok_or("it does not say how long")?;
+        Ok(took * 1e3)
+    }
+
+    /// Swaps again and again while `load` lasts. Returns its result, and how many swaps there were.
+    fn swapping<T: Send>(
+        &self,
+        load: impl FnOnce() -> T + Send,
+        mut next: impl FnMut(usize) -> Result<PathBuf, String>,
+    ) -> Result<(T, usize), String> {
+        let ended = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let load = scope.spawn(|| {
+                let result = load();
+                ended.store(true, Ordering::Relaxed);
+                result
+            });
+            let mut swaps = 0;
+            while !ended.load(Ordering::Relaxed) {
+                self.swap(&next(swaps)?)?;
+                swaps += 1;
+                thread::sleep(BETWEEN);
+            }
+            Ok((load.join().expect("it does not panic"), swaps))
+        })
+    }
+}
+
+/// What clients feel.
+fn latency(effort: Effort, versions: &Versions) -> Result<Table, String> {
+    let one = versions.new_one("one")?;
+    let two = versions.new_one("two")?;
+    let mut rows = Vec::new();
+    for (work, name) in [(Work::Kept, "kept-alive"), (Work::New, "new connection")] {
+        let mut figures: [Samples; 5] = Default::default();
+        for _ in 0..effort.rounds {
+            let told = Told::start(&QUIET_PAGES)?;
+            let address = told.server.address();
+            let load = || wrk::run(address, work, CONNECTIONS, effort.seconds);
+            load()?;
+            let quiet = load()?;
+            let known = |n| Ok([&one, &two][n % 2].clone());
+            let (swapped, _) = told.swapping(load, known)?;
+            let (compiled, _) = told.swapping(load, |_| versions.new_one("next"))?;
+            let (swapped, compiled) = (swapped?, compiled?);
+            figures[0].push(quiet.p99);
+            figures[1].push(swapped.p99);
+            figures[2].push(compiled.p99);
+            figures[3].push(swapped.p99 / quiet.p99);
+            figures[4].push(compiled.p99 / quiet.p99);
+        }
+        let mut row = vec![name.to_string()];
+        row.extend(figures[..3].iter().map(|figure| figure.with_spread(0)));
+        row.extend(figures[3..].iter().map(|figure| figure.with_spread(2)));
+        rows.push(row);
+    }
+    Ok(Table {
+        title: "What clients feel of ten swaps a second: p99, µs".into(),
+        columns: vec![
+            "requests",
+            "no swaps",
+            "between two versions",
+            "to ever new ones",
+            "between two, times none",
+            "ever new, times none",
+        ],
+        rows,
+    })
+}
+
+/// How long a swap takes of which nobody waits for anything.
+fn took(effort: Effort, versions: &Versions) -> Result<Table, String> {
+    let mut rows: [(&str, Vec<f64>); 3] = [
+        ("compiled", Vec::new()),
+        ("kept on disk", Vec::new()),
+        ("the version before", Vec::new()),
+    ];
+    let told = Told::start(&QUIET_PAGES)?;
+    for _ in 0..effort.rounds * 4 {
+        let one = versions.new_one("one")?;
+        let two = versions.new_one("two")?;
+        rows[0].1.push(told.swap(&one)?);
+        rows[0].1.push(told.swap(&two)?);
+        rows[2].1.push(told.swap(&one)?);
+        // Two others in between, and it is in memory no more.
+        told.swap(&versions.new_one("three")?)?;
+        told.swap(&versions.new_one("three")?)?;
+        rows[1].1.push(told.swap(&two)?);
+    }
+    Ok(Table {
+        title: "How long a swap takes, ms".into(),
+        columns: vec!["the code of the new version", "p50", "p99"],
+        rows: rows
+            .map(|(name, mut times)| {
+                let at = |share, times: &mut [f64]| format!("{:.2}", quantile(times, share));
+                let (p50, p99) = (at(0.5, &mut times), at(0.99, &mut times));
+                vec![name.into(), p50, p99]
+            })
+            .into(),
+    })
+}
+
+/// What is left of versions that are gone.
+fn memory(versions: &Versions) -> Result<Table, String> {
+    let told = Told::start(&[&QUIET_PAGES[..], &["--cache", "off"]].concat())?;
+    let ended = AtomicBool::new(false);
+    let mut rows = Vec::new();
+    thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                client::idlers(told.server.address(), 8)?;
+            }
+            Ok(())
+        });
+        let mut swap_all = || {
+            for n in 1..=SWAPS {
+                told.swap(&versions.new_one("next")?)?;
+                if [1, 10, 100, SWAPS / 2, SWAPS].contains(&n) {
+                    rows.push(vec![
+                        n.to_string(),
+                        format!("{:.1}", told.server.resident_bytes() / 1048576.0),
+                        format!("{:.0}", told.server.mappings()),
+                        told.server.entries("fd").to_string(),
+                    ]);
+                }
+            }
+            Ok::<_, String>(())
+        };
+        let swapped = swap_all();
+        ended.store(true, Ordering::Relaxed);
+        let loaded: std::io::Result<()> = load.join().expect("it does not panic");
+        swapped.and(loaded.map_err(|error| format!("while swapping: {error}")))
+    })?;
+    Ok(Table {
+        title: format!("What is left of {SWAPS} versions, each compiled, under load"),
+        columns: vec!["after swaps", "resident memory, MiB", "mappings", "files"],
+        rows,
+    })
+}
+
+/// From the start of the process to its first answer.
+fn starts(effort: Effort) -> Result<Table, String> {
+    let mut rows = Vec::new();
+    for (name, cache) in [
+        ("compiled", "off"),
+        ("kept on disk", "target/bench/swaps/cache"),
+    ] {
+        let mut listening = Vec::new();
+        let arguments = [&PAGES[..], &["--cache", cache]].concat();
+        let command = wasinetd("concurrent", "hello", &arguments);
+        // What is kept is kept from here on.
+        drop(Server::start(name, &command, Address::Printed)?);
+        for _ in 0..effort.rounds as usize * STARTS {
+            let began = Instant::now();
+            let server = Server::start(name, &command, Address::Printed)?;
+            listening.push(began.elapsed().as_secs_f64() * 1e3);
+            drop(server);
+        }
+        rows.push(vec![
+            name.to_string(),
+            format!("{:.1}", quantile(&mut listening, 0.5)),
+            format!("{:.1}", quantile(&mut listening, 0.99)),
+        ]);
+    }
+    let mut restarts = Vec::new();
+    let told = Told::start(&PAGES)?;
+    let mut successors = Vec::new();
+    for _ in 0..effort.rounds {
+        let mut ctl = Command::new("target/release/wasinetd");
+        let began = Instant::now();
+        ctl.args(["ctl", "--json", "--admin", &told.admin, "restart"]);
+        let output = ctl.output().map_err(|error| error.to_string())?;
+        restarts.push(began.elapsed().as_secs_f64() * 1e3);
+        let said = String::from_utf8_lossy(&output.stdout);
+        successors.push(
+            said.trim()
+                .parse::<i32>()
+                .map_err(|_| format!("{said}{}", String::from_utf8_lossy(&output.stderr)))?,
+        );
+    }
+    // The last one serves; those before have ended by themselves.
+    if let Some(pid) = successors
+        .last()
+        .and_then(|pid| rustix::process::Pid::from_raw(*pid))
+    {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+    }
+    rows.push(vec![
+        "kept on disk, from `ctl restart` until the new process serves".into(),
+        format!("{:.1}", quantile(&mut restarts, 0.5)),
+        format!("{:.1}", quantile(&mut restarts, 0.99)),
+    ]);
+    Ok(Table {
+        title: "From the start of the process until it accepts connections, ms".into(),
+        columns: vec!["the code of the guest", "p50", "p99"],
+        rows,
+    })
+}
