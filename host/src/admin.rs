@@ -14,8 +14,8 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper::service::service_fn;
@@ -29,14 +29,18 @@ use tracing::{debug, warn};
 
 use crate::Error;
 use api::Api;
-pub use api::{Obeyed, Operated, Order};
-pub use logs::{Logs, Piece};
+pub use api::{Obeyed, Operated};
+pub use logs::Logs;
 
-/// Operators at once. More wait.
-const CLIENTS: usize = 16;
+/// Connections of operators at once. More wait. Many times what operators need: any user of the machine
+/// can hold some of a loopback address.
+const CLIENTS: usize = 256;
 
-/// How long one may take for a request, and how long to wait after a failed `accept`.
+/// How long one may take for a request's head, and how long to wait after a failed `accept`.
 const PATIENCE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(1));
+
+/// How long the last answers may take when the process ends.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// How long one may take for a request and its answer together.
 const ANSWERED: Duration = Duration::from_secs(30);
@@ -82,8 +86,11 @@ impl FromStr for Address {
 pub struct Admin {
     listener: Listener,
     token: Option<String>,
-    /// Another process goes on with it.
-    handed_over: AtomicBool,
+    /// Whether the path of a Unix socket is ours to remove: not before we have taken over from another
+    /// process, and not after another one has.
+    owns_path: AtomicBool,
+    /// A permit for each request that is being answered.
+    answering: Arc<Semaphore>,
 }
 
 enum Listener {
@@ -121,12 +128,13 @@ impl Admin {
             .map(|listener| Self {
                 listener,
                 token,
-                handed_over: AtomicBool::new(false),
+                owns_path: AtomicBool::new(true),
+                answering: Arc::new(Semaphore::new(CLIENTS)),
             })
             .map_err(failed)
     }
 
-    /// Goes on with a socket that listens at `address` already.
+    /// Goes on with a socket that listens at `address` already, once it is told that it has taken over.
     ///
     /// # Errors
     ///
@@ -144,7 +152,8 @@ impl Admin {
             .map(|listener| Self {
                 token: token.filter(|_| matches!(listener, Listener::Tcp(_))),
                 listener,
-                handed_over: AtomicBool::new(false),
+                owns_path: AtomicBool::new(false),
+                answering: Arc::new(Semaphore::new(CLIENTS)),
             })
             .map_err(|source| Error::Admin {
                 address: address.clone(),
@@ -165,9 +174,22 @@ impl Admin {
         })
     }
 
-    /// Leaves the path of a Unix socket to the process that goes on with it.
+    /// Waits until those who have asked are answered, before the process ends: who has it drain is to be
+    /// told that it does.
+    pub async fn last_answers(&self) {
+        let all = self.answering.acquire_many(CLIENTS as u32);
+        // Some do not take their answer.
+        let _ = tokio::time::timeout(LAST_ANSWERS, all).await;
+    }
+
+    /// The process that it was adopted from leaves it to this one.
+    pub fn take_over(&self) {
+        self.owns_path.store(true, Ordering::Relaxed);
+    }
+
+    /// Leaves it to the process that has adopted it.
     pub fn hand_over(&self) {
-        self.handed_over.store(true, Ordering::Relaxed);
+        self.owns_path.store(false, Ordering::Relaxed);
     }
 
     /// Where operators connect to, with the port that was found where any was asked for.
@@ -191,18 +213,28 @@ impl Admin {
         match &self.listener {
             Listener::Unix { listener, .. } => {
                 let listener = tokio::net::UnixListener::from_std(listener.try_clone()?)?;
-                accept(api, async || Ok(listener.accept().await?.0)).await
+                accept(api, &self.answering, async || {
+                    Ok(listener.accept().await?.0)
+                })
+                .await
             }
             Listener::Tcp(listener) => {
                 let listener = tokio::net::TcpListener::from_std(listener.try_clone()?)?;
-                accept(api, async || Ok(listener.accept().await?.0)).await
+                accept(api, &self.answering, async || {
+                    Ok(listener.accept().await?.0)
+                })
+                .await
             }
         }
     }
 }
 
 /// Answers whom `accept` accepts.
-async fn accept<S>(api: Arc<Api>, accept: impl AsyncFn() -> io::Result<S>) -> io::Result<Infallible>
+async fn accept<S>(
+    api: Arc<Api>,
+    answering: &Arc<Semaphore>,
+    accept: impl AsyncFn() -> io::Result<S>,
+) -> io::Result<Infallible>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -212,9 +244,9 @@ where
         let place = place.expect("it is never closed");
         match accept().await {
             Ok(stream) => {
-                let api = api.clone();
+                let (api, answering) = (api.clone(), answering.clone());
                 tokio::spawn(async move {
-                    answer(api, stream).await;
+                    answer(api, answering, stream).await;
                     drop(place);
                 });
             }
@@ -226,13 +258,24 @@ where
     }
 }
 
-async fn answer(api: Arc<Api>, stream: impl AsyncRead + AsyncWrite + Unpin) {
+async fn answer(
+    api: Arc<Api>,
+    answering: Arc<Semaphore>,
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+) {
     let takes_long = &AtomicBool::new(false);
-    let api = &*api;
-    let answer =
-        service_fn(
-            |request| async move { Ok::<_, Infallible>(api.answer(request, takes_long).await) },
-        );
+    // There is one request to a connection, and one that follows the log has no last answer.
+    let permit = &Mutex::new(None);
+    let (api, answering) = (&*api, &answering);
+    let answer = service_fn(|request| async move {
+        let one = answering.clone().try_acquire_owned().ok();
+        *permit.lock().unwrap_or_else(PoisonError::into_inner) = one;
+        let answer = api.answer(request, takes_long).await;
+        if takes_long.load(Ordering::Relaxed) {
+            *permit.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        Ok::<_, Infallible>(answer)
+    });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(PATIENCE.0)
@@ -295,7 +338,7 @@ impl Drop for Admin {
     fn drop(&mut self) {
         // It may be gone already, and another one's be there: that is theirs to see to.
         if let Listener::Unix { path, file, .. } = &self.listener
-            && !self.handed_over.load(Ordering::Relaxed)
+            && self.owns_path.load(Ordering::Relaxed)
             && identity(path).is_ok_and(|there| there == *file)
         {
             let _ = std::fs::remove_file(path);

@@ -2,6 +2,7 @@
 
 mod check;
 mod man;
+mod operator;
 mod serve;
 mod successor;
 mod supervisor;
@@ -47,27 +48,40 @@ fn internal<E: fmt::Display>(stage: &'static str) -> impl Fn(E) -> Error {
 /// The cache that is asked for. The usual one, which nobody has asked for, is done without where it
 /// cannot be had.
 fn cache(args: &CacheArgs) -> Result<Option<Cache>, Error> {
-    let Some(path) = &args.cache else {
-        return Ok(usual_cache().and_then(|path| {
-            Cache::open(&path)
-                .inspect_err(|error| warn!(?path, %error, "compiled guests are not kept"))
-                .ok()
-        }));
-    };
-    if path.as_os_str() == "off" {
-        return Ok(None);
+    match (&args.cache, usual_cache()) {
+        (Some(off), _) if off.as_os_str() == "off" => Ok(None),
+        (Some(path), _) => open_cache(path).map(Some),
+        (None, Some(path)) => Ok(open_cache(&path)
+            .inspect_err(|error| warn!(%error, "compiled guests are not kept"))
+            .ok()),
+        (None, None) => Ok(None),
     }
-    let cache = Cache::open(path).map_err(|error| Error::Cache {
-        path: path.clone(),
+}
+
+/// The cache that is asked for or the usual one, of which there has to be one.
+fn required_cache(args: &CacheArgs) -> Result<Cache, Error> {
+    let asked = args.cache.clone().filter(|path| path.as_os_str() != "off");
+    match asked.or_else(usual_cache) {
+        Some(path) => open_cache(&path),
+        None => Err(Error::Cache {
+            path: "off".into(),
+            reason: "there is nothing to compile into; name a directory".into(),
+        }),
+    }
+}
+
+fn open_cache(path: &Path) -> Result<Cache, Error> {
+    Cache::open(path).map_err(|error| Error::Cache {
+        path: path.into(),
         reason: error.to_string(),
-    })?;
-    Ok(Some(cache))
+    })
 }
 
 /// As systemd.exec(5) and the XDG base directory specification have it.
 fn usual_cache() -> Option<PathBuf> {
     let set = |name| env::var_os(name).filter(|value| !value.is_empty());
-    let of_service = set("CACHE_DIRECTORY").map(PathBuf::from);
+    // There may be several, with colons between them.
+    let of_service = set("CACHE_DIRECTORY").and_then(|all| env::split_paths(&all).next());
     let of_user = || set("XDG_CACHE_HOME").map(|path| PathBuf::from(path).join("wasinetd"));
     let of_home = || set("HOME").map(|path| PathBuf::from(path).join(".cache/wasinetd"));
     let usual = of_service.or_else(of_user).or_else(of_home);

@@ -46,7 +46,7 @@ pub struct Version {
     pub guest: Arc<Guest>,
     /// What each may take.
     pub limits: Limits,
-    /// Drains when there is a newer version, or when the server does.
+    /// Says when there is a newer version, and when the server drains.
     pub lifecycle: Lifecycle,
     /// What became of them.
     pub counts: Counts,

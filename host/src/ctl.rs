@@ -118,6 +118,18 @@ async fn ask(args: CtlArgs) -> Result<(), CtlError> {
                     "cannot read the guest {guest:?}: {error}; give the path of a component built for wasm32-wasip2"
                 ),
             })?;
+            // A server that refuses a large guest by its head may be heard of before all is sent, or not.
+            let status: model::Status = client.get("/v1/status").await?;
+            if !status.services.iter().any(|one| one.name == service) {
+                let names: Vec<_> = status.services.iter().map(|one| &*one.name).collect();
+                return Err(CtlError {
+                    code: EX_USAGE,
+                    message: format!(
+                        "there is no service {service:?}; there is: {}",
+                        names.join(", ")
+                    ),
+                });
+            }
             let path = format!("/v1/services/{service}/swap");
             out.print(client.post(&path, component).await?, swapped)
         }

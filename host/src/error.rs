@@ -89,9 +89,7 @@ pub enum Error {
     },
 
     /// The directory of compiled guests is not one to be trusted.
-    #[error(
-        "cannot keep compiled guests in {path:?} given to --cache: {reason}, or use --cache off"
-    )]
+    #[error("cannot keep compiled guests in {path:?} (see --cache): {reason}, or use --cache off")]
     Cache {
         /// The directory.
         path: PathBuf,

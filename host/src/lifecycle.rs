@@ -48,8 +48,10 @@ impl Controller {
         self.advance(Phase::Draining);
     }
 
-    /// The same, and another process goes on with the listening sockets: nobody is to be refused.
-    pub fn hand_over(&self) {
+    /// The same, and another process goes on with the listening sockets: nobody is to be refused. False
+    /// when it is too late, because the server drains already.
+    #[must_use]
+    pub fn hand_over(&self) -> bool {
         self.0.send_if_modified(|state| {
             let serves = state.phase < Phase::Draining;
             if serves {
@@ -57,7 +59,7 @@ impl Controller {
                 state.phase = Phase::Draining;
             }
             serves
-        });
+        })
     }
 
     /// The open connections end now.

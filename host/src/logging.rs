@@ -13,7 +13,7 @@ use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
-use wasinetd::admin::{Logs, Piece};
+use wasinetd::admin::Logs;
 
 use crate::cli::{LogFormat, LogLevel};
 
@@ -141,7 +141,7 @@ impl Shared {
             // When standard error is closed the log has no reader, and the service goes on.
             let _ = io::stderr().write_all(&bytes);
             if !bytes.is_empty() {
-                self.logs.hand_on(Piece::new(bytes.into(), ends.into()));
+                self.logs.hand_on(bytes.into(), &ends);
             }
             if dropped > 0 {
                 tracing::warn!(

@@ -3,7 +3,7 @@
 mod balance;
 mod shards;
 
-use std::future::poll_fn;
+use std::future::{poll_fn, ready};
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -30,6 +30,15 @@ pub enum Dispatch {
     Concurrent,
 }
 
+/// What makes the server stop.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Stop {
+    /// Drain. Whoever wishes it once more wishes for nothing more.
+    Drain,
+    /// Drain; and when it comes while the server does so already, end.
+    Now,
+}
+
 /// How the server came to its end.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Ended {
@@ -43,7 +52,7 @@ pub enum Ended {
 /// should once the server drains. There is a stream for each shard.
 ///
 /// The first item of `stop` begins to drain: the open connections have `drain_timeout` to finish.
-/// Then, or at the second item of `stop`, those that are left are told to end, through the
+/// Then, or at a [`Stop::Now`] that follows, those that are left are told to end, through the
 /// lifecycle of `controller`, which the handler must heed.
 ///
 /// # Errors
@@ -54,7 +63,7 @@ pub async fn serve<S, H, F>(
     connections: Vec<S>,
     handler: H,
     controller: &Controller,
-    stop: impl Stream<Item = ()>,
+    stop: impl Stream<Item = Stop>,
     drain_timeout: Duration,
 ) -> Result<Ended, Error>
 where
@@ -76,6 +85,7 @@ where
         "draining: no new connections, waiting for the open ones to finish"
     );
     controller.drain();
+    let mut again = stop.filter(|stop| ready(*stop == Stop::Now)).fuse();
     futures::select! {
         ended = work => {
             ended.map_err(died)?;
@@ -85,7 +95,7 @@ where
         () = tokio::time::sleep(drain_timeout).fuse() => {
             warn!(?drain_timeout, "the drain timeout is over: ending the open connections");
         }
-        _ = stop.next() => warn!("asked to stop a second time: ending the open connections"),
+        _ = again.next() => warn!("asked to stop a second time: ending the open connections"),
     }
     controller.end();
     work.await.map(|_| Ended::Cut).map_err(died)

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use prometheus_client::registry::Registry;
 use tokio::sync::Notify;
 use tracing::{info, warn};
@@ -73,6 +74,11 @@ struct Installed {
     since: SystemTime,
     /// When it was replaced.
     retired: Option<Instant>,
+    /// What it is made of, for a successor of this process.
+    component: Bytes,
+    /// The connections that had ended when it became one of the older ones: those are not counted
+    /// among these.
+    counted_before: [u64; KINDS.len()],
 }
 
 struct Versions {
@@ -81,7 +87,7 @@ struct Versions {
     previous: Option<Installed>,
     /// Those that still have connections, the latest first.
     older: Vec<Installed>,
-    /// The connections of those that are gone.
+    /// The connections of those that are gone, that ended while they were among the older ones.
     gone: [u64; KINDS.len()],
     /// The server ends: there is to be no other version.
     draining: bool,
@@ -156,9 +162,9 @@ impl Service {
         settings: Settings,
         engine: Engine,
         open: Arc<Open>,
-        component: &[u8],
+        component: Bytes,
     ) -> Result<Self, String> {
-        let guest = load::load(&engine, &settings, component)?;
+        let guest = load::load(&engine, &settings, &component)?;
         let name: Arc<str> = settings.name.as_str().into();
         let measures = Arc::new(Measures::default());
         let version = |controller: &Controller| Version {
@@ -171,7 +177,7 @@ impl Service {
             open: open.clone(),
             spans: settings.spans.clone(),
         };
-        let installed = Installed::new(version);
+        let installed = Installed::new(component, version);
         Ok(Self {
             name,
             engine,
@@ -202,6 +208,11 @@ impl Service {
         self.current.load_full()
     }
 
+    /// The bytes of the component that is served.
+    pub fn component(&self) -> Bytes {
+        self.versions().current.component.clone()
+    }
+
     /// What its connections took.
     pub fn measures(&self) -> &Measures {
         &self.measures
@@ -213,12 +224,12 @@ impl Service {
     /// # Errors
     ///
     /// Says why nothing has changed.
-    pub async fn swap(self: Arc<Self>, component: Vec<u8>) -> Result<Swapped, SwapError> {
+    pub async fn swap(self: Arc<Self>, component: Bytes) -> Result<Swapped, SwapError> {
         let began = Instant::now();
         let _turn = self.turn.lock().await;
-        let loaded = self.make_ready(component).await;
+        let loaded = self.make_ready(component.clone()).await;
         let swapped = loaded.and_then(|guest| match guest {
-            Some(guest) => self.exchange(guest, began),
+            Some(guest) => self.exchange(guest, component, began),
             None => Ok(self.unchanged(began)),
         });
         let attempt = match &swapped {
@@ -239,10 +250,11 @@ impl Service {
         let began = Instant::now();
         let _turn = self.turn.lock().await;
         let previous = match &self.versions().previous {
-            Some(previous) => Ok(previous.version.guest.clone()),
+            Some(previous) => Ok((previous.guest(), previous.component.clone())),
             None => Err(SwapError::NoPrevious),
         };
-        let swapped = previous.and_then(|guest| self.exchange(guest, began));
+        let swapped =
+            previous.and_then(|(guest, component)| self.exchange(guest, component, began));
         let attempt = match swapped {
             Ok(_) => Attempt::RolledBack,
             Err(_) => Attempt::Refused,
@@ -267,7 +279,7 @@ impl Service {
     pub async fn tend(&self, server: &Lifecycle) {
         /// How soon a version is freed. Arbitrary: it costs a look at some pointers.
         const OFTEN: Duration = Duration::from_millis(100);
-        let serving = async {
+        let looking_after = async {
             loop {
                 match self.look_after_old_versions() {
                     0 => self.swapped.notified().await,
@@ -275,13 +287,16 @@ impl Service {
                 }
             }
         };
+        let ending = async {
+            server.draining().await;
+            self.drain();
+            server.ended().await;
+            self.open.end_all();
+        };
         tokio::select! {
-            () = serving => {}
-            () = server.draining() => {}
+            () = ending => {}
+            () = looking_after => {}
         }
-        self.drain();
-        server.ended().await;
-        self.open.end_all();
     }
 
     /// Returns how many there are to look after.
@@ -295,13 +310,13 @@ impl Service {
         for one in free {
             let digest = one.version.guest.digest().short();
             info!(service = %self.name, version = digest, "an old version is freed");
-            let ended = one.version.counts.ended();
+            let ended = one.ended_as_older();
             versions.gone = std::array::from_fn(|kind| versions.gone[kind] + ended[kind]);
         }
         if let Some(age) = self.settings.max_old_version_age {
             let retired = versions.previous.iter().chain(&versions.older);
             retired
-                .filter(|one| one.retired.is_some_and(|at| at.elapsed() > age))
+                .filter(|one| !one.is_unused() && one.retired.is_some_and(|at| at.elapsed() > age))
                 .for_each(|one| self.open.end_old(&one.version));
         }
         let previous = versions.previous.iter().filter(|one| !one.is_unused());
@@ -325,7 +340,7 @@ impl Service {
     /// A guest of the component, or None if it is the current one.
     async fn make_ready(
         self: &Arc<Self>,
-        component: Vec<u8>,
+        component: Bytes,
     ) -> Result<Option<Arc<Guest>>, SwapError> {
         if self.versions().draining {
             return Err(SwapError::Draining);
@@ -346,9 +361,14 @@ impl Service {
     }
 
     /// Makes `guest` the current version.
-    fn exchange(&self, guest: Arc<Guest>, began: Instant) -> Result<Swapped, SwapError> {
+    fn exchange(
+        &self,
+        guest: Arc<Guest>,
+        component: Bytes,
+        began: Instant,
+    ) -> Result<Swapped, SwapError> {
         let digest = guest.digest().clone();
-        let installed = Installed::new(|controller| Version {
+        let installed = Installed::new(component, |controller| Version {
             service: self.name.clone(),
             guest,
             limits: self.settings.limits,
@@ -367,7 +387,8 @@ impl Service {
         before.controller.replace();
         before.retired = Some(Instant::now());
         let digest_before = before.version.guest.digest().clone();
-        if let Some(older) = versions.previous.replace(before) {
+        if let Some(mut older) = versions.previous.replace(before) {
+            older.counted_before = older.version.counts.ended();
             versions.older.insert(0, older);
         }
         drop(versions);
@@ -410,14 +431,22 @@ impl Service {
 }
 
 impl Installed {
-    fn new(version: impl FnOnce(&Controller) -> Version) -> Self {
+    fn new(component: Bytes, version: impl FnOnce(&Controller) -> Version) -> Self {
         let controller = Controller::default();
         Self {
             version: Arc::new(version(&controller)),
             controller,
             since: SystemTime::now(),
             retired: None,
+            component,
+            counted_before: Default::default(),
         }
+    }
+
+    /// The connections that have ended since it is one of the older ones.
+    fn ended_as_older(&self) -> [u64; KINDS.len()] {
+        let ended = self.version.counts.ended();
+        std::array::from_fn(|kind| ended[kind] - self.counted_before[kind])
     }
 
     fn guest(&self) -> Arc<Guest> {

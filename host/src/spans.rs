@@ -5,6 +5,7 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use http_body_util::{BodyExt, Full, Limited};
@@ -21,6 +22,7 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
 use tokio::net::TcpStream;
 use tokio::runtime;
+use tracing::{info, warn};
 
 /// How long a collector may take for what it is sent at once, and how long for the last of it.
 const COLLECTED: Duration = Duration::from_secs(5);
@@ -54,7 +56,7 @@ impl Spans {
     pub fn to_collector(endpoint: &str) -> Result<Self, String> {
         let exporter = SpanExporter::builder()
             .with_http()
-            .with_http_client(Client)
+            .with_http_client(Client::default())
             .with_endpoint(format!("{}/v1/traces", endpoint.trim_end_matches('/')))
             .with_timeout(COLLECTED)
             .build()
@@ -110,8 +112,29 @@ impl fmt::Debug for Spans {
 
 /// Sends by the HTTP that operators are answered by, on the thread of the library that batches spans:
 /// its own clients would bring a second HTTP, or want a runtime of their own.
-#[derive(Debug)]
-struct Client;
+#[derive(Debug, Default)]
+struct Client {
+    /// The last attempt failed, which the log says.
+    failed: AtomicBool,
+}
+
+impl Client {
+    fn note(&self, sent: &Result<Response<Bytes>, HttpError>) {
+        let wrong = match sent {
+            Ok(response) if response.status().is_success() => None,
+            Ok(response) => Some(response.status().to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        let failed = wrong.is_some();
+        if self.failed.swap(failed, Ordering::Relaxed) == failed {
+            return;
+        }
+        match wrong {
+            Some(error) => warn!(%error, "spans cannot be sent to the collector of --otlp"),
+            None => info!("spans are sent to the collector again"),
+        }
+    }
+}
 
 impl HttpClient for Client {
     fn send_bytes<'a, 'b>(
@@ -126,7 +149,10 @@ impl HttpClient for Client {
             let runtime = runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()?;
-            runtime.block_on(async { tokio::time::timeout(COLLECTED, send(request)).await? })
+            let sent =
+                runtime.block_on(async { tokio::time::timeout(COLLECTED, send(request)).await? });
+            self.note(&sent);
+            sent
         })
     }
 }
@@ -134,7 +160,9 @@ impl HttpClient for Client {
 async fn send(request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
     let (mut parts, body) = request.into_parts();
     let authority = parts.uri.authority().ok_or("the endpoint has no host")?;
-    let stream = TcpStream::connect((authority.host(), authority.port_u16().unwrap_or(80))).await?;
+    // An IPv6 address has brackets in a URL, and none for a resolver.
+    let host = authority.host().trim_matches(['[', ']']);
+    let stream = TcpStream::connect((host, authority.port_u16().unwrap_or(80))).await?;
     let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
     // It ends with the runtime.
     tokio::spawn(connection);

@@ -45,8 +45,11 @@ fn connections_are_listed_and_killed() {
         assert_eq!(admin.ctl(&["kill", &id]).status.code(), Some(64));
         // Of the log, what is of one connection and nothing else.
         let lines = admin.ctl_text(&["logs", &id]);
-        assert_eq!(lines.lines().count(), 1, "{lines}");
-        assert!(lines.contains("killed"), "{lines}");
+        assert_eq!(lines.lines().count(), 2, "{lines}");
+        assert!(
+            lines.contains("an operator ends") && lines.contains("killed"),
+            "{lines}"
+        );
     }
 }
 

@@ -1,5 +1,6 @@
 //! A new process takes over, and nobody notices.
 
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -83,26 +84,41 @@ fn a_new_process_takes_over_under_load() {
     }
 }
 
+/// Puts a program in place of another that does this with its arguments.
+fn install_script(program: &std::path::Path, script: &str) {
+    let next = program.with_extension("next");
+    std::fs::write(&next, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(&next, PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::rename(&next, program).unwrap();
+}
+
 #[test]
 fn a_successor_that_does_not_serve_changes_nothing() {
+    let real = root().join("target/release/wasinetd");
     for mode in MODES {
         let admin = AdminSocket::new();
         let program = installed(&admin);
-        let guest_file = admin.beside("guest.wasm");
-        std::fs::copy(guest("echo"), &guest_file).unwrap();
         let arguments = ["--admin", &admin.flag];
-        let server = Server::start_program(&program, mode, &guest_file, &arguments);
-        std::fs::write(&guest_file, "nonsense").unwrap();
-        let output = admin.ctl(&["restart"]);
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(69), "{said}");
-        assert!(said.contains("nothing has changed"), "{said}");
+        let server = Server::start_program(&program, mode, &guest("echo"), &arguments);
+        // One that does nothing, and one that fails when it has the sockets already.
+        let late = format!("exec {} \"$@\" --cache /proc/nowhere", real.display());
+        for (script, code) in [("exit 3", "exit status: 3"), (&late, "exit status: 78")] {
+            install_script(&program, script);
+            let output = admin.ctl(&["restart"]);
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(69), "{said}");
+            assert!(
+                said.contains("nothing has changed") && said.contains(code),
+                "{said}"
+            );
+        }
         std::fs::remove_file(&program).unwrap();
         server.signal(Signal::USR2);
         server.wait_for_log(&["no new process has taken over", "cannot be started"]);
         let mut client = server.connect();
         client.send("still there");
         assert_eq!(client.read(11), "still there");
+        assert_eq!(admin.ctl_json(&["status"])["phase"], "serving");
         // A server of the same address that is started by mistake is refused all the same.
         let address = server.address().to_string();
         let mut other = crate::harness::wasinetd();
@@ -110,6 +126,84 @@ fn a_successor_that_does_not_serve_changes_nothing() {
             .args(["serve", "--listen", &address])
             .arg(guest("echo"));
         assert_eq!(crate::harness::output(&mut other).status.code(), Some(69));
+    }
+}
+
+#[test]
+fn a_stop_while_a_successor_starts_is_a_stop() {
+    let real = root().join("target/release/wasinetd");
+    for mode in MODES {
+        let admin = AdminSocket::new();
+        let program = installed(&admin);
+        let arguments = ["--admin", &admin.flag];
+        let mut server = Server::start_program(&program, mode, &guest("echo"), &arguments);
+        let mut client = server.connect();
+        client.send("a");
+        assert_eq!(client.read(1), "a");
+        // It says that it has begun, and goes on when it is told.
+        let (began, go_on) = (admin.beside("began"), admin.beside("go-on"));
+        let script = format!(
+            "touch {}; while ! test -e {}; do sleep 0.05; done; exec {} \"$@\"",
+            began.display(),
+            go_on.display(),
+            real.display()
+        );
+        install_script(&program, &script);
+        server.signal(Signal::USR2);
+        while !began.exists() {}
+        server.signal(Signal::TERM);
+        server.wait_for_log(&["no new process has taken over", "drains"]);
+        std::fs::write(&go_on, "").unwrap();
+        client.send("b");
+        assert_eq!(client.read(1), "b");
+        client.finish();
+        assert_eq!(client.read_to_end(), "");
+        assert_eq!(server.wait().code(), Some(0), "{server:?}");
+        assert!(crate::harness::Client::connect(server.address()).is_err());
+    }
+}
+
+#[test]
+fn two_restarts_at_once_have_one_successor_and_what_was_swapped_stays() {
+    for mode in MODES {
+        let admin = AdminSocket::new();
+        let arguments = ["--admin", &admin.flag];
+        // By a link, which leads to another program by then.
+        let program = installed(&admin);
+        let link = admin.beside("link");
+        std::os::unix::fs::symlink(&program, &link).unwrap();
+        let mut server = Server::start_program(&link, mode, &guest("echo"), &arguments);
+        let names = admin.beside("names.wasm");
+        crate::harness::write_version(&names, "swapped");
+        admin.ctl_text(&["swap", "default", names.to_str().unwrap()]);
+        let mut kept = server.connect();
+        kept.send("?\n");
+        kept.read(16 * 500 + 1);
+        let second = admin.beside("second");
+        std::fs::rename(&program, &second).unwrap();
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink(&second, &link).unwrap();
+        let outcomes: Vec<_> = thread::scope(|scope| {
+            let both = [(); 2].map(|()| scope.spawn(|| admin.ctl(&["restart"])));
+            both.into_iter()
+                .map(|one| one.join().unwrap().status.code())
+                .collect()
+        });
+        let successor = Successor(Pid::from_raw(serving(&admin) as i32).unwrap());
+        assert!(outcomes.contains(&Some(0)), "{outcomes:?}");
+        server.wait_for_log(&["a new process has taken over"]);
+        let mut new = server.connect();
+        new.send("?\n");
+        assert_eq!(new.read(16), "swapped_________");
+        kept.send("?\n");
+        assert_eq!(kept.read(16), "swapped_________");
+        drop(kept);
+        assert_eq!(server.wait_for_exit().code(), Some(0), "{server:?}");
+        // Nobody was hurried, and there is one.
+        assert_eq!(server.log_lines("a second time").len(), 0, "{server:?}");
+        let taken = server.log_lines("a new process has taken over").len();
+        assert_eq!(taken, 1, "{server:?}");
+        drop(successor);
     }
 }
 

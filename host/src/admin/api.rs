@@ -74,21 +74,15 @@ pub struct Operated {
     pub limits: Vec<(Limit, String)>,
     /// What is logged.
     pub logs: Logs,
-    /// What is not up to the endpoint itself, with where to say what came of it.
-    pub orders: mpsc::Sender<(Order, oneshot::Sender<Obeyed>)>,
+    /// Where to ask for a drain.
+    pub drain: mpsc::Sender<()>,
+    /// Where to ask for a new process that takes over, with where to say what came of it.
+    pub restarts: mpsc::Sender<oneshot::Sender<Obeyed>>,
     /// When the server began.
     pub since: SystemTime,
 }
 
-/// What an operator wants of the whole server.
-pub enum Order {
-    /// No new connections; the open ones may finish.
-    Drain,
-    /// A new process is to take over.
-    Restart,
-}
-
-/// The number of the process that goes on or drains, or why there is none.
+/// The number of the process that has taken over, or why there is none.
 pub type Obeyed = Result<u32, String>;
 
 /// Answers operators.
@@ -98,6 +92,8 @@ pub(super) struct Api {
     /// The digest of what an operator has to show. None where nobody else gets here.
     token: Option<[u8; 32]>,
     followers: Arc<Semaphore>,
+    /// Whoever swaps. Another one is told so, and not kept waiting with a guest in memory.
+    swaps: Arc<Semaphore>,
 }
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
@@ -110,6 +106,7 @@ impl Api {
             began: Instant::now(),
             token: token.map(|token| Sha256::digest(token).into()),
             followers: Arc::new(Semaphore::new(FOLLOWERS)),
+            swaps: Arc::new(Semaphore::new(1)),
         }
     }
 
@@ -166,23 +163,19 @@ impl Api {
                 }
                 _ => return nowhere(),
             },
-            ["v1", "drain"] => ("POST", Some(self.drain().await)),
-            ["v1", "restart"] => {
-                takes_long.store(true, Ordering::Relaxed);
-                let answer = self.restart().await;
-                takes_long.store(false, Ordering::Relaxed);
-                ("POST", Some(answer))
-            }
+            ["v1", "drain"] => ("POST", Some(self.drain())),
+            ["v1", "restart"] => ("POST", Some(self.restart(takes_long).await)),
             ["v1", "services", name, action @ ("swap" | "rollback")] => {
                 let Some(service) = self.service(name) else {
                     return failure(StatusCode::NOT_FOUND, &self.no_service(name));
                 };
-                takes_long.store(true, Ordering::Relaxed);
+                let Ok(place) = self.swaps.clone().try_acquire_owned() else {
+                    return failure(StatusCode::SERVICE_UNAVAILABLE, "another swap is under way");
+                };
                 let swapped = match action {
-                    "swap" => swap(service, request).await,
+                    "swap" => swap(service, request, place, takes_long).await,
                     _ => Ok(service.roll_back().await),
                 };
-                takes_long.store(false, Ordering::Relaxed);
                 (
                     "POST",
                     Some(swapped.map_or_else(|answer| answer, answer_swap)),
@@ -311,43 +304,37 @@ impl Api {
     }
 
     fn kill(&self, id: &str) -> Answer {
-        let killed = id.parse().is_ok_and(|id| self.operated.open.kill(id));
-        if killed {
-            info!(id, "an operator ends a connection");
-            json(&())
-        } else {
-            failure(
+        match id.parse::<u64>() {
+            Ok(id) if self.operated.open.kill(id) => {
+                info!(id, "an operator ends a connection");
+                json(&())
+            }
+            _ => failure(
                 StatusCode::NOT_FOUND,
                 &format!("there is no connection {id:?} open; see the list of connections"),
-            )
+            ),
         }
     }
 
-    async fn drain(&self) -> Answer {
-        // Once more would end the open connections: that is what a second signal is for.
-        if self.operated.lifecycle.is_draining() {
-            return json(&());
-        }
-        match self.order(Order::Drain).await {
-            Ok(_) => json(&()),
-            Err(error) => failure(StatusCode::CONFLICT, &error),
-        }
+    fn drain(&self) -> Answer {
+        info!("an operator asks to drain");
+        // One that is on its way already is as good.
+        let _ = self.operated.drain.try_send(());
+        json(&())
     }
 
-    async fn restart(&self) -> Answer {
-        match self.order(Order::Restart).await {
-            Ok(pid) => json(&pid),
-            Err(error) => failure(StatusCode::CONFLICT, &error),
-        }
-    }
-
-    async fn order(&self, order: Order) -> Obeyed {
+    async fn restart(&self, takes_long: &AtomicBool) -> Answer {
         let (done, obeyed) = oneshot::channel();
-        let _ = self.operated.orders.send((order, done)).await;
-        // Nobody obeys any more when the server drains.
-        obeyed
-            .await
-            .unwrap_or_else(|_| Err("the server drains already".into()))
+        takes_long.store(true, Ordering::Relaxed);
+        let _ = self.operated.restarts.send(done).await;
+        let obeyed = obeyed.await;
+        takes_long.store(false, Ordering::Relaxed);
+        match obeyed {
+            Ok(Ok(pid)) => json(&pid),
+            Ok(Err(error)) => failure(StatusCode::CONFLICT, &error),
+            // Nobody obeys any more when the server drains.
+            Err(_) => failure(StatusCode::CONFLICT, "the server drains already"),
+        }
     }
 
     /// What was logged last, and what follows if that is wanted.
@@ -403,10 +390,12 @@ async fn next((mut follows, place): Following, id: Option<u64>) -> Option<(Bytes
     Some((bytes, (follows, place)))
 }
 
-/// Takes the component in the request's body. The outer error is an answer already.
+/// Swaps to the component in the request's body. The outer error is an answer already.
 async fn swap(
     service: &Arc<Service>,
     request: Request<Incoming>,
+    place: OwnedSemaphorePermit,
+    takes_long: &AtomicBool,
 ) -> Result<Result<Swapped, SwapError>, Answer> {
     let body = Limited::new(request.into_body(), GUEST_BYTES)
         .collect()
@@ -417,10 +406,17 @@ async fn swap(
             &format!("the guest was not received: {error}; send at most {GUEST_BYTES} bytes"),
         )
     })?;
-    let component = component.to_bytes().to_vec();
-    // In a task: who asks and goes does not undo half of it.
-    let swapping = tokio::spawn(service.clone().swap(component)).await;
-    Ok(swapping.unwrap_or_else(|error| Err(SwapError::Internal(error.to_string()))))
+    // A task: whoever asks and goes does not undo half of it.
+    let service = service.clone();
+    let swapping = tokio::spawn(async move {
+        let swapped = service.swap(component.to_bytes()).await;
+        drop(place);
+        swapped
+    });
+    takes_long.store(true, Ordering::Relaxed);
+    let swapped = swapping.await;
+    takes_long.store(false, Ordering::Relaxed);
+    Ok(swapped.unwrap_or_else(|error| Err(SwapError::Internal(error.to_string()))))
 }
 
 fn answer_swap(swapped: Result<Swapped, SwapError>) -> Answer {

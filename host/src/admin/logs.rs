@@ -10,22 +10,20 @@ use tokio::sync::broadcast;
 const KEPT: usize = 256 << 10;
 
 /// How many pieces of the log may be on their way to a follower. Who does not keep up loses some.
-const ON_THE_WAY: usize = 256;
+const ON_THE_WAY: usize = 64;
+
+/// How large such a piece is, about, in bytes: what is on the way is bounded.
+const PIECE: usize = 64 << 10;
 
 /// Some lines of the log.
 #[derive(Clone)]
-pub struct Piece {
+pub(super) struct Piece {
     text: Bytes,
     /// The connection that each line is of, and where it ends.
     lines: Arc<[(Option<u64>, usize)]>,
 }
 
 impl Piece {
-    /// Lines with the numbers of their connections, each with where it ends in `text`.
-    pub fn new(text: Bytes, lines: Arc<[(Option<u64>, usize)]>) -> Self {
-        Self { text, lines }
-    }
-
     /// All of it, or what is of one connection.
     pub(super) fn of(&self, id: Option<u64>) -> Bytes {
         if id.is_none() {
@@ -62,8 +60,25 @@ impl Default for Logs {
 }
 
 impl Logs {
-    /// Hands on some lines.
-    pub fn hand_on(&self, piece: Piece) {
+    /// Hands on some lines: their numbers of connections, each with where it ends in `text`.
+    pub fn hand_on(&self, text: Bytes, lines: &[(Option<u64>, usize)]) {
+        let mut from = 0;
+        // Where all of the piece is about as large as it is to be.
+        let mut rest = lines;
+        while !rest.is_empty() {
+            let whole = rest.partition_point(|(_, end)| end - from <= PIECE).max(1);
+            let (these, others) = rest.split_at(whole);
+            let end = these[whole - 1].1;
+            let lines = these.iter().map(|(id, end)| (*id, end - from)).collect();
+            self.hand_on_piece(Piece {
+                text: text.slice(from..end),
+                lines,
+            });
+            (from, rest) = (end, others);
+        }
+    }
+
+    fn hand_on_piece(&self, piece: Piece) {
         let mut kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.push_back(piece.clone());
         let mut bytes: usize = kept.iter().map(|piece| piece.text.len()).sum();
@@ -88,23 +103,28 @@ mod tests {
 
     #[test]
     fn the_lines_of_one_connection_are_told_from_others() {
+        let logs = Logs::default();
         let text = "one\ntwo\nother\n";
-        let lines = [(Some(1), 4), (None, 8), (Some(2), 14)];
-        let piece = Piece::new(text.into(), lines.into());
-        assert_eq!(piece.of(None), text);
-        assert_eq!(piece.of(Some(1)), "one\n");
-        assert_eq!(piece.of(Some(2)), "other\n");
-        assert_eq!(piece.of(Some(3)), "");
+        logs.hand_on(text.into(), &[(Some(1), 4), (None, 8), (Some(2), 14)]);
+        let (kept, _) = logs.follow();
+        assert_eq!(kept.len(), 1);
+        assert_eq!(kept[0].of(None), text);
+        assert_eq!(kept[0].of(Some(1)), "one\n");
+        assert_eq!(kept[0].of(Some(2)), "other\n");
+        assert_eq!(kept[0].of(Some(3)), "");
     }
 
     #[test]
-    fn so_much_is_kept_and_no_more() {
+    fn so_much_is_kept_and_no_more_and_in_pieces() {
         let logs = Logs::default();
         let line = "x".repeat(1023) + "\n";
-        for _ in 0..1000 {
-            logs.hand_on(Piece::new(line.clone().into(), [(None, 1024)].into()));
-        }
+        let lines: Vec<_> = (1..=1000).map(|n| (Some(n), n as usize * 1024)).collect();
+        logs.hand_on(line.repeat(1000).into(), &lines);
         let (kept, _) = logs.follow();
-        assert_eq!(kept.len(), KEPT / 1024);
+        assert!(kept.iter().all(|piece| piece.text.len() <= PIECE));
+        let bytes: usize = kept.iter().map(|piece| piece.text.len()).sum();
+        assert!(bytes <= KEPT && bytes > KEPT - PIECE, "{bytes}");
+        let last: Vec<_> = kept.iter().map(|piece| piece.of(Some(1000))).collect();
+        assert_eq!(last.concat(), line.as_bytes());
     }
 }

@@ -8,7 +8,7 @@ use wasinetd::Error;
 use wasinetd::capacity::{self, Plan};
 use wasinetd::sandbox::{Engine, Grants, Guest, Needs, Report};
 
-use super::{cache, read, refused};
+use super::{read, refused, required_cache};
 use crate::cli::{CheckArgs, CompileArgs};
 
 /// Says whether `serve` would accept a guest, and how many connections it could serve.
@@ -97,12 +97,7 @@ pub(crate) fn compile(args: &CompileArgs) -> Result<ExitCode, Error> {
         let needs = Needs::of(&component).map_err(refused(path))?;
         needs.fit(&limits).map_err(refused(path))?;
         let plan = Plan::new(&needs, &limits, true);
-        let Some(cache) = cache(&args.cache)? else {
-            return Err(Error::Cache {
-                path: "off".into(),
-                reason: "there is nothing to compile into; name a directory".into(),
-            });
-        };
+        let cache = required_cache(&args.cache)?;
         let engine = Engine::new(plan.room(1), &needs, limits.clone(), Some(cache))?;
         let connect = args.network.allow_connect.clone();
         let grants = Grants::default().with_destinations(connect);

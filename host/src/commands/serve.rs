@@ -1,32 +1,32 @@
 //! `serve`: from arguments to the end of the last connection.
 
-use std::env;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
-use std::pin::pin;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tracing::{info, warn};
 use wasinetd::Error;
-use wasinetd::admin::{Address, Admin, Logs, Obeyed, Operated, Order};
+use wasinetd::admin::{Address, Admin, Logs, Operated};
 use wasinetd::capacity::{self, Plan};
 use wasinetd::connection::{self, Open};
-use wasinetd::lifecycle::{Controller, Lifecycle};
+use wasinetd::lifecycle::Controller;
 use wasinetd::limit;
 use wasinetd::listener::{self, Admission, Bound, Incoming, Listening, Places};
 use wasinetd::sandbox::{Access, Engine, Grants, Needs};
-use wasinetd::server::{self, Ended, Shards};
+use wasinetd::server::{self, Ended, Shards, Stop};
 use wasinetd::service::{self, Service, Settings};
 use wasinetd::spans::Spans;
 
+use super::operator::Operator;
 use super::successor::{self, Handover, Inherited};
 use super::supervisor::Supervisor;
 use super::watch;
@@ -46,14 +46,19 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     capacity::raise_open_files()?;
     let since = SystemTime::now();
     let mut inherited = Inherited::take();
-    // Where it was installed: what is there later is what a successor is to be.
-    let program = env::current_exe().map_err(internal("finding the program"))?;
+    let program = successor::program().map_err(internal("finding the program"))?;
+    // Before there are threads.
+    let admin = admin(&args, &mut inherited)?;
     // Before the file is read, so that no change of it is missed.
     let changes = match args.swap.watch {
         true => watch::changes(&args.guest)?.left_stream(),
         false => stream::pending().right_stream(),
     };
-    let component = read(&args.guest)?;
+    let component: Bytes = match inherited.guest() {
+        Some(component) => component.map_err(internal("taking over the guest"))?,
+        None => read(&args.guest)?,
+    }
+    .into();
     let needs = Needs::of(&component).map_err(refused(&args.guest))?;
     let limits = args.guest_limits.limits(capacity::memory());
     needs.fit(&limits).map_err(refused(&args.guest))?;
@@ -64,7 +69,6 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let shards = Shards::new(dispatch(args.dispatch), threads(&args))?;
     // An address that is taken should be heard of before the guest is compiled, and clients only
     // after.
-    let admin = admin(&args, &mut inherited)?;
     let bound: Vec<Bound> = args
         .listen
         .iter()
@@ -90,12 +94,11 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         probe: args.swap.probe(),
         max_old_version_age: args.swap.max_old_version_age(),
     };
-    let service = Service::new(settings, engine.clone(), open.clone(), &component);
+    let service = Service::new(settings, engine.clone(), open.clone(), component);
     let service = Arc::new(service.map_err(|reason| Error::GuestRefused {
         path: args.guest.clone(),
         reason,
     })?);
-    drop(component);
     let listening: Vec<Listening> = bound
         .into_iter()
         .map(Bound::listen)
@@ -104,7 +107,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         .enable_all()
         .build()
         .map_err(internal("starting a runtime"))?;
-    let _context = control.enter();
+    let context = control.enter();
     let signals = Signals::new().map_err(internal("listening for signals"))?;
     warn_of_capacity(&args, &plan, max_connections);
     announce(&listening, admin.as_ref());
@@ -129,14 +132,15 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         let service = service.clone();
         move |accepted| connection::handle(accepted, service.current())
     };
-    let (orders, ordered) = mpsc::channel(1);
+    let (restarts, restart) = mpsc::channel(1);
     let (drain, drains) = mpsc::channel(1);
+    let wishes = received(drains).map(|()| Stop::Drain);
     let serving = server::serve(
         shards,
         incoming,
         handler,
         &controller,
-        stream::select(signals.stop, received(drains)),
+        stream::select(signals.stop.map(|()| Stop::Now), wishes),
         args.drain_timeout,
     );
     let operated = Operated {
@@ -147,7 +151,8 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         max_connections,
         limits: args.limits(max_connections, capacity::memory()),
         logs,
-        orders,
+        drain: drain.clone(),
+        restarts,
         since,
     };
     let supervisor = Supervisor::new();
@@ -166,31 +171,43 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
                 None => std::future::pending().await,
             }
         };
-        // Operators who come later are the successor's.
+        // Operators who come after a hand-over are the successor's.
         let operating = async {
             tokio::select! {
                 failed = operating => failed,
-                () = handed_over(&lifecycle) => std::future::pending().await,
+                () = operator.handed_over() => std::future::pending().await,
             }
         };
+        let restarts = stream::select(signals.restart.map(|()| None), received(restart).map(Some));
         let working = async {
             tokio::join!(
                 service.tend(&lifecycle),
                 operator.reload(stream::select(signals.reload, changes)),
-                operator.obey(ordered, signals.restart, handover),
+                operator.restart(restarts, handover),
+                operator.say_that_it_stops(),
                 supervisor.watchdog(&pulse),
-                say_that_it_stops(&supervisor, &lifecycle),
             );
             std::future::pending().await
         };
         inherited.ready();
+        if let Some(admin) = &admin {
+            admin.take_over();
+        }
         supervisor.ready();
-        tokio::select! {
+        let ended = tokio::select! {
             ended = serving => ended,
             Err(error) = operating => Err(internal("serving operators")(error)),
             never = working => never,
+        };
+        if let Some(admin) = &admin {
+            admin.last_answers().await;
         }
-    })?;
+        ended
+    });
+    drop(context);
+    // A thread that reads a file of a file system that hangs is not waited for.
+    control.shutdown_background();
+    let ended = ended?;
     if let Some(spans) = spans {
         spans.close();
     }
@@ -232,96 +249,7 @@ fn handover(
     ))
 }
 
-async fn handed_over(lifecycle: &Lifecycle) {
-    lifecycle.draining().await;
-    if !lifecycle.is_handed_over() {
-        std::future::pending().await
-    }
-}
-
-/// To the service manager, which takes a successor for us from the moment that there is one.
-async fn say_that_it_stops(supervisor: &Supervisor, lifecycle: &Lifecycle) {
-    lifecycle.draining().await;
-    if !lifecycle.is_handed_over() {
-        supervisor.stopping();
-    }
-}
-
-/// Does what operators and signals say.
-struct Operator<'a> {
-    supervisor: &'a Supervisor,
-    service: &'a Arc<Service>,
-    guest: &'a Path,
-    controller: &'a Controller,
-    admin: Option<&'a Admin>,
-    drain: mpsc::Sender<()>,
-}
-
-impl Operator<'_> {
-    /// Swaps to what the guest's file has, at each item.
-    async fn reload(&self, reloads: impl Stream<Item = ()>) {
-        let mut reloads = pin!(reloads);
-        while let Some(()) = reloads.next().await {
-            self.supervisor.reloading();
-            let file: PathBuf = self.guest.into();
-            // A file system may take its time.
-            let component = tokio::task::spawn_blocking(move || read(&file)).await;
-            match component {
-                // Whether it is swapped, and why not, is logged there.
-                Ok(Ok(component)) => drop(self.service.clone().swap(component).await),
-                Ok(Err(error)) => warn!(%error, "nothing has changed"),
-                Err(error) => warn!(%error, "reading the guest's file failed"),
-            }
-            self.supervisor.ready();
-        }
-    }
-
-    /// Carries out what is wanted of the whole server, until it drains: the sockets are not to be kept
-    /// open then.
-    async fn obey(
-        &self,
-        mut ordered: mpsc::Receiver<(Order, oneshot::Sender<Obeyed>)>,
-        restarts: impl Stream<Item = ()>,
-        handover: Handover,
-    ) {
-        let mut restarts = pin!(restarts);
-        let lifecycle = self.controller.lifecycle();
-        loop {
-            let (order, done) = tokio::select! {
-                () = lifecycle.draining() => return,
-                Some(()) = restarts.next() => (Order::Restart, None),
-                Some((order, done)) = ordered.recv() => (order, Some(done)),
-            };
-            let outcome = match order {
-                Order::Drain => Ok(std::process::id()),
-                Order::Restart => self.restart(&handover).await,
-            };
-            if outcome.is_ok() {
-                // One that is on its way already is as good.
-                let _ = self.drain.try_send(());
-            }
-            if let Some(done) = done {
-                // Whoever asked may have gone.
-                let _ = done.send(outcome);
-            }
-        }
-    }
-
-    async fn restart(&self, handover: &Handover) -> Result<u32, String> {
-        let outcome = handover.start().await;
-        successor::note(&outcome);
-        if let Ok(pid) = outcome {
-            self.supervisor.succeeded_by(pid);
-            if let Some(admin) = self.admin {
-                admin.hand_over();
-            }
-            self.controller.hand_over();
-        }
-        outcome
-    }
-}
-
-fn received(mut channel: mpsc::Receiver<()>) -> impl Stream<Item = ()> {
+fn received<T>(mut channel: mpsc::Receiver<T>) -> impl Stream<Item = T> {
     stream::poll_fn(move |cx| channel.poll_recv(cx))
 }
 

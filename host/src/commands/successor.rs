@@ -3,21 +3,24 @@
 //! It is started with the sockets open, and told their numbers by an environment variable. When it
 //! serves it says so on a pipe, and only then does this one drain. The sockets are the very same: whoever
 //! waits in their queues is accepted by whichever asks next, and nobody is refused in between.
+//!
+//! It serves the very guest that this one serves, which need not be in a file any more.
 
 use std::env;
 use std::ffi::OsString;
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::Duration;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
-use tracing::{info, warn};
 
-/// What a successor is told of: `tcp=5,tcp=6,admin=7,ready=8`.
+/// What a successor is told of: `tcp=5,tcp=6,admin=7,guest=8,ready=9`.
 const INHERITED: &str = "WASINETD_INHERITED";
 
 /// How long a successor may take until it serves. It may have to compile its guest.
@@ -28,6 +31,7 @@ const READY: Duration = Duration::from_secs(120);
 pub(super) struct Inherited {
     tcp: Vec<(SocketAddr, OwnedFd)>,
     admin: Option<OwnedFd>,
+    guest: Option<OwnedFd>,
     ready: Option<OwnedFd>,
 }
 
@@ -45,6 +49,7 @@ impl Inherited {
             match kind {
                 "tcp" => inherited.tcp.extend(listening(descriptor)),
                 "admin" => inherited.admin = Some(descriptor),
+                "guest" => inherited.guest = Some(descriptor),
                 "ready" => inherited.ready = Some(descriptor),
                 _ => {}
             }
@@ -74,11 +79,22 @@ impl Inherited {
         self.admin.take()
     }
 
+    /// The component that is served.
+    pub(super) fn guest(&mut self) -> Option<io::Result<Vec<u8>>> {
+        let mut file = File::from(self.guest.take()?);
+        let mut component = Vec::new();
+        let read = file.seek(SeekFrom::Start(0));
+        Some(
+            read.and_then(|_| file.read_to_end(&mut component))
+                .map(|_| component),
+        )
+    }
+
     /// Tells the other one that this one serves.
     pub(super) fn ready(&mut self) {
         if let Some(pipe) = self.ready.take() {
             // It may have given up.
-            let _ = std::fs::File::from(pipe).write_all(b"1");
+            let _ = File::from(pipe).write_all(b"1");
         }
     }
 }
@@ -126,48 +142,46 @@ impl Handover {
         }
     }
 
-    /// Starts a successor, and returns its number when it serves.
+    /// Starts a successor that serves `component`, and waits until it does.
     ///
     /// # Errors
     ///
-    /// Says why it does not. It is gone then.
-    pub(super) async fn start(&self) -> Result<u32, String> {
+    /// Says why it does not. It is gone then, as it is when the wait is given up.
+    pub(super) async fn start(&self, component: &[u8]) -> Result<Successor, String> {
         let failed = |error: io::Error| format!("{:?} cannot be started: {error}", self.program);
+        if std::process::id() == 1 {
+            return Err("this is the first process of its container, which ends with it; start a new container instead".into());
+        }
         let (ready, tell) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
-        let mut child = self.spawn(&tell).map_err(failed)?;
+        let guest = in_memory(component).map_err(failed)?;
+        let mut successor = Successor(Some(self.spawn(&guest, &tell).map_err(failed)?));
         // Its end of the pipe is closed when it ends.
         drop(tell);
-        let waiting = tokio::task::spawn_blocking(move || {
-            let mut said = [0];
-            std::fs::File::from(ready).read_exact(&mut said)
-        });
+        let waiting = tokio::task::spawn_blocking(move || File::from(ready).read_exact(&mut [0]));
         match tokio::time::timeout(READY, waiting).await {
-            Ok(Ok(Ok(()))) => Ok(child.id()),
+            Ok(Ok(Ok(()))) => Ok(successor),
             Ok(_) => Err(format!(
                 "{:?} ended before it served ({}); see the log, nothing has changed",
                 self.program,
-                reap(&mut child)
+                successor.reap()
             )),
-            Err(_) => {
-                let _ = child.kill();
-                reap(&mut child);
-                Err(format!(
-                    "{:?} did not serve within {READY:?}; nothing has changed",
-                    self.program
-                ))
-            }
+            Err(_) => Err(format!(
+                "{:?} did not serve within {READY:?}; nothing has changed",
+                self.program
+            )),
         }
     }
 
-    fn spawn(&self, ready: &OwnedFd) -> io::Result<Child> {
+    fn spawn(&self, guest: &OwnedFd, ready: &OwnedFd) -> io::Result<Child> {
         let tcp = self.tcp.iter().map(|socket| ("tcp", socket));
         let admin = self.admin.iter().map(|socket| ("admin", socket));
-        let all: Vec<_> = tcp.chain(admin).chain([("ready", ready)]).collect();
+        let others = [("guest", guest), ("ready", ready)];
+        let all: Vec<_> = tcp.chain(admin).chain(others).collect();
         let told: Vec<_> = all
             .iter()
             .map(|(kind, descriptor)| format!("{kind}={}", descriptor.as_raw_fd()))
             .collect();
-        // They are this process's for the moment of the start only: nothing else is started.
+        // They are inherited for the moment of the start only: nothing else is started.
         for (_, descriptor) in &all {
             fcntl_setfd(descriptor.as_fd(), FdFlags::empty())?;
         }
@@ -184,18 +198,60 @@ impl Handover {
     }
 }
 
-/// How it ended.
-fn reap(child: &mut Child) -> String {
-    match child.wait() {
-        Ok(status) => status.to_string(),
-        Err(error) => error.to_string(),
+/// A file that has no name, and is gone with the last process that has it open.
+fn in_memory(component: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC)?);
+    file.write_all(component)?;
+    Ok(file.into())
+}
+
+/// A process that is to take over. It is ended when this is dropped, unless it has.
+pub(super) struct Successor(Option<Child>);
+
+impl Successor {
+    /// Its number.
+    pub(super) fn pid(&self) -> u32 {
+        self.0.as_ref().map_or(0, Child::id)
+    }
+
+    /// Lets it go on without us.
+    pub(super) fn takes_over(mut self) {
+        self.0 = None;
+    }
+
+    /// How it ended.
+    fn reap(&mut self) -> String {
+        match self.0.take().map(|mut child| child.wait()) {
+            Some(Ok(status)) => status.to_string(),
+            Some(Err(error)) => error.to_string(),
+            None => "it is gone".into(),
+        }
     }
 }
 
-/// Says in the log what has become of it.
-pub(super) fn note(outcome: &Result<u32, String>) {
-    match outcome {
-        Ok(pid) => info!(pid, "a new process has taken over"),
-        Err(error) => warn!(%error, "no new process has taken over"),
+impl Drop for Successor {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// The program that was started: by the name that it was started with, not by the file that this has
+/// led to, for a link may lead to another one by now.
+pub(super) fn program() -> io::Result<PathBuf> {
+    let name = env::args_os().next().map(PathBuf::from);
+    let named = name.and_then(|name| match name.components().count() {
+        0 => None,
+        1 => env::split_paths(&env::var_os("PATH")?)
+            .map(|directory| directory.join(&name))
+            .find(|path| path.is_file()),
+        _ => Some(name),
+    });
+    match named.map(std::path::absolute) {
+        Some(Ok(path)) if path.is_file() => Ok(path),
+        _ => env::current_exe(),
     }
 }

@@ -160,7 +160,7 @@ impl Cache {
         written
     }
 
-    /// Removes those that were not used for longest.
+    /// Removes those that were not used for longest. Whatever else is in the directory is not ours.
     fn prune(&self) -> io::Result<()> {
         let mut files: Vec<(SystemTime, std::ffi::CString)> = Vec::new();
         for entry in Dir::read_from(&self.directory)? {
@@ -168,7 +168,8 @@ impl Cache {
             let Ok(stat) = statat(&self.directory, &name, AtFlags::SYMLINK_NOFOLLOW) else {
                 continue;
             };
-            if rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
+            let is_file = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
+            if is_file && is_ours(name.to_bytes()) {
                 let seconds = u64::try_from(stat.st_mtime).unwrap_or(0);
                 let nanos = stat.st_mtime_nsec as u32;
                 let used = SystemTime::UNIX_EPOCH + std::time::Duration::new(seconds, nanos);
@@ -181,7 +182,11 @@ impl Cache {
                 ?name,
                 "a compiled guest that was not used for long is removed"
             );
-            unlinkat(&self.directory, name, AtFlags::empty())?;
+            match unlinkat(&self.directory, name, AtFlags::empty()) {
+                // Another process has removed it as well.
+                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(())
     }
@@ -191,11 +196,27 @@ fn name(component: &Digest, engine: &str) -> String {
     format!("{component}-{engine}.cwasm")
 }
 
+/// Whether a file of this name is one that we keep, or one that we did not finish writing.
+fn is_ours(name: &[u8]) -> bool {
+    let name = name.strip_prefix(b".").unwrap_or(name);
+    let is_hex = |bytes: &[u8]| bytes.iter().all(u8::is_ascii_hexdigit);
+    let Some((digest, rest)) = name.split_at_checked(64) else {
+        return false;
+    };
+    let Some((key, rest)) = rest.split_at_checked(1 + KEY_DIGITS) else {
+        return false;
+    };
+    is_hex(digest) && key[0] == b'-' && is_hex(&key[1..]) && rest.starts_with(b".cwasm")
+}
+
+/// The digits that tell engines apart.
+const KEY_DIGITS: usize = 16;
+
 /// What tells engines apart whose code is not each other's.
 pub(super) fn key(engine: &wasmtime::Engine) -> String {
     let mut hasher = Bytes(Sha256::new());
     engine.precompile_compatibility_hash().hash(&mut hasher);
-    format!("{:x}", hasher.0.finalize())[..16].into()
+    format!("{:x}", hasher.0.finalize())[..KEY_DIGITS].into()
 }
 
 /// The standard library's hashers may change from one release to the next.
@@ -216,6 +237,8 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
+    const ENGINE: &str = "0123456789abcdef";
+
     fn cache() -> (tempfile::TempDir, Cache) {
         let directory = tempfile::tempdir().unwrap();
         let cache = Cache::open(&directory.path().join("cache")).unwrap();
@@ -226,53 +249,60 @@ mod tests {
     fn what_was_kept_is_found_by_both_its_names() {
         let (_directory, cache) = cache();
         let (one, other) = (Digest::of(b"one"), Digest::of(b"other"));
-        assert_eq!(cache.get(&one, "engine"), None);
-        cache.put(&one, "engine", b"code");
-        assert_eq!(cache.get(&one, "engine").unwrap(), b"code");
+        assert_eq!(cache.get(&one, ENGINE), None);
+        cache.put(&one, ENGINE, b"code");
+        assert_eq!(cache.get(&one, ENGINE).unwrap(), b"code");
         assert_eq!(cache.get(&one, "another"), None);
-        assert_eq!(cache.get(&other, "engine"), None);
+        assert_eq!(cache.get(&other, ENGINE), None);
     }
 
     #[test]
     fn what_was_changed_is_not_trusted() {
         let (_directory, cache) = cache();
         let one = Digest::of(b"one");
-        cache.put(&one, "engine", b"code");
-        let path = cache.path.join(name(&one, "engine"));
+        cache.put(&one, ENGINE, b"code");
+        let path = cache.path.join(name(&one, ENGINE));
         let mut bytes = std::fs::read(&path).unwrap();
         for changed in 0..bytes.len() {
             bytes[changed] ^= 1;
             std::fs::write(&path, &bytes).unwrap();
-            assert_eq!(cache.get(&one, "engine"), None, "byte {changed}");
+            assert_eq!(cache.get(&one, ENGINE), None, "byte {changed}");
             bytes[changed] ^= 1;
         }
         std::fs::write(&path, &bytes[..10]).unwrap();
-        assert_eq!(cache.get(&one, "engine"), None);
+        assert_eq!(cache.get(&one, ENGINE), None);
         std::fs::write(&path, &bytes).unwrap();
-        assert!(cache.get(&one, "engine").is_some());
+        assert!(cache.get(&one, ENGINE).is_some());
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o622)).unwrap();
-        assert_eq!(cache.get(&one, "engine"), None);
+        assert_eq!(cache.get(&one, ENGINE), None);
         std::fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
-        assert_eq!(cache.get(&one, "engine"), None);
+        assert_eq!(cache.get(&one, ENGINE), None);
     }
 
     #[test]
     fn those_that_were_not_used_go() {
         let (_directory, cache) = cache();
         let digest = |n: usize| Digest::of(&n.to_le_bytes());
-        cache.put(&digest(0), "engine", b"first");
+        cache.put(&digest(0), ENGINE, b"first");
         for n in 1..KEPT {
-            cache.put(&digest(n), "engine", b"code");
+            cache.put(&digest(n), ENGINE, b"code");
         }
-        assert!(cache.get(&digest(0), "engine").is_some());
+        assert!(cache.get(&digest(0), ENGINE).is_some());
         for n in KEPT..2 * KEPT - 1 {
-            cache.put(&digest(n), "engine", b"code");
+            cache.put(&digest(n), ENGINE, b"code");
         }
-        assert!(cache.get(&digest(0), "engine").is_some());
-        assert!(cache.get(&digest(1), "engine").is_none());
+        assert!(cache.get(&digest(0), ENGINE).is_some());
+        assert!(cache.get(&digest(1), ENGINE).is_none());
         let files = std::fs::read_dir(&cache.path).unwrap().count();
         assert_eq!(files, KEPT);
+        // What somebody else has put there stays.
+        for n in 0..100 {
+            std::fs::write(cache.path.join(format!("letter-{n}")), "dear").unwrap();
+        }
+        cache.put(&digest(1), ENGINE, b"code");
+        let files = std::fs::read_dir(&cache.path).unwrap().count();
+        assert_eq!(files, KEPT + 100);
     }
 
     #[test]

@@ -208,9 +208,11 @@ impl Collector for Pool {
 }
 
 fn config(room: Room, needs: &Needs, limits: &Limits) -> Config {
-    let slots = |each: u32| {
-        u32::try_from(room.connections.saturating_mul(each as usize)).unwrap_or(u32::MAX)
-    };
+    // One more, for a version that is tried before it is served: it is not to wait for a place of a
+    // connection, nor to take one.
+    let instances = room.connections.saturating_add(1);
+    let slots =
+        |each: u32| u32::try_from(instances.saturating_mul(each as usize)).unwrap_or(u32::MAX);
     // Of all memories of a sandbox together, and of all its tables.
     let each = |number: u32| number.max(1) as usize;
     let mut pool = PoolingAllocationConfig::new();
@@ -224,7 +226,7 @@ fn config(room: Room, needs: &Needs, limits: &Limits) -> Config {
         .max_tables_per_component(needs.tables)
         .max_tables_per_module(needs.tables)
         .table_elements(TABLE_ELEMENTS.max(needs.table_elements as usize))
-        .total_stacks(u32::try_from(room.stacks).unwrap_or(u32::MAX))
+        .total_stacks(u32::try_from(room.stacks.saturating_add(2)).unwrap_or(u32::MAX))
         .max_memory_size(limits.memory.next_multiple_of(WASM_PAGE_BYTES))
         .linear_memory_keep_resident(KEEP_RESIDENT_BYTES / each(needs.memories))
         .table_keep_resident(KEEP_RESIDENT_BYTES / each(needs.tables))

@@ -62,7 +62,7 @@ impl Service {
         let mut older = counted("older".into(), 0, versions.gone);
         for one in &versions.older {
             older.open += one.version.counts.open();
-            let ended = one.version.counts.ended();
+            let ended = one.ended_as_older();
             older.ended = std::array::from_fn(|kind| older.ended[kind] + ended[kind]);
         }
         all.push(older);

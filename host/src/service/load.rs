@@ -37,11 +37,16 @@ pub(super) fn load(
         .enable_all()
         .build()
         .map_err(|error| format!("it cannot be tried: {error}"))?;
-    runtime.block_on(try_out(&guest))?;
-    if let Some(probe) = &settings.probe {
-        runtime.block_on(ask(&guest, probe))?;
-    }
-    Ok(Arc::new(guest))
+    let tried = runtime.block_on(async {
+        try_out(&guest).await?;
+        match &settings.probe {
+            Some(probe) => ask(&guest, probe).await,
+            None => Ok(()),
+        }
+    });
+    // What it has begun on another thread, such as opening a file that hangs, is not waited for.
+    runtime.shutdown_background();
+    tried.map(|()| Arc::new(guest))
 }
 
 /// Whether it comes as far as an instance.

@@ -20,6 +20,9 @@ const BETWEEN: Duration = Duration::from_millis(100);
 /// The swaps that memory is measured over.
 const SWAPS: usize = 1_000;
 
+/// Where compiled versions are kept.
+const CACHE: &str = "target/bench/swaps/cache";
+
 /// How often a server is started in a round.
 const STARTS: usize = 10;
 
@@ -86,9 +89,9 @@ struct Told {
 }
 
 impl Told {
-    fn start(arguments: &[&str]) -> Result<Self, String> {
+    fn start(cache: &str) -> Result<Self, String> {
         let admin = format!("unix:/tmp/wasinetd-bench-{}.sock", std::process::id());
-        let arguments = [&["--admin", &admin], arguments].concat();
+        let arguments = [&["--admin", &admin, "--cache", cache], &QUIET_PAGES[..]].concat();
         let command = wasinetd("concurrent", "hello", &arguments);
         let server = Server::start("wasinetd", &command, Address::Printed)?;
         Ok(Self { server, admin })
@@ -137,12 +140,12 @@ fn latency(effort: Effort, versions: &Versions) -> Result<Table, String> {
     for (work, name) in [(Work::Kept, "kept-alive"), (Work::New, "new connection")] {
         let mut figures: [Samples; 5] = Default::default();
         for _ in 0..effort.rounds {
-            let told = Told::start(&QUIET_PAGES)?;
+            let told = Told::start(CACHE)?;
             let address = told.server.address();
             let load = || wrk::run(address, work, CONNECTIONS, effort.seconds);
             load()?;
             let quiet = load()?;
-            let known = |n| Ok([&one, &two][n % 2].clone());
+            let known = |n: usize| Ok([&one, &two][n % 2].clone());
             let (swapped, _) = told.swapping(load, known)?;
             let (compiled, _) = told.swapping(load, |_| versions.new_one("next"))?;
             let (swapped, compiled) = (swapped?, compiled?);
@@ -178,7 +181,7 @@ fn took(effort: Effort, versions: &Versions) -> Result<Table, String> {
         ("kept on disk", Vec::new()),
         ("the version before", Vec::new()),
     ];
-    let told = Told::start(&QUIET_PAGES)?;
+    let told = Told::start(CACHE)?;
     for _ in 0..effort.rounds * 4 {
         let one = versions.new_one("one")?;
         let two = versions.new_one("two")?;
@@ -205,7 +208,7 @@ fn took(effort: Effort, versions: &Versions) -> Result<Table, String> {
 
 /// What is left of versions that are gone.
 fn memory(versions: &Versions) -> Result<Table, String> {
-    let told = Told::start(&[&QUIET_PAGES[..], &["--cache", "off"]].concat())?;
+    let told = Told::start("off")?;
     let ended = AtomicBool::new(false);
     let mut rows = Vec::new();
     thread::scope(|scope| {
@@ -244,10 +247,7 @@ fn memory(versions: &Versions) -> Result<Table, String> {
 /// From the start of the process to its first answer.
 fn starts(effort: Effort) -> Result<Table, String> {
     let mut rows = Vec::new();
-    for (name, cache) in [
-        ("compiled", "off"),
-        ("kept on disk", "target/bench/swaps/cache"),
-    ] {
+    for (name, cache) in [("compiled", "off"), ("kept on disk", CACHE)] {
         let mut listening = Vec::new();
         let arguments = [&PAGES[..], &["--cache", cache]].concat();
         let command = wasinetd("concurrent", "hello", &arguments);
@@ -266,7 +266,7 @@ fn starts(effort: Effort) -> Result<Table, String> {
         ]);
     }
     let mut restarts = Vec::new();
-    let told = Told::start(&PAGES)?;
+    let told = Told::start(CACHE)?;
     let mut successors = Vec::new();
     for _ in 0..effort.rounds {
         let mut ctl = Command::new("target/release/wasinetd");
