@@ -20,6 +20,8 @@ let limits = { pid: null, values: new Map() };
 let lastAnswer = null;
 /** What had the focus when the dialog opened: it has it again when the dialog closes. */
 let dialogOpener = null;
+/** Whoever waits for the answer to the dialog's question. */
+let settleQuestion = () => {};
 
 const latest = () => samples.at(-1);
 
@@ -418,6 +420,8 @@ function createConnection({ id, peer }) {
 function confirmed(title, text, action) {
   // A file picker may be open meanwhile: one answer must not count for two questions.
   if (dialog.open) return Promise.resolve(false);
+  // The browser tells only some time after that the dialog has closed: an earlier question may wait yet.
+  settleQuestion(dialog.returnValue === 'confirmed');
   setText(byId('confirm-title'), title);
   setText(byId('confirm-text'), text);
   setText(byId('confirm-action'), action);
@@ -426,9 +430,13 @@ function confirmed(title, text, action) {
   dialog.returnValue = '';
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener('close', () => resolve(dialog.returnValue === 'confirmed'), { once: true });
+    settleQuestion = resolve;
   });
 }
+
+dialog.addEventListener('close', () => {
+  if (!dialog.open) settleQuestion(dialog.returnValue === 'confirmed');
+});
 
 async function act(doing, method, path, describe, body) {
   showNotice(`${doing}…`);
