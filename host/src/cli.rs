@@ -546,6 +546,9 @@ pub(crate) enum CtlCommand {
     Drain,
     /// Let a new process of the program that is installed now take over, and end when the connections
     /// that are open have
+    ///
+    /// It has the same arguments and sockets, and the guest that is served. Whoever looks after the process
+    /// has to follow it, as systemd does by sd_notify.
     Restart,
     /// Serve new connections with another guest. Those that are open finish with theirs
     Swap {

@@ -26,7 +26,7 @@ const SIGNALS: [(&str, &str); 4] = [
     ),
     (
         "SIGUSR2",
-        "Starts the program that is installed now, which takes over the sockets, and drains once that serves.",
+        "Starts the program that is installed now, which takes over the sockets and the guest that is served, and drains once that serves. Whoever looks after the process has to follow it (sd_notify(3), MAINPID).",
     ),
     (
         "SIGKILL",

@@ -2,8 +2,9 @@
 
 use std::cell::Cell;
 use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,8 +15,8 @@ use crate::server::{Address, PAGES, QUIET_PAGES, Server, wasinetd};
 use crate::wrk::{self, CONNECTIONS, Work};
 use crate::{Effort, client};
 
-/// How long from one swap to the next, under load.
-const BETWEEN: Duration = Duration::from_millis(100);
+/// How long from one swap to the next, under load: for an operator in a hurry, and for a machine.
+const BETWEEN: [Duration; 2] = [Duration::from_secs(1), Duration::from_millis(100)];
 
 /// The swaps that memory is measured over.
 const SWAPS: usize = 1_000;
@@ -41,9 +42,8 @@ pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
         notes: vec![
             format!(
                 "Versions of `hello` that differ in a custom section alone. Under load: {CONNECTIONS} \
-                 connections of wrk, and a swap each {BETWEEN:?}, by `wasinetd ctl swap`, whose own \
-                 processes compete for the two cores as well. Not one request failed, or there would \
-                 be no figures."
+                 connections of wrk, which leave neither core a moment, and swaps by the admin socket. \
+                 Not one request failed, or there would be no figures."
             ),
             "How long a swap takes is from its bytes to the exchange: digest, compiling, an instance \
              and a probe are part of it."
@@ -85,13 +85,14 @@ impl Versions<'_> {
 /// A server that can be told.
 struct Told {
     server: Server,
-    admin: String,
+    admin: PathBuf,
 }
 
 impl Told {
     fn start(cache: &str) -> Result<Self, String> {
-        let admin = format!("unix:/tmp/wasinetd-bench-{}.sock", std::process::id());
-        let arguments = [&["--admin", &admin, "--cache", cache], &QUIET_PAGES[..]].concat();
+        let admin = PathBuf::from(format!("/tmp/wasinetd-bench-{}.sock", std::process::id()));
+        let address = format!("unix:{}", admin.display());
+        let arguments = [&["--admin", &address, "--cache", cache], &QUIET_PAGES[..]].concat();
         let command = wasinetd("concurrent", "hello", &arguments);
         let server = Server::start("wasinetd", &command, Address::Printed)?;
         Ok(Self { server, admin })
@@ -99,21 +100,39 @@ impl Told {
 
     /// Swaps, and returns how long that took, in milliseconds.
     fn swap(&self, guest: &Path) -> Result<f64, String> {
-        let mut ctl = Command::new("target/release/wasinetd");
-        ctl.args(["ctl", "--json", "--admin", &self.admin, "swap", "default"]);
-        let output = ctl.arg(guest).output().map_err(|error| error.to_string())?;
-        let answer: serde_json::Value = serde_json::from_slice(&output.stdout)
-            .map_err(|_| String::from_utf8_lossy(&output.stderr).into_owned())?;
+        let component = fs::read(guest).map_err(|error| error.to_string())?;
+        let answer = self.post("/v1/services/default/swap", &component)?;
         let took = answer["took"].as_f64().ok_or("it does not say how long")?;
         Ok(took * 1e3)
     }
 
-    /// Swaps again and again while `load` lasts. Returns its result, and how many swaps there were.
+    /// What the server answers. Asked from here: a process of its own for each would be load as well.
+    fn post(&self, path: &str, body: &[u8]) -> Result<serde_json::Value, String> {
+        let ask = || {
+            let mut operator = UnixStream::connect(&self.admin)?;
+            write!(
+                operator,
+                "POST {path} HTTP/1.1\r\nHost: wasinetd\r\nContent-Length: {}\r\n\r\n",
+                body.len()
+            )?;
+            operator.write_all(body)?;
+            std::io::read_to_string(operator)
+        };
+        let answer = ask().map_err(|error| format!("{path}: {error}"))?;
+        let parts = answer.split_once("\r\n\r\n");
+        let (_, json) = parts
+            .filter(|_| answer.starts_with("HTTP/1.1 200 "))
+            .ok_or_else(|| format!("{path}: {answer}"))?;
+        serde_json::from_str(json).map_err(|error| format!("{path}: {error}: {json}"))
+    }
+
+    /// Swaps again and again while `load` lasts, and returns its result.
     fn swapping<T: Send>(
         &self,
         load: impl FnOnce() -> T + Send,
-        mut next: impl FnMut(usize) -> Result<PathBuf, String>,
-    ) -> Result<(T, usize), String> {
+        between: Duration,
+        next: impl Fn(usize) -> Result<PathBuf, String>,
+    ) -> Result<T, String> {
         let ended = AtomicBool::new(false);
         thread::scope(|scope| {
             let load = scope.spawn(|| {
@@ -125,9 +144,9 @@ impl Told {
             while !ended.load(Ordering::Relaxed) {
                 self.swap(&next(swaps)?)?;
                 swaps += 1;
-                thread::sleep(BETWEEN);
+                thread::sleep(between);
             }
-            Ok((load.join().expect("it does not panic"), swaps))
+            Ok(load.join().expect("it does not panic"))
         })
     }
 }
@@ -136,39 +155,42 @@ impl Told {
 fn latency(effort: Effort, versions: &Versions) -> Result<Table, String> {
     let one = versions.new_one("one")?;
     let two = versions.new_one("two")?;
+    let known = |n: usize| Ok([&one, &two][n % 2].clone());
+    let new = |_| versions.new_one("next");
+    let kinds: [(&str, &dyn Fn(usize) -> Result<PathBuf, String>); 2] =
+        [("between two versions", &known), ("to ever new ones", &new)];
     let mut rows = Vec::new();
-    for (work, name) in [(Work::Kept, "kept-alive"), (Work::New, "new connection")] {
-        let mut figures: [Samples; 5] = Default::default();
-        for _ in 0..effort.rounds {
-            let told = Told::start(CACHE)?;
-            let address = told.server.address();
-            let load = || wrk::run(address, work, CONNECTIONS, effort.seconds);
-            load()?;
-            let quiet = load()?;
-            let known = |n: usize| Ok([&one, &two][n % 2].clone());
-            let (swapped, _) = told.swapping(load, known)?;
-            let (compiled, _) = told.swapping(load, |_| versions.new_one("next"))?;
-            let (swapped, compiled) = (swapped?, compiled?);
-            figures[0].push(quiet.p99);
-            figures[1].push(swapped.p99);
-            figures[2].push(compiled.p99);
-            figures[3].push(swapped.p99 / quiet.p99);
-            figures[4].push(compiled.p99 / quiet.p99);
+    for (work, requests) in [(Work::Kept, "kept-alive"), (Work::New, "new connection")] {
+        for (kind, next) in kinds {
+            for between in BETWEEN {
+                let mut figures: [Samples; 3] = Default::default();
+                for _ in 0..effort.rounds {
+                    let told = Told::start(CACHE)?;
+                    let address = told.server.address();
+                    let load = || wrk::run(address, work, CONNECTIONS, effort.seconds);
+                    load()?;
+                    let quiet = load()?.p99;
+                    let swapped = told.swapping(load, between, next)??.p99;
+                    figures[0].push(quiet);
+                    figures[1].push(swapped);
+                    figures[2].push(swapped / quiet);
+                }
+                let mut row = vec![requests.into(), kind.into(), format!("{between:?}")];
+                row.extend(figures[..2].iter().map(|figure| figure.with_spread(0)));
+                row.push(figures[2].with_spread(2));
+                rows.push(row);
+            }
         }
-        let mut row = vec![name.to_string()];
-        row.extend(figures[..3].iter().map(|figure| figure.with_spread(0)));
-        row.extend(figures[3..].iter().map(|figure| figure.with_spread(2)));
-        rows.push(row);
     }
     Ok(Table {
-        title: "What clients feel of ten swaps a second: p99, µs".into(),
+        title: "What clients feel of swaps: p99, µs".into(),
         columns: vec![
             "requests",
+            "swaps",
+            "one each",
             "no swaps",
-            "between two versions",
-            "to ever new ones",
-            "between two, times none",
-            "ever new, times none",
+            "swaps",
+            "times no swaps",
         ],
         rows,
     })
@@ -269,17 +291,11 @@ fn starts(effort: Effort) -> Result<Table, String> {
     let told = Told::start(CACHE)?;
     let mut successors = Vec::new();
     for _ in 0..effort.rounds {
-        let mut ctl = Command::new("target/release/wasinetd");
         let began = Instant::now();
-        ctl.args(["ctl", "--json", "--admin", &told.admin, "restart"]);
-        let output = ctl.output().map_err(|error| error.to_string())?;
+        let answer = told.post("/v1/restart", &[])?;
         restarts.push(began.elapsed().as_secs_f64() * 1e3);
-        let said = String::from_utf8_lossy(&output.stdout);
-        successors.push(
-            said.trim()
-                .parse::<i32>()
-                .map_err(|_| format!("{said}{}", String::from_utf8_lossy(&output.stderr)))?,
-        );
+        let pid = answer.as_i64().and_then(|pid| i32::try_from(pid).ok());
+        successors.push(pid.ok_or_else(|| format!("not a process: {answer}"))?);
     }
     // The last one serves; those before have ended by themselves.
     if let Some(pid) = successors
@@ -289,7 +305,7 @@ fn starts(effort: Effort) -> Result<Table, String> {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
     }
     rows.push(vec![
-        "kept on disk, from `ctl restart` until the new process serves".into(),
+        "kept on disk, from a restart until the new process serves".into(),
         format!("{:.1}", quantile(&mut restarts, 0.5)),
         format!("{:.1}", quantile(&mut restarts, 0.99)),
     ]);
