@@ -151,14 +151,16 @@ impl Told {
     }
 }
 
+/// The file with the version to swap to, the first, the second and so on.
+type Next<'a> = &'a dyn Fn(usize) -> Result<PathBuf, String>;
+
 /// What clients feel.
 fn latency(effort: Effort, versions: &Versions) -> Result<Table, String> {
     let one = versions.new_one("one")?;
     let two = versions.new_one("two")?;
     let known = |n: usize| Ok([&one, &two][n % 2].clone());
     let new = |_| versions.new_one("next");
-    let kinds: [(&str, &dyn Fn(usize) -> Result<PathBuf, String>); 2] =
-        [("between two versions", &known), ("to ever new ones", &new)];
+    let kinds: [(&str, Next); 2] = [("between two versions", &known), ("to ever new ones", &new)];
     let mut rows = Vec::new();
     for (work, requests) in [(Work::Kept, "kept-alive"), (Work::New, "new connection")] {
         for (kind, next) in kinds {
