@@ -250,7 +250,7 @@ fn a_version_is_asked_before_it_is_served() {
         for (bad, reason) in [
             (guest("echo"), "it answered the probe with \\\"GET / HTTP/1"),
             (fixture("waits"), "within 1s"),
-            (fixture("panic"), "and ended with"),
+            (fixture("panic"), "it answered the probe with \\\"half"),
             (fixture("spin"), "within 1s"),
         ] {
             let output = admin.ctl(&["swap", "default", text(&bad)]);
@@ -264,10 +264,23 @@ fn a_version_is_asked_before_it_is_served() {
         bad.args(["serve", "--listen", "127.0.0.1:0"])
             .args(&probe[4..]);
         bad.args(["--admin", &format!("{}-2", admin.flag)]);
-        let output = output(bad.arg(guest("echo")));
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(65), "{said}");
+        let ended = output(bad.arg(guest("echo")));
+        let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert_eq!(ended.status.code(), Some(65), "{said}");
         assert!(said.contains("it answered the probe"), "{said}");
+        // It begins as expected, and then ends.
+        let mut bad = wasinetd();
+        bad.args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--probe-expect",
+            "half an",
+        ]);
+        let ended = output(bad.arg(fixture("error")));
+        let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert_eq!(ended.status.code(), Some(65), "{said}");
+        assert!(said.contains(", and ended with: out of"), "{said}");
     }
 }
 
