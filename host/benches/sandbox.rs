@@ -12,7 +12,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use futures::future::BoxFuture;
 use tokio::runtime::{Builder, Runtime};
 use wasinetd::limit::Limit;
-use wasinetd::sandbox::{Engine, Grants, Guest, Limits, Needs, Room, Transport};
+use wasinetd::sandbox::{Engine, Grants, Guest, Limits, Needs, Room, SharedLimits, Transport};
 
 /// As in the command: what is measured is what is served with.
 #[global_allocator]
@@ -33,8 +33,9 @@ fn guest(name: &str) -> Guest {
         panic!("{path}: {error}; run `make build` first");
     });
     let needs = Needs::of(&component).expect("the guest is accepted");
-    let engine = Engine::new(ROOM, &needs, Limits::default(), None).expect("the pool fits");
-    Guest::new(&engine, &component, Grants::default()).expect("the guest is accepted")
+    let engine = Engine::new(ROOM, &needs, SharedLimits::default(), None).expect("the pool fits");
+    Guest::new(&engine, &component, Grants::default(), Limits::default())
+        .expect("the guest is accepted")
 }
 
 fn runtime() -> Runtime {

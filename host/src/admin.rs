@@ -29,7 +29,7 @@ use tracing::{debug, warn};
 
 use crate::Error;
 use api::Api;
-pub use api::{Obeyed, Operated};
+pub use api::{LimitsSet, Obeyed, Operated, Reloaded};
 pub use logs::Logs;
 
 /// Connections of operators at once. More wait. Many times what operators need: any user of the machine

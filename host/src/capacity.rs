@@ -5,7 +5,7 @@ use std::path::Path;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::Error;
-use crate::sandbox::{HOST_STACK_BYTES, Limits, Needs, Room};
+use crate::sandbox::{HOST_STACK_BYTES, Needs, Room};
 
 /// The connections that are allowed at once unless the operator says otherwise, as far as they
 /// fit. Arbitrary: what a default Linux can hold.
@@ -60,17 +60,12 @@ struct Each {
 }
 
 impl Each {
-    fn new(needs: &Needs, limits: &Limits, directories: bool) -> Self {
+    fn new(needs: &Needs, stack: usize, files: usize) -> Self {
         let memories = u64::from(needs.memories);
-        let stack = limits.stack.saturating_add(HOST_STACK_BYTES) as u64;
-        let files = if directories {
-            limits.open_files as u64
-        } else {
-            0
-        };
+        let stack = stack.saturating_add(HOST_STACK_BYTES) as u64;
         Self {
             // The socket.
-            files: files.saturating_add(1),
+            files: (files as u64).saturating_add(1),
             mappings: MAPPINGS_PER_MEMORY.saturating_mul(memories),
             addresses: stack
                 .saturating_mul(2)
@@ -92,15 +87,15 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Reads the limits of this process and machine, for guests with such `needs` and `limits`,
-    /// which can open files if `directories` are granted.
-    pub fn new(needs: &Needs, limits: &Limits, directories: bool) -> Self {
+    /// Reads the limits of this process and machine, for guests with such `needs` and `stack` bytes of
+    /// stack, each of which can have so many `files` open.
+    pub fn new(needs: &Needs, stack: usize, files: usize) -> Self {
+        let each = Each::new(needs, stack, files);
         let files = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
         let addresses = getrlimit(Resource::As)
             .current
             .unwrap_or(u64::MAX)
             .min(ADDRESSES);
-        let each = Each::new(needs, limits, directories);
         Self::from_limits(&each, files, max_map_count(), addresses)
     }
 
@@ -287,20 +282,16 @@ mod tests {
     };
 
     fn plan(files: u64, mappings: u64, addresses: u64) -> Plan {
-        let each = Each::new(&ONE_MEMORY, &Limits::default(), false);
+        let each = Each::new(&ONE_MEMORY, 512 << 10, 0);
         Plan::from_limits(&each, files, Some(mappings), addresses)
     }
 
     #[test]
     fn files_that_guests_may_open_are_counted() {
-        let limits = Limits {
-            open_files: 3,
-            ..Limits::default()
-        };
-        let each = Each::new(&ONE_MEMORY, &limits, true);
+        let each = Each::new(&ONE_MEMORY, 512 << 10, 3);
         let plan = Plan::from_limits(&each, OTHER_FILES + 40, None, ADDRESSES);
         assert_eq!((plan.tightest().fits, plan.all_open.fits), (40, 10));
-        let none = Each::new(&ONE_MEMORY, &limits, false);
+        let none = Each::new(&ONE_MEMORY, 512 << 10, 0);
         let plan = Plan::from_limits(&none, OTHER_FILES + 40, None, ADDRESSES);
         assert_eq!(plan.all_open.fits, 40);
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use bytesize::ByteSize;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use wasinetd::admin::Address;
 use wasinetd::connection;
 use wasinetd::limit::Limit;
@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Compile(CompileArgs),
     /// See and steer a server that runs
     Ctl(CtlArgs),
+    /// Print a JSON schema of the config file, for editors
+    Schema,
     /// Write the manual pages into a directory
     Man {
         /// The directory, which has to be there
@@ -57,14 +59,33 @@ wasi:cli, wasi:clocks, wasi:filesystem, wasi:io and wasi:random in the versions 
 wasi:sockets 0.2 where it was granted with --allow-connect. It sees no directory and no environment \
 variable that `serve` was not told to grant.";
 
+/// Values of this name are pairs: a config file may have them as a table.
+pub(crate) const NAME_VALUE: &str = "NAME[=VALUE]";
+
 #[derive(Args)]
 pub(crate) struct ServeArgs {
     /// The guest: a component that exports wasinetd:tcp/handler
-    #[arg(value_name = "GUEST.wasm")]
-    pub(crate) guest: PathBuf,
+    #[arg(value_name = "GUEST.wasm", required_unless_present = "config")]
+    pub(crate) guest: Option<PathBuf>,
 
+    /// Serve what this file says, and nothing else: settings by the names of these flags, and a
+    /// [[service]] for each guest. SIGHUP reads it again
+    #[arg(long, value_name = "FILE", exclusive = true)]
+    pub(crate) config: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) service: ServiceArgs,
+
+    #[command(flatten)]
+    pub(crate) server: ServerArgs,
+}
+
+/// What is set of a service.
+#[derive(Args)]
+pub(crate) struct ServiceArgs {
     /// Listen on this address; repeat it for more. Port 0 takes any free port
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7878", value_parser = address)]
+    /// [default: 127.0.0.1:7878]
+    #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) listen: Vec<SocketAddr>,
 
     /// How connections share the threads: each stays on one, or any thread goes on with it where
@@ -72,20 +93,16 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_enum, default_value_t = Dispatch::Concurrent)]
     pub(crate) dispatch: Dispatch,
 
-    /// Threads that connections run on [default: one for each core but one]
-    #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
-    pub(crate) threads: Option<usize>,
-
     /// Let guests read this directory of the host, under the second name if there is one
-    #[arg(long, value_name = "HOST[::GUEST]", value_parser = directory)]
+    #[arg(long, value_name = "HOST[::GUEST]", value_parser = directory, value_hint = ValueHint::DirPath)]
     pub(crate) dir: Vec<(PathBuf, String)>,
 
     /// Let guests read and change this directory of the host
-    #[arg(long, value_name = "HOST[::GUEST]", value_parser = directory)]
+    #[arg(long, value_name = "HOST[::GUEST]", value_parser = directory, value_hint = ValueHint::DirPath)]
     pub(crate) dir_rw: Vec<(PathBuf, String)>,
 
     /// Give guests this environment variable, with wasinetd's own value unless one is given
-    #[arg(long, value_name = "NAME[=VALUE]", value_parser = variable)]
+    #[arg(long, value_name = NAME_VALUE, value_parser = variable)]
     pub(crate) env: Vec<(String, String)>,
 
     #[command(flatten)]
@@ -107,6 +124,17 @@ pub(crate) struct ServeArgs {
 
     #[command(flatten)]
     pub(crate) swap: SwapArgs,
+}
+
+/// What is set of the server, whatever its services.
+#[derive(Args)]
+pub(crate) struct ServerArgs {
+    /// Threads that connections run on [default: one for each core but one]
+    #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
+    pub(crate) threads: Option<usize>,
+
+    #[command(flatten)]
+    pub(crate) shared_limits: SharedLimits,
 
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
@@ -123,7 +151,7 @@ pub(crate) struct ServeArgs {
 
     /// The file with the token that operators show on a loopback address. Only this user may be able
     /// to read it
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) admin_token_file: Option<PathBuf>,
 
     /// Send a span for each connection to an OpenTelemetry collector, by OTLP over HTTP (not TLS: put
@@ -140,10 +168,42 @@ pub(crate) struct ServeArgs {
     pub(crate) log_level: LogLevel,
 }
 
-impl ServeArgs {
+/// The keys of a config file that are the server's.
+#[derive(Parser)]
+#[command(no_binary_name = true)]
+pub(crate) struct ServerTable {
+    /// Connections of all services open at once [default: 10000, or as many as this machine can hold]
+    #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
+    pub(crate) max_connections: Option<usize>,
+
+    #[command(flatten)]
+    pub(crate) server: ServerArgs,
+}
+
+/// The keys of a `[[service]]` in a config file.
+#[derive(Parser)]
+#[command(no_binary_name = true)]
+pub(crate) struct ServiceTable {
+    /// What the service is called: letters, digits, - and _
+    #[arg(long, value_parser = service_name)]
+    pub(crate) name: String,
+
+    /// The guest: a component that exports wasinetd:tcp/handler
+    #[arg(long, value_name = "GUEST.wasm", value_hint = ValueHint::FilePath)]
+    pub(crate) guest: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) service: ServiceArgs,
+}
+
+impl ServiceArgs {
     /// What each limit is set to, as its flag would have it.
-    pub(crate) fn limits(&self, max_connections: usize, memory: usize) -> Vec<(Limit, String)> {
-        let guest = self.guest_limits.limits(memory);
+    pub(crate) fn limits(
+        &self,
+        shared: &sandbox::SharedLimits,
+        max_connections: usize,
+    ) -> Vec<(Limit, String)> {
+        let guest = self.guest_limits.limits();
         let connection = &self.connection_limits;
         let rules = self.admission.rules(max_connections);
         let time = |time| humantime::format_duration(time).to_string();
@@ -165,9 +225,9 @@ impl ServeArgs {
             .map(|limit| {
                 let value = match limit {
                     Limit::MaxMemory => size_text(guest.memory),
-                    Limit::MaxTotalMemory => size_text(guest.total_memory),
+                    Limit::MaxTotalMemory => size_text(shared.total_memory),
                     Limit::CpuTime => time(guest.cpu_time),
-                    Limit::Stack => size_text(guest.stack),
+                    Limit::Stack => size_text(shared.stack),
                     Limit::MaxHandles => guest.handles.to_string(),
                     Limit::MaxOpenFiles => guest.open_files.to_string(),
                     Limit::MaxCallSize => size_text(guest.call_size),
@@ -262,7 +322,7 @@ pub(crate) struct CacheArgs {
     /// Keep compiled guests in this directory, so that the next start is quick; off compiles each
     /// time. Nobody else may enter it: what is there is run
     /// [default: $CACHE_DIRECTORY, $XDG_CACHE_HOME/wasinetd or $HOME/.cache/wasinetd, whichever is set]
-    #[arg(long, value_name = "DIR|off")]
+    #[arg(long, value_name = "DIR|off", value_hint = ValueHint::DirPath)]
     pub(crate) cache: Option<PathBuf>,
 }
 
@@ -277,6 +337,36 @@ pub(crate) struct NetworkArgs {
     pub(crate) allow_connect: Vec<Destination>,
 }
 
+/// What all guests of a server share.
+#[derive(Args)]
+#[command(next_help_heading = "Limits of all guests")]
+pub(crate) struct SharedLimits {
+    /// Memory of all guests together, beyond the first 1 MiB of each
+    /// [default: half of the machine's, or of the cgroup's]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    max_total_memory: Option<usize>,
+
+    /// Call stack of a guest. wasmtime's own default: deep recursion of sane programs fits
+    #[arg(long, value_name = "SIZE", default_value = "512KiB", value_parser = stack)]
+    stack: usize,
+}
+
+impl SharedLimits {
+    /// As the engine wants them; `memory` is what this machine has, and the guests' limits are `guests`.
+    pub(crate) fn limits<'a>(
+        &self,
+        memory: usize,
+        guests: impl IntoIterator<Item = &'a GuestLimits>,
+    ) -> sandbox::SharedLimits {
+        let guests = guests.into_iter();
+        sandbox::SharedLimits {
+            memory: guests.map(|guest| guest.max_memory).max().unwrap_or(0),
+            total_memory: self.max_total_memory.unwrap_or(memory / 2),
+            stack: self.stack,
+        }
+    }
+}
+
 /// What one guest may use: it is stopped, or refused more.
 #[derive(Args)]
 #[command(next_help_heading = "Limits of a guest")]
@@ -286,18 +376,9 @@ pub(crate) struct GuestLimits {
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
     max_memory: usize,
 
-    /// Memory of all guests together, beyond the first 1 MiB of each
-    /// [default: half of the machine's, or of the cgroup's]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
-    max_total_memory: Option<usize>,
-
     /// Time computing, not waiting, of one connection. An answer that takes longer is a job
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = some_duration)]
     cpu_time: Duration,
-
-    /// Call stack. wasmtime's own default: deep recursion of sane programs fits
-    #[arg(long, value_name = "SIZE", default_value = "512KiB", value_parser = stack)]
-    stack: usize,
 
     /// Live handles of resources, streams, futures and calls. A handler has tens; each takes some
     /// hundred bytes of the host
@@ -321,13 +402,11 @@ pub(crate) struct GuestLimits {
 }
 
 impl GuestLimits {
-    /// As the sandbox wants them; `memory` is what this machine has.
-    pub(crate) fn limits(&self, memory: usize) -> sandbox::Limits {
+    /// As the sandbox wants them.
+    pub(crate) fn limits(&self) -> sandbox::Limits {
         sandbox::Limits {
             memory: self.max_memory,
-            total_memory: self.max_total_memory.unwrap_or(memory / 2),
             cpu_time: self.cpu_time,
-            stack: self.stack,
             handles: self.max_handles,
             open_files: self.max_open_files,
             call_size: self.max_call_size,
@@ -473,8 +552,12 @@ struct OrOff<T>(Option<T>);
 #[derive(Args)]
 pub(crate) struct CheckArgs {
     /// The guest: a component that exports wasinetd:tcp/handler
-    #[arg(value_name = "GUEST.wasm")]
-    pub(crate) guest: PathBuf,
+    #[arg(value_name = "GUEST.wasm", required_unless_present = "config")]
+    pub(crate) guest: Option<PathBuf>,
+
+    /// Say whether `serve` would take this config file, with the guests that it names
+    #[arg(long, value_name = "FILE", exclusive = true)]
+    pub(crate) config: Option<PathBuf>,
 
     /// The connections to plan for, as given to serve [default: 10000]
     #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
@@ -485,6 +568,9 @@ pub(crate) struct CheckArgs {
 
     #[command(flatten)]
     pub(crate) guest_limits: GuestLimits,
+
+    #[command(flatten)]
+    pub(crate) shared_limits: SharedLimits,
 }
 
 #[derive(Args)]
@@ -501,6 +587,9 @@ pub(crate) struct CompileArgs {
 
     #[command(flatten)]
     pub(crate) guest_limits: GuestLimits,
+
+    #[command(flatten)]
+    pub(crate) shared_limits: SharedLimits,
 }
 
 #[derive(Args)]
@@ -544,6 +633,8 @@ pub(crate) enum CtlCommand {
     },
     /// Accept no more connections, let those that are open finish, and end
     Drain,
+    /// Read the config file again, or the guest's file, and serve what has changed, as SIGHUP does
+    Reload,
     /// Let a new process of the program that is installed now take over, and end when the connections
     /// that are open have
     ///
@@ -584,7 +675,7 @@ pub(crate) enum CtlCommand {
     },
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub(crate) enum Dispatch {
     /// A task for each connection, which any thread may go on with
     Spawn,
@@ -686,6 +777,20 @@ fn variable(value: &str) -> Result<(String, String), String> {
         return Err("the name is empty; write NAME or NAME=VALUE".into());
     }
     Ok((name.into(), value))
+}
+
+/// The most letters of a service's name. Arbitrary: it is in each line of the log and each metric.
+const NAME_LETTERS: usize = 64;
+
+fn service_name(value: &str) -> Result<String, String> {
+    let is_fine = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_');
+    if (1..=NAME_LETTERS).contains(&value.len()) && value.chars().all(is_fine) {
+        Ok(value.into())
+    } else {
+        Err(format!(
+            "not a name of 1 to {NAME_LETTERS} letters, digits, - and _, such as smtp-in"
+        ))
+    }
 }
 
 fn positive(value: &str) -> Result<usize, String> {

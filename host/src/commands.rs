@@ -1,8 +1,11 @@
 //! What the subcommands do.
 
 mod check;
+mod configured;
+mod fleet;
 mod man;
 mod operator;
+mod schema;
 mod serve;
 mod successor;
 mod supervisor;
@@ -20,6 +23,7 @@ use wasinetd::sandbox::{Cache, Refusal};
 
 pub(crate) use check::{check, compile};
 pub(crate) use man::man;
+pub(crate) use schema::schema;
 pub(crate) use serve::serve;
 
 use crate::cli::CacheArgs;

@@ -27,7 +27,7 @@ pub use counts::{Counts, KINDS, Measures};
 pub use limits::Limits;
 use limits::{Timer, Times};
 use open::Order;
-pub use open::{Entry, Open, Used};
+pub use open::{Cutoff, Entry, Open, Used};
 use socket::Socket;
 
 /// How long after the last byte of an answer the client may take to close its side, and how much
@@ -54,6 +54,8 @@ pub struct Version {
     pub measures: Arc<Measures>,
     /// Where they are listed while they are open.
     pub open: Arc<Open>,
+    /// Whether those of the service are to end at once.
+    pub cutoff: Arc<Cutoff>,
     /// Where it is told how they went, if anywhere.
     pub spans: Option<Arc<Spans>>,
 }
@@ -62,11 +64,12 @@ pub struct Version {
 ///
 /// The connection is reset when it meets one of its limits, or when it is told to end before the
 /// guest is done.
-pub async fn handle(accepted: Accepted, version: Arc<Version>) {
+pub async fn handle<T>(accepted: Accepted<T>, version: Arc<Version>) {
     let Accepted {
         stream,
         peer,
         place,
+        ..
     } = accepted;
     let _counted = version.counts.begin();
     let entry = version.open.add(Entry::new(peer, version.clone()));
@@ -304,6 +307,7 @@ impl Connection {
         info!(
             id = self.entry.id,
             peer = %self.entry.peer,
+            service = &*self.entry.version.service,
             version = self.entry.version.guest.digest().short(),
             duration = ?duration,
             bytes_in = self.entry.used.received(),

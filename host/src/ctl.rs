@@ -111,6 +111,10 @@ async fn ask(args: CtlArgs) -> Result<(), CtlError> {
             let restarted = |pid: u32| format!("process {pid} has taken over\n");
             out.print(client.post("/v1/restart", Vec::new()).await?, restarted)
         }
+        CtlCommand::Reload => {
+            let reloaded = |changes: String| format!("{changes}\n");
+            out.print(client.post("/v1/reload", Vec::new()).await?, reloaded)
+        }
         CtlCommand::Swap { service, guest } => {
             let component = std::fs::read(&guest).map_err(|error| CtlError {
                 code: EX_DATAERR,

@@ -27,6 +27,19 @@ pub enum Error {
         reason: String,
     },
 
+    /// The config file cannot be read.
+    #[error("cannot read {path:?} given to --config: {source}; name a file that wasinetd can read")]
+    ConfigUnreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// The config file cannot be followed.
+    #[error("{0}")]
+    Config(crate::config::Mistakes),
+
     /// A directory that is to be granted cannot be opened.
     #[error(
         "cannot grant the directory {path:?} given to {flag}: {reason}; create it or name another"
@@ -150,6 +163,8 @@ impl Error {
         match self {
             Self::GuestUnreadable { .. } | Self::GuestRefused { .. } => 65,
             Self::Directory { .. }
+            | Self::Config(_)
+            | Self::ConfigUnreadable { .. }
             | Self::Capacity { .. }
             | Self::Pool { .. }
             | Self::Cache { .. }

@@ -15,6 +15,7 @@
 
 pub mod admin;
 pub mod capacity;
+pub mod config;
 pub mod connection;
 mod error;
 pub mod lifecycle;

@@ -2,6 +2,7 @@
 
 mod admission;
 mod closing;
+mod gathered;
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -29,6 +30,7 @@ use crate::Error;
 use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
 pub use admission::{Admission, Prefix, PrefixError, Rules, SourcePlace};
+pub use gathered::{Gathered, Joining};
 
 /// The clients that the kernel keeps for us while we are full or busy. The kernel lowers it to
 /// `net.core.somaxconn`, whose default is the same.
@@ -96,16 +98,18 @@ pub struct Listening {
 }
 
 impl Listening {
-    /// Spreads the sockets of all addresses over `shards`. A server that has taken over from one with
+    /// Spreads the sockets, once more, over `shards`. A server that has taken over from one with
     /// other shards has more or fewer of them.
-    pub fn by_shard(listening: Vec<Self>, shards: usize) -> Vec<Vec<TcpListener>> {
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process has no more files.
+    pub fn by_shard(&self, shards: usize) -> io::Result<Vec<Vec<TcpListener>>> {
         let mut spread: Vec<Vec<TcpListener>> = (0..shards).map(|_| Vec::new()).collect();
-        for sockets in listening.into_iter().map(|one| one.sockets) {
-            for (n, socket) in sockets.into_iter().enumerate() {
-                spread[n % shards].push(socket);
-            }
+        for (n, socket) in self.sockets.iter().enumerate() {
+            spread[n % shards].push(socket.try_clone()?);
         }
-        spread
+        Ok(spread)
     }
 
     /// The same sockets once more, to be handed over.
@@ -195,17 +199,47 @@ fn cannot_listen(address: SocketAddr, source: io::Error) -> Error {
 
 /// The places for connections, which all that accept share.
 #[derive(Clone)]
-pub struct Places(Arc<Semaphore>);
+pub struct Places {
+    /// Of all services.
+    all: Arc<Semaphore>,
+    /// Of one that may have fewer.
+    of_service: Option<Arc<Semaphore>>,
+}
 
 impl Places {
     /// Places for `max_connections` at once.
     pub fn new(max_connections: usize) -> Self {
-        Self(Arc::new(Semaphore::new(max_connections)))
+        Self {
+            all: Arc::new(Semaphore::new(max_connections)),
+            of_service: None,
+        }
+    }
+
+    /// So many of these places, for a service of its own.
+    pub fn of_service(&self, max_connections: usize) -> Self {
+        Self {
+            all: self.all.clone(),
+            of_service: Some(Arc::new(Semaphore::new(max_connections))),
+        }
+    }
+
+    /// A place, if there is one right now.
+    fn try_take(&self) -> Option<(Permit, Option<Permit>)> {
+        let of_service = match &self.of_service {
+            Some(places) => Some(places.clone().try_acquire_owned().ok()?),
+            None => None,
+        };
+        let among_all = self.all.clone().try_acquire_owned().ok()?;
+        Some((among_all, of_service))
     }
 }
 
+type Permit = OwnedSemaphorePermit;
+
 /// An accepted connection, and its place among those that may be open at once.
-pub struct Accepted {
+pub struct Accepted<T> {
+    /// Whom it is for.
+    pub to: T,
     /// The socket, which does not block. It is not known to any runtime yet: where the connection
     /// is to be handled is not decided.
     pub stream: TcpStream,
@@ -220,7 +254,7 @@ pub struct Accepted {
 /// The source's is given back first: whoever comes by the other is not to be refused for it.
 pub struct Place {
     _of_source: SourcePlace,
-    _among_all: OwnedSemaphorePermit,
+    _among_all: (Permit, Option<Permit>),
 }
 
 /// What becomes of clients while the server is full.
@@ -239,12 +273,15 @@ pub enum WhenFull {
 ///
 /// Once the server drains, the stream ends: without losing a client whose connection the kernel
 /// has completed for us, because that client may have sent its request already.
-pub struct Incoming {
+pub struct Incoming<T> {
     listeners: Vec<AsyncFd<TcpListener>>,
     /// The listener to ask first, so that a busy one does not starve the others.
     next: usize,
+    /// Whom all of them are for.
+    to: T,
     permits: PollSemaphore,
-    places: Arc<Semaphore>,
+    permits_of_service: Option<PollSemaphore>,
+    places: Places,
     lifecycle: Lifecycle,
     when_full: WhenFull,
     admission: Admission,
@@ -283,8 +320,8 @@ enum Phase {
     Closed,
 }
 
-impl Incoming {
-    /// Accepts from `listeners` whom `admission` lets in, at most as many at once as there are
+impl<T> Incoming<T> {
+    /// Accepts from `listeners`, for `to`, whom `admission` lets in, at most as many at once as there are
     /// `places`, until `lifecycle` drains. To be called within the tokio runtime that it is to be
     /// polled in.
     ///
@@ -293,6 +330,7 @@ impl Incoming {
     /// [`Error::Internal`] when the system has no more files for the runtime.
     pub fn new(
         listeners: Vec<TcpListener>,
+        to: T,
         places: Places,
         when_full: WhenFull,
         admission: Admission,
@@ -307,8 +345,10 @@ impl Incoming {
         Ok(Self {
             listeners,
             next: 0,
-            permits: PollSemaphore::new(places.0.clone()),
-            places: places.0,
+            to,
+            permits: PollSemaphore::new(places.all.clone()),
+            permits_of_service: places.of_service.clone().map(PollSemaphore::new),
+            places,
             lifecycle: lifecycle.clone(),
             when_full,
             admission,
@@ -377,6 +417,16 @@ impl Incoming {
         self.delay = (self.delay * 2).min(BACKOFF.1);
     }
 
+    /// Ready with a place. One of the service's alone is given back: it is not to be held by whoever waits.
+    fn poll_place(&mut self, cx: &mut Context<'_>) -> Poll<(Permit, Option<Permit>)> {
+        let of_service = match &mut self.permits_of_service {
+            Some(permits) => ready!(permits.poll_acquire(cx)),
+            None => None,
+        };
+        let among_all = ready!(self.permits.poll_acquire(cx));
+        Poll::Ready((among_all.expect("it is never closed"), of_service))
+    }
+
     /// Ready when the next client may be accepted, as fast as clients are to be.
     fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while !self.has_turn {
@@ -417,10 +467,10 @@ impl Incoming {
 /// is left from those who are served.
 const REFUSED: usize = 64;
 
-impl Stream for Incoming {
-    type Item = Accepted;
+impl<T: Clone + Unpin> Stream for Incoming<T> {
+    type Item = Accepted<T>;
 
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Accepted>> {
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Accepted<T>>> {
         let this = self.get_mut();
         this.poll_phase(cx);
         for _ in 0..REFUSED {
@@ -433,12 +483,9 @@ impl Stream for Incoming {
                 this.backoff = None;
             }
             let permit = match this.when_full {
-                WhenFull::Wait => {
-                    let permit = ready!(this.permits.poll_acquire(cx));
-                    Some(permit.expect("it is never closed"))
-                }
+                WhenFull::Wait => Some(ready!(this.poll_place(cx))),
                 // Nobody stands in line for a place here: who has none is told so.
-                WhenFull::Close(_) => this.places.clone().try_acquire_owned().ok(),
+                WhenFull::Close(_) => this.places.try_take(),
             };
             // The last ones are not held up: they are known, and soon reset.
             if !matches!(this.phase, Phase::Sweeping) {
@@ -452,6 +499,7 @@ impl Stream for Incoming {
                     match (admitted, permit) {
                         (Ok(of_source), Some(among_all)) => {
                             return Poll::Ready(Some(Accepted {
+                                to: this.to.clone(),
                                 stream,
                                 peer,
                                 place: Place {

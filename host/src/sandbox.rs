@@ -34,7 +34,7 @@ pub use digest::Digest;
 pub use engine::{Engine, HOST_STACK_BYTES, Room};
 pub use grants::{Access, DirGrant, Grants};
 pub use inspect::{Needs, Refusal, Report};
-pub use limits::{FREE_MEMORY, Limits};
+pub use limits::{FREE_MEMORY, Limits, SharedLimits};
 pub use network::{Destination, DestinationError};
 use output::OutputLimit;
 pub use trap::Trap;
@@ -139,20 +139,27 @@ pub struct Guest {
     engine: Engine,
     pre: tcp::bindings::GuestPre<State>,
     grants: Grants,
+    limits: Limits,
     report: Report,
     digest: Digest,
     compiled: bool,
 }
 
 impl Guest {
-    /// Makes a guest of the bytes of a component.
+    /// Makes a guest of the bytes of a component, each instance of which is within `limits`.
     ///
     /// # Errors
     ///
     /// Says what is wrong with the component, and the fix.
-    pub fn new(engine: &Engine, component: &[u8], grants: Grants) -> Result<Self, Refusal> {
+    pub fn new(
+        engine: &Engine,
+        component: &[u8],
+        grants: Grants,
+        limits: Limits,
+    ) -> Result<Self, Refusal> {
         let digest = Digest::of(component);
-        let (component, report, compiled) = inspect::compile(engine, component, &digest, &grants)?;
+        let (component, report, compiled) =
+            inspect::compile(engine, component, &digest, &grants, &limits)?;
         let pre = engine
             .linker()
             .instantiate_pre(&component)
@@ -165,9 +172,28 @@ impl Guest {
             engine: engine.clone(),
             pre,
             grants,
+            limits,
             report,
             digest,
             compiled,
+        })
+    }
+
+    /// The same guest, with other grants and limits.
+    ///
+    /// # Errors
+    ///
+    /// Says why it cannot be run within them.
+    pub fn within(&self, grants: Grants, limits: Limits) -> Result<Self, Refusal> {
+        inspect::admit(&self.engine, &self.report, &grants, &limits)?;
+        Ok(Self {
+            engine: self.engine.clone(),
+            pre: self.pre.clone(),
+            grants,
+            limits,
+            report: self.report.clone(),
+            digest: self.digest.clone(),
+            compiled: false,
         })
     }
 
@@ -232,7 +258,7 @@ impl Guest {
     }
 
     fn store(&self, transport: SharedTransport) -> Store<State> {
-        let limits = self.engine.limits();
+        let limits = &self.limits;
         let id = lock(&transport).id();
         let mut table = ResourceTable::new();
         table.set_max_capacity(limits.open_files);
@@ -269,7 +295,7 @@ impl Guest {
 
     /// Has the guest in `store` make way for others, and stops it when its time is up.
     fn keep_time(&self, store: &mut Store<State>) {
-        let most = self.engine.limits().cpu_time.as_micros();
+        let most = self.limits.cpu_time.as_micros();
         let clock = self.engine.clock().clone();
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(move |_| {

@@ -48,8 +48,8 @@ pub enum Ended {
     Cut,
 }
 
-/// Calls `handler` for each of `connections`, on the threads of `shards`, until they end, as they
-/// should once the server drains. There is a stream for each shard.
+/// Calls `handler` for each of the connections, on the threads of the shards that they come with, until
+/// they end, as they should once the server drains. There is a stream for each shard.
 ///
 /// The first item of `stop` begins to drain: the open connections have `drain_timeout` to finish.
 /// Then, or at a [`Stop::Now`] that follows, those that are left are told to end, through the
@@ -59,8 +59,7 @@ pub enum Ended {
 ///
 /// [`Error::Internal`] when a thread cannot be started, or has died.
 pub async fn serve<S, H, F>(
-    shards: Shards,
-    connections: Vec<S>,
+    connections: Vec<(Shards, Vec<S>)>,
     handler: H,
     controller: &Controller,
     stop: impl Stream<Item = Stop>,
@@ -73,8 +72,11 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     let mut stop = pin!(stop.fuse());
-    let threads = shards.run(connections, handler)?;
-    let mut work = pin!(try_join_all(threads).fuse());
+    let threads = connections
+        .into_iter()
+        .map(|(shards, connections)| shards.run(connections, handler.clone()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut work = pin!(try_join_all(threads.into_iter().flatten()).fuse());
     let died = |_| Error::internal("serving", "a thread has died");
     futures::select! {
         ended = work => return ended.map(|_| Ended::Drained).map_err(died),

@@ -14,12 +14,12 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use prometheus_client::registry::Registry;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedMutexGuard};
 use tracing::{info, warn};
 
-use crate::connection::{Counts, KINDS, Limits, Measures, Open, Version};
+use crate::connection::{Counts, Cutoff, KINDS, Limits, Measures, Open, Version};
 use crate::lifecycle::{Controller, Lifecycle};
-use crate::sandbox::{Digest, Engine, Grants, Guest};
+use crate::sandbox::{self, Digest, Engine, Grants, Guest};
 use crate::spans::Spans;
 pub use probe::Probe;
 
@@ -29,6 +29,8 @@ pub struct Settings {
     pub name: String,
     /// What a connection may take.
     pub limits: Limits,
+    /// What a guest may use.
+    pub sandbox: sandbox::Limits,
     /// What guests may see.
     pub grants: Grants,
     /// What a guest is asked before it is served.
@@ -39,17 +41,39 @@ pub struct Settings {
     pub spans: Option<Arc<Spans>>,
 }
 
+/// The services of a server, which come and go. Clones share them.
+#[derive(Clone, Default)]
+pub struct Services(Arc<ArcSwap<Vec<Arc<Service>>>>);
+
+impl Services {
+    /// Those that there are, in their order.
+    pub fn list(&self) -> Arc<Vec<Arc<Service>>> {
+        self.0.load_full()
+    }
+
+    /// The one of this name.
+    pub fn get(&self, name: &str) -> Option<Arc<Service>> {
+        let list = self.list();
+        list.iter().find(|service| service.name() == name).cloned()
+    }
+
+    /// From now on there are these.
+    pub fn set(&self, services: Vec<Arc<Service>>) {
+        self.0.store(Arc::new(services));
+    }
+}
+
 /// A service with its versions.
 pub struct Service {
-    settings: Settings,
     name: Arc<str>,
     engine: Engine,
     current: ArcSwap<Version>,
     versions: Mutex<Versions>,
     measures: Arc<Measures>,
     open: Arc<Open>,
+    cutoff: Arc<Cutoff>,
     /// One swap at a time.
-    turn: tokio::sync::Mutex<()>,
+    turn: Arc<tokio::sync::Mutex<()>>,
     swapped: Notify,
     swaps: [AtomicU64; SWAPS.len()],
 }
@@ -82,6 +106,8 @@ struct Installed {
 }
 
 struct Versions {
+    /// What new connections are served within.
+    settings: Arc<Settings>,
     current: Installed,
     /// Kept for a rollback.
     previous: Option<Installed>,
@@ -147,8 +173,23 @@ pub enum SwapError {
     Internal(String),
 }
 
+/// A version that is known to work, and that nobody is served with yet. There is no other swap of its
+/// service until it is installed or dropped.
+pub struct Prepared {
+    /// None: it is the one that is served already.
+    change: Option<Change>,
+    began: Instant,
+    _turn: OwnedMutexGuard<()>,
+}
+
+struct Change {
+    guest: Arc<Guest>,
+    component: Bytes,
+    settings: Arc<Settings>,
+}
+
 /// Adds to `registry` what is counted of `services`.
-pub fn register(services: Vec<Arc<Service>>, registry: &mut Registry) {
+pub fn register(services: Services, registry: &mut Registry) {
     figures::register(services, registry);
 }
 
@@ -164,9 +205,10 @@ impl Service {
         open: Arc<Open>,
         component: Bytes,
     ) -> Result<Self, String> {
-        let guest = load::load(&engine, &settings, &component)?;
+        let guest = load::load(&engine, &settings, &component, None)?;
         let name: Arc<str> = settings.name.as_str().into();
         let measures = Arc::new(Measures::default());
+        let cutoff = Arc::new(Cutoff::default());
         let version = |controller: &Controller| Version {
             service: name.clone(),
             guest,
@@ -175,6 +217,7 @@ impl Service {
             counts: Counts::default(),
             measures: measures.clone(),
             open: open.clone(),
+            cutoff: cutoff.clone(),
             spans: settings.spans.clone(),
         };
         let installed = Installed::new(component, version);
@@ -183,6 +226,7 @@ impl Service {
             engine,
             current: ArcSwap::new(installed.version.clone()),
             versions: Mutex::new(Versions {
+                settings: Arc::new(settings),
                 current: installed,
                 previous: None,
                 older: Vec::new(),
@@ -191,11 +235,30 @@ impl Service {
             }),
             measures,
             open,
+            cutoff,
             turn: Default::default(),
             swapped: Notify::new(),
             swaps: Default::default(),
-            settings,
         })
+    }
+
+    /// The same, off the way of connections.
+    ///
+    /// # Errors
+    ///
+    /// Says why there is none.
+    pub async fn make(
+        settings: Settings,
+        engine: Engine,
+        open: Arc<Open>,
+        component: Bytes,
+    ) -> Result<Self, SwapError> {
+        load::off_the_way(move || Self::new(settings, engine, open, component)).await
+    }
+
+    /// The connections that are open, whatever their version.
+    pub fn open(&self) -> u64 {
+        self.status().iter().map(|version| version.open).sum()
     }
 
     /// What it is called.
@@ -225,19 +288,54 @@ impl Service {
     ///
     /// Says why nothing has changed.
     pub async fn swap(self: Arc<Self>, component: Bytes) -> Result<Swapped, SwapError> {
+        let prepared = self.prepare(component, None).await?;
+        self.install(prepared)
+    }
+
+    /// Makes ready what [`Self::install`] has served: the guest made of `component`'s bytes, within other
+    /// settings if some are given.
+    ///
+    /// # Errors
+    ///
+    /// Says why it is refused.
+    pub async fn prepare(
+        self: &Arc<Self>,
+        component: Bytes,
+        settings: Option<Settings>,
+    ) -> Result<Prepared, SwapError> {
         let began = Instant::now();
-        let _turn = self.turn.lock().await;
-        let loaded = self.make_ready(component.clone()).await;
-        let swapped = loaded.and_then(|guest| match guest {
-            Some(guest) => self.exchange(guest, component, began),
-            None => Ok(self.unchanged(began)),
-        });
-        let attempt = match &swapped {
-            Ok(swapped) if swapped.digest == swapped.before => Attempt::Unchanged,
-            Ok(_) => Attempt::Swapped,
-            Err(_) => Attempt::Refused,
+        let turn = self.turn.clone().lock_owned().await;
+        match self.make_ready(component, settings.map(Arc::new)).await {
+            Ok(change) => Ok(Prepared {
+                change,
+                began,
+                _turn: turn,
+            }),
+            Err(error) => {
+                self.note(Attempt::Refused, &Err(&error));
+                Err(error)
+            }
+        }
+    }
+
+    /// Serves new connections with what was prepared. Those that are open go on with theirs.
+    ///
+    /// Other settings are another matter than another guest: there is no way back to the version before
+    /// by [`Self::roll_back`], which would bring back the settings as well.
+    ///
+    /// # Errors
+    ///
+    /// [`SwapError::Draining`] when it is too late.
+    pub fn install(&self, prepared: Prepared) -> Result<Swapped, SwapError> {
+        let began = prepared.began;
+        let (attempt, swapped) = match prepared.change {
+            Some(change) => (Attempt::Swapped, self.exchange(change, began)),
+            None => (Attempt::Unchanged, Ok(self.unchanged(began))),
         };
-        self.note(attempt, &swapped);
+        match &swapped {
+            Ok(swapped) => self.note(attempt, &Ok(swapped)),
+            Err(error) => self.note(Attempt::Refused, &Err(error)),
+        }
         swapped
     }
 
@@ -249,17 +347,22 @@ impl Service {
     pub async fn roll_back(&self) -> Result<Swapped, SwapError> {
         let began = Instant::now();
         let _turn = self.turn.lock().await;
-        let previous = match &self.versions().previous {
-            Some(previous) => Ok((previous.guest(), previous.component.clone())),
-            None => Err(SwapError::NoPrevious),
+        let previous = {
+            let versions = self.versions();
+            let previous = versions.previous.as_ref();
+            previous.map(|previous| Change {
+                guest: previous.guest(),
+                component: previous.component.clone(),
+                settings: versions.settings.clone(),
+            })
         };
-        let swapped =
-            previous.and_then(|(guest, component)| self.exchange(guest, component, began));
-        let attempt = match swapped {
-            Ok(_) => Attempt::RolledBack,
-            Err(_) => Attempt::Refused,
-        };
-        self.note(attempt, &swapped);
+        let swapped = previous
+            .ok_or(SwapError::NoPrevious)
+            .and_then(|change| self.exchange(change, began));
+        match &swapped {
+            Ok(swapped) => self.note(Attempt::RolledBack, &Ok(swapped)),
+            Err(error) => self.note(Attempt::Refused, &Err(error)),
+        }
         swapped
     }
 
@@ -275,8 +378,8 @@ impl Service {
     }
 
     /// Does what is due without anybody's asking: frees versions that nobody is served with, ends
-    /// connections whose version is too old, and has the versions drain and end when the server does.
-    pub async fn tend(&self, server: &Lifecycle) {
+    /// connections whose version is too old, and has the versions drain and end when the service does.
+    pub async fn tend(&self, service: &Lifecycle) {
         /// How soon a version is freed. Arbitrary: it costs a look at some pointers.
         const OFTEN: Duration = Duration::from_millis(100);
         let looking_after = async {
@@ -288,10 +391,10 @@ impl Service {
             }
         };
         let ending = async {
-            server.draining().await;
+            service.draining().await;
             self.drain();
-            server.ended().await;
-            self.open.end_all();
+            service.ended().await;
+            self.open.end_all(&self.cutoff);
         };
         tokio::select! {
             () = ending => {}
@@ -313,7 +416,7 @@ impl Service {
             let ended = one.ended_as_older();
             versions.gone = std::array::from_fn(|kind| versions.gone[kind] + ended[kind]);
         }
-        if let Some(age) = self.settings.max_old_version_age {
+        if let Some(age) = versions.settings.max_old_version_age {
             let retired = versions.previous.iter().chain(&versions.older);
             retired
                 .filter(|one| !one.is_unused() && one.retired.is_some_and(|at| at.elapsed() > age))
@@ -337,46 +440,62 @@ impl Service {
         self.versions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A guest of the component, or None if it is the current one.
+    /// What changes by a guest of the component, within other settings if some are given. None if
+    /// nothing does.
     async fn make_ready(
         self: &Arc<Self>,
         component: Bytes,
-    ) -> Result<Option<Arc<Guest>>, SwapError> {
-        if self.versions().draining {
-            return Err(SwapError::Draining);
-        }
+        other: Option<Arc<Settings>>,
+    ) -> Result<Option<Change>, SwapError> {
+        let (present, previous) = {
+            let versions = self.versions();
+            if versions.draining {
+                return Err(SwapError::Draining);
+            }
+            let previous = versions.previous.as_ref().map(Installed::guest);
+            (versions.settings.clone(), previous)
+        };
         let this = self.clone();
         load::off_the_way(move || {
             let digest = Digest::of(&component);
-            if *this.current().guest.digest() == digest {
-                return Ok(None);
-            }
-            let previous = this.versions().previous.as_ref().map(Installed::guest);
-            if let Some(known) = previous.filter(|guest| *guest.digest() == digest) {
-                return Ok(Some(known));
-            }
-            load::load(&this.engine, &this.settings, &component).map(Some)
+            let known = [Some(this.current().guest.clone()), previous];
+            let known = known.map(|guest| guest.filter(|guest| *guest.digest() == digest));
+            let guest = match (known, &other) {
+                ([Some(_), _], None) => return Ok(None),
+                ([None, Some(previous)], None) => previous,
+                ([current, previous], other) => {
+                    let settings = other.as_ref().unwrap_or(&present);
+                    let known = current.or(previous);
+                    load::load(&this.engine, settings, &component, known.as_deref())?
+                }
+            };
+            Ok(Some(Change {
+                guest,
+                component,
+                settings: other.unwrap_or(present),
+            }))
         })
         .await
     }
 
-    /// Makes `guest` the current version.
-    fn exchange(
-        &self,
-        guest: Arc<Guest>,
-        component: Bytes,
-        began: Instant,
-    ) -> Result<Swapped, SwapError> {
+    /// Makes another version the current one.
+    fn exchange(&self, change: Change, began: Instant) -> Result<Swapped, SwapError> {
+        let Change {
+            guest,
+            component,
+            settings,
+        } = change;
         let digest = guest.digest().clone();
         let installed = Installed::new(component, |controller| Version {
             service: self.name.clone(),
             guest,
-            limits: self.settings.limits,
+            limits: settings.limits,
             lifecycle: controller.lifecycle(),
             counts: Counts::default(),
             measures: self.measures.clone(),
             open: self.open.clone(),
-            spans: self.settings.spans.clone(),
+            cutoff: self.cutoff.clone(),
+            spans: settings.spans.clone(),
         });
         let mut versions = self.versions();
         if versions.draining {
@@ -387,7 +506,13 @@ impl Service {
         before.controller.replace();
         before.retired = Some(Instant::now());
         let digest_before = before.version.guest.digest().clone();
-        if let Some(mut older) = versions.previous.replace(before) {
+        let is_other = !Arc::ptr_eq(&versions.settings, &settings);
+        versions.settings = settings;
+        let older = match versions.previous.replace(before) {
+            older if is_other => [versions.previous.take(), older],
+            older => [older, None],
+        };
+        for mut older in older.into_iter().flatten().rev() {
             older.counted_before = older.version.counts.ended();
             versions.older.insert(0, older);
         }
@@ -409,7 +534,7 @@ impl Service {
         }
     }
 
-    fn note(&self, attempt: Attempt, swapped: &Result<Swapped, SwapError>) {
+    fn note(&self, attempt: Attempt, swapped: &Result<&Swapped, &SwapError>) {
         self.swaps[attempt as usize].fetch_add(1, Ordering::Relaxed);
         let service = &*self.name;
         match swapped {

@@ -287,6 +287,25 @@ impl Server {
             command.args(["--listen", "127.0.0.1:0"]);
         }
         command.args(arguments).arg(guest);
+        let listeners = arguments
+            .iter()
+            .filter(|argument| **argument == "--listen")
+            .count()
+            .max(1);
+        Self::begin(command, listeners, turn)
+    }
+
+    /// Serves what a config file says, which has so many addresses.
+    pub(crate) fn start_config(config: &Path, listeners: usize) -> Self {
+        let turn = ALONE
+            .read()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut command = wasinetd();
+        command.args(["serve", "--config"]).arg(config);
+        Self::begin(command, listeners, Turn::Shared(turn))
+    }
+
+    fn begin(mut command: Command, listeners: usize, turn: Turn) -> Self {
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -307,21 +326,16 @@ impl Server {
             _turn: turn,
             child,
         };
-        let listeners = arguments
-            .iter()
-            .filter(|argument| **argument == "--listen")
-            .count()
-            .max(1);
         let mut stdout = BufReader::new(server.child.stdout.take().expect("it is piped"));
         while server.addresses.len() < listeners {
             let mut line = String::new();
             let n = stdout
                 .read_line(&mut line)
                 .expect("standard output can be read");
-            let address = line
-                .trim_end()
-                .strip_prefix("listening on ")
-                .map(str::parse);
+            let address = line.trim_end().strip_prefix("listening on ");
+            // Of a config file it says for whom.
+            let address = address.and_then(|rest| rest.split(' ').next());
+            let address = address.map(str::parse);
             match address {
                 Some(Ok(address)) => server.addresses.push(address),
                 _ => panic!(

@@ -6,6 +6,7 @@
 mod admin;
 mod admission;
 mod bad_input;
+mod config;
 mod connection_limits;
 mod ctl;
 mod dashboard;

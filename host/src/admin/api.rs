@@ -28,7 +28,7 @@ use crate::connection::{KINDS, Open};
 use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
 use crate::listener;
-use crate::service::{Service, SwapError, Swapped, VersionState, VersionStatus};
+use crate::service::{Service, Services, SwapError, Swapped, VersionState, VersionStatus};
 
 /// The media type of OpenMetrics' text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -63,27 +63,35 @@ pub struct Operated {
     /// All figures.
     pub registry: Registry,
     /// The services.
-    pub services: Vec<Arc<Service>>,
+    pub services: Services,
     /// The connections of all of them.
     pub open: Arc<Open>,
     /// The server's.
     pub lifecycle: Lifecycle,
     /// How many connections may be open.
     pub max_connections: usize,
-    /// What each limit is set to.
-    pub limits: Vec<(Limit, String)>,
+    /// What each limit is set to, for each service by its name.
+    pub limits: LimitsSet,
     /// What is logged.
     pub logs: Logs,
     /// Where to ask for a drain.
     pub drain: mpsc::Sender<()>,
     /// Where to ask for a new process that takes over, with where to say what came of it.
     pub restarts: mpsc::Sender<oneshot::Sender<Obeyed>>,
+    /// Where to ask for what is served to be read again, with where to say what came of it.
+    pub reloads: mpsc::Sender<oneshot::Sender<Reloaded>>,
     /// When the server began.
     pub since: SystemTime,
 }
 
+/// Tells what each limit is set to, for each service by its name.
+pub type LimitsSet = Box<dyn Fn() -> Vec<(String, Vec<(Limit, String)>)> + Send + Sync>;
+
 /// The number of the process that has taken over, or why there is none.
 pub type Obeyed = Result<u32, String>;
+
+/// What has changed by a reload, or why nothing has.
+pub type Reloaded = Result<String, String>;
 
 /// Answers operators.
 pub(super) struct Api {
@@ -158,22 +166,22 @@ impl Api {
                 ("DELETE", (method == Method::DELETE).then(|| self.kill(id)))
             }
             _ if method != Method::POST => match parts[..] {
-                ["v1", "drain" | "restart"] | ["v1", "services", _, "swap" | "rollback"] => {
-                    ("POST", None)
-                }
+                ["v1", "drain" | "reload" | "restart"]
+                | ["v1", "services", _, "swap" | "rollback"] => ("POST", None),
                 _ => return nowhere(),
             },
             ["v1", "drain"] => ("POST", Some(self.drain())),
             ["v1", "restart"] => ("POST", Some(self.restart(takes_long).await)),
+            ["v1", "reload"] => ("POST", Some(self.reload(takes_long).await)),
             ["v1", "services", name, action @ ("swap" | "rollback")] => {
-                let Some(service) = self.service(name) else {
+                let Some(service) = self.operated.services.get(name) else {
                     return failure(StatusCode::NOT_FOUND, &self.no_service(name));
                 };
                 let Ok(place) = self.swaps.clone().try_acquire_owned() else {
                     return failure(StatusCode::SERVICE_UNAVAILABLE, "another swap is under way");
                 };
                 let swapped = match action {
-                    "swap" => swap(service, request, place, takes_long).await,
+                    "swap" => swap(&service, request, place, takes_long).await,
                     _ => Ok(service.roll_back().await),
                 };
                 (
@@ -214,20 +222,9 @@ impl Api {
             .is_some_and(|shown| Sha256::digest(shown.trim())[..] == token[..])
     }
 
-    fn service(&self, name: &str) -> Option<&Arc<Service>> {
-        self.operated
-            .services
-            .iter()
-            .find(|service| service.name() == name)
-    }
-
     fn no_service(&self, name: &str) -> String {
-        let names: Vec<_> = self
-            .operated
-            .services
-            .iter()
-            .map(|service| service.name())
-            .collect();
+        let services = self.operated.services.list();
+        let names: Vec<_> = services.iter().map(|service| service.name()).collect();
         format!(
             "there is no service {name:?}; there is: {}",
             names.join(", ")
@@ -251,7 +248,12 @@ impl Api {
 
     fn status(&self) -> model::Status {
         let operated = &self.operated;
-        let services: Vec<_> = operated.services.iter().map(service_status).collect();
+        let services: Vec<_> = operated
+            .services
+            .list()
+            .iter()
+            .map(service_status)
+            .collect();
         model::Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -292,12 +294,31 @@ impl Api {
         open.iter().map(connection).collect()
     }
 
+    /// What limits are set to, for each service by its name where that is not the same for all.
     fn limits(&self) -> Vec<model::Limit> {
-        let limits = self.operated.limits.iter();
-        limits
-            .map(|(limit, value)| model::Limit {
+        let set = (self.operated.limits)();
+        let value = |limit: &Limit| {
+            let of_services = set.iter().filter_map(|(service, limits)| {
+                let (_, value) = limits.iter().find(|(other, _)| other == limit)?;
+                Some((service, value))
+            });
+            let values: Vec<_> = of_services.collect();
+            match values.first() {
+                Some((_, first)) if values.iter().all(|(_, value)| value == first) => {
+                    (*first).clone()
+                }
+                _ => values
+                    .iter()
+                    .map(|(service, value)| format!("{service}: {value}"))
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            }
+        };
+        Limit::ALL
+            .iter()
+            .map(|limit| model::Limit {
                 limit: limit.name().into(),
-                value: value.clone(),
+                value: value(limit),
                 met: limit.met(),
             })
             .collect()
@@ -333,6 +354,19 @@ impl Api {
             Ok(Ok(pid)) => json(&pid),
             Ok(Err(error)) => failure(StatusCode::CONFLICT, &error),
             // Nobody obeys any more when the server drains.
+            Err(_) => failure(StatusCode::CONFLICT, "the server drains already"),
+        }
+    }
+
+    async fn reload(&self, takes_long: &AtomicBool) -> Answer {
+        let (done, reloaded) = oneshot::channel();
+        takes_long.store(true, Ordering::Relaxed);
+        let _ = self.operated.reloads.send(done).await;
+        let reloaded = reloaded.await;
+        takes_long.store(false, Ordering::Relaxed);
+        match reloaded {
+            Ok(Ok(changes)) => json(&changes),
+            Ok(Err(error)) => failure(StatusCode::UNPROCESSABLE_ENTITY, &error),
             Err(_) => failure(StatusCode::CONFLICT, "the server drains already"),
         }
     }
@@ -513,7 +547,7 @@ fn nowhere() -> Answer {
     failure(
         StatusCode::NOT_FOUND,
         "there are /, /healthz, /readyz, /metrics, /v1/status, /v1/connections, /v1/limits, /v1/logs, \
-         and to be posted to /v1/drain, /v1/restart, /v1/services/NAME/swap and /rollback",
+         and to be posted to /v1/drain, /v1/reload, /v1/restart, /v1/services/NAME/swap and /rollback",
     )
 }
 

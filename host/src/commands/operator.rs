@@ -1,61 +1,149 @@
 //! Does what operators and signals say while the server serves.
 
 use std::path::{Path, PathBuf};
-use std::pin::pin;
-use std::sync::Arc;
+use std::pin::{Pin, pin};
 
 use bytes::Bytes;
+use futures::stream::{SelectAll, select_all};
 use futures::{Stream, StreamExt};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{info, warn};
-use wasinetd::admin::{Admin, Obeyed};
+use wasinetd::Error;
+use wasinetd::admin::{Admin, Obeyed, Reloaded};
+use wasinetd::config::Table;
 use wasinetd::lifecycle::Controller;
-use wasinetd::service::Service;
 
-use super::read;
+use super::configured::{Checked, Configured, check_all};
+use super::fleet::{Changes, Fleet};
 use super::successor::Handover;
 use super::supervisor::Supervisor;
+use super::{read, watch};
 
 /// What it is done with.
 pub(super) struct Operator<'a> {
     pub(super) supervisor: &'a Supervisor,
-    pub(super) service: &'a Arc<Service>,
-    pub(super) guest: &'a Path,
+    pub(super) fleet: &'a Fleet,
+    /// The config file, with what it says of the server, which only a new process follows.
+    pub(super) config: Option<(PathBuf, Table)>,
     pub(super) controller: &'a Controller,
     pub(super) admin: Option<&'a Admin>,
     pub(super) drain: mpsc::Sender<()>,
+    /// Told when other guests may have to be watched.
+    pub(super) reloaded: Notify,
+}
+
+/// The names of services whose guests' files have changed.
+pub(super) type Watched = SelectAll<Pin<Box<dyn Stream<Item = String>>>>;
+
+/// Watches the files of guests, by the names of their services.
+pub(super) fn watch(files: Vec<(String, PathBuf)>) -> Result<Watched, Error> {
+    let watched = files.into_iter().map(|(name, file)| {
+        let changes = watch::changes(&file)?.map(move |()| name.clone());
+        Ok(Box::pin(changes) as Pin<Box<dyn Stream<Item = _>>>)
+    });
+    Ok(select_all(watched.collect::<Result<Vec<_>, Error>>()?))
 }
 
 impl Operator<'_> {
-    /// Swaps to what the guest's file has, at each item, until the server drains.
-    pub(super) async fn reload(&self, reloads: impl Stream<Item = ()>) {
+    /// Serves what the files say by now, at each item, and says what came of it, until the server drains.
+    pub(super) async fn reload(
+        &self,
+        reloads: impl Stream<Item = Option<oneshot::Sender<Reloaded>>>,
+    ) {
         let reloading = async {
             let mut reloads = pin!(reloads);
-            while let Some(()) = reloads.next().await {
+            while let Some(done) = reloads.next().await {
                 self.supervisor.reloading();
-                self.read_and_swap().await;
+                let outcome = self.read_again().await;
                 self.supervisor.ready();
+                match &outcome {
+                    Ok(changes) => info!(%changes, "reloaded"),
+                    Err(error) => warn!(%error, "nothing has changed"),
+                }
+                if let Some(done) = done {
+                    // Whoever asked may have gone.
+                    let _ = done.send(outcome);
+                }
             }
         };
+        self.until_draining(reloading).await;
+    }
+
+    /// Swaps to what the files of guests have that are to be watched, when they have changed.
+    pub(super) async fn follow_files(&self, mut watched: Watched) {
+        let following = async {
+            loop {
+                tokio::select! {
+                    Some(name) = watched.next() => self.swap_from_file(&name).await,
+                    () = self.reloaded.notified() => match watch(self.fleet.watched()) {
+                        Ok(others) => watched = others,
+                        Err(error) => warn!(%error, "files are watched as before"),
+                    }
+                }
+            }
+        };
+        self.until_draining(following).await;
+    }
+
+    async fn until_draining(&self, work: impl Future<Output = ()>) {
         let lifecycle = self.controller.lifecycle();
         tokio::select! {
             biased;
             () = lifecycle.draining() => {}
-            () = reloading => {}
+            () = work => {}
         }
     }
 
-    async fn read_and_swap(&self) {
-        let file: PathBuf = self.guest.into();
+    async fn read_again(&self) -> Reloaded {
+        match &self.config {
+            Some((path, table)) => {
+                let changes = self.follow_config(path.clone(), table).await;
+                self.reloaded.notify_one();
+                changes.map_err(|error| error.to_string())
+            }
+            None => {
+                let mut outcomes = Vec::new();
+                for name in self.fleet.names() {
+                    outcomes.push(self.swap(&name).await?);
+                }
+                Ok(outcomes.join(", "))
+            }
+        }
+    }
+
+    async fn follow_config(&self, path: PathBuf, before: &Table) -> Result<String, Error> {
+        // Guests may be large, and on a file system that takes its time.
+        let reading = tokio::task::spawn_blocking(move || wanted(&path));
+        let failed = |error| super::internal("reading the config file")(error);
+        let (server, services) = reading.await.map_err(failed)??;
+        let changes = self.fleet.turn_into(services).await?;
+        let mut text = described(&changes);
+        if !server.same_but(before, &[]) {
+            text += "; what is set for the server itself needs a restart (ctl restart)";
+        }
+        Ok(text)
+    }
+
+    async fn swap_from_file(&self, name: &str) {
+        if let Err(error) = self.swap(name).await {
+            warn!(service = name, %error, "nothing has changed");
+        }
+    }
+
+    /// Swaps a service to what its guest's file has.
+    async fn swap(&self, name: &str) -> Reloaded {
+        let Some((service, file)) = self.fleet.guest_of(name) else {
+            return Err("the service is gone".into());
+        };
         // A file system may take its time.
         let component = tokio::task::spawn_blocking(move || read(&file)).await;
-        match component {
-            // Whether it is swapped, and why not, is logged there.
-            Ok(Ok(component)) => {
-                let _ = self.service.clone().swap(Bytes::from(component)).await;
-            }
-            Ok(Err(error)) => warn!(%error, "nothing has changed"),
-            Err(error) => warn!(%error, "reading the guest's file failed"),
+        let component = component.map_err(|error| error.to_string())?;
+        let component = component.map_err(|error| error.to_string())?;
+        // That it is swapped, or why not, is logged there.
+        match service.swap(Bytes::from(component)).await {
+            Ok(swapped) if swapped.digest == swapped.before => Ok(format!("{name} is unchanged")),
+            Ok(swapped) => Ok(format!("{name} serves {} now", swapped.digest.short())),
+            Err(error) => Err(error.to_string()),
         }
     }
 
@@ -91,7 +179,9 @@ impl Operator<'_> {
     }
 
     async fn hand_over(&self, handover: &Handover) -> Obeyed {
-        let successor = handover.start(&self.service.component()).await?;
+        let served = self.fleet.to_hand_over();
+        let served = served.map_err(|error| error.to_string())?;
+        let successor = handover.start(&served).await?;
         if !self.controller.hand_over() {
             return Err("the server drains".into());
         }
@@ -122,5 +212,28 @@ impl Operator<'_> {
         if !lifecycle.is_handed_over() {
             self.supervisor.stopping();
         }
+    }
+}
+
+/// What a config file says now, with what it says of the server.
+fn wanted(path: &Path) -> Result<(Table, Vec<Checked>), Error> {
+    let configured = Configured::of_file(path)?;
+    let services = check_all(configured.services, Some(path), Default::default())?;
+    Ok((configured.server_table, services))
+}
+
+fn described(changes: &Changes) -> String {
+    let parts = [
+        ("added", &changes.added),
+        ("changed", &changes.changed),
+        ("removed", &changes.removed),
+    ];
+    let parts = parts.iter().filter(|(_, names)| !names.is_empty());
+    let parts: Vec<_> = parts
+        .map(|(what, names)| format!("{what}: {}", names.join(", ")))
+        .collect();
+    match &parts[..] {
+        [] => "nothing has changed".into(),
+        parts => parts.join("; "),
     }
 }

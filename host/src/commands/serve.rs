@@ -1,45 +1,41 @@
 //! `serve`: from arguments to the end of the last connection.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
 use wasinetd::Error;
 use wasinetd::admin::{Address, Admin, Logs, Operated};
 use wasinetd::capacity::{self, Plan};
-use wasinetd::connection::{self, Open};
+use wasinetd::connection;
 use wasinetd::lifecycle::Controller;
 use wasinetd::limit;
-use wasinetd::listener::{self, Admission, Bound, Incoming, Listening, Places};
-use wasinetd::sandbox::{Access, Engine, Grants, Needs};
-use wasinetd::server::{self, Ended, Shards, Stop};
-use wasinetd::service::{self, Service, Settings};
+use wasinetd::listener::{self, Accepted, Gathered, Incoming, Places};
+use wasinetd::sandbox::Engine;
+use wasinetd::server::{self, Ended, Pulse, Shards, Stop};
+use wasinetd::service::{self, Service, Services};
 use wasinetd::spans::Spans;
 
-use super::operator::Operator;
+use super::configured::{Checked, Configured, check_all, needs};
+use super::fleet::{self, Fleet, Ready, Shared, Threads};
+use super::operator::{self, Operator};
 use super::successor::{self, Handover, Inherited};
 use super::supervisor::Supervisor;
-use super::watch;
-use super::{cache, internal, read, refused, token};
-use crate::cli::{Dispatch, ServeArgs};
+use super::{cache, internal, token};
+use crate::cli::{Dispatch, ServeArgs, ServerArgs};
 use crate::logging;
 
 /// The exit code when connections were ended before they were done (BSD `sysexits.h`:
 /// EX_TEMPFAIL). To a supervisor the stop itself has succeeded all the same.
 const EX_TEMPFAIL: u8 = 75;
-
-/// The service of a server that is started without a config file.
-const ONLY_SERVICE: &str = "default";
 
 /// Serves until a signal says to stop.
 pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
@@ -47,122 +43,127 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let since = SystemTime::now();
     let mut inherited = Inherited::take();
     let program = successor::program().map_err(internal("finding the program"))?;
+    let config = args.config.clone();
+    let configured = Configured::of(args)?;
+    let server = configured.server;
     // Before there are threads.
-    let admin = admin(&args, &mut inherited)?;
-    // Before the file is read, so that no change of it is missed.
-    let changes = match args.swap.watch {
-        true => watch::changes(&args.guest)?.left_stream(),
-        false => stream::pending().right_stream(),
-    };
-    let component: Bytes = match inherited.guest() {
-        Some(component) => component.map_err(internal("taking over the guest"))?,
-        None => read(&args.guest)?,
-    }
-    .into();
-    let needs = Needs::of(&component).map_err(refused(&args.guest))?;
-    let limits = args.guest_limits.limits(capacity::memory());
-    needs.fit(&limits).map_err(refused(&args.guest))?;
-    let opens = !args.directories().is_empty() || !args.network.allow_connect.is_empty();
-    let plan = Plan::new(&needs, &limits, opens);
-    let max_connections = plan.max_connections(args.max_connections)?;
-    let grants = grants(&args)?;
-    let shards = Shards::new(dispatch(args.dispatch), threads(&args))?;
-    // An address that is taken should be heard of before the guest is compiled, and clients only
-    // after.
-    let bound: Vec<Bound> = args
-        .listen
+    let admin = admin(&server, &mut inherited)?;
+    // Before the files are read, so that no change of them is missed.
+    let watched = configured
+        .services
         .iter()
-        .map(|address| match inherited.sockets(*address) {
-            none if none.is_empty() => {
-                Bound::new(*address, shards.count(), args.connection_limits.keepalive())
-            }
-            sockets => Ok(Bound::adopt(*address, sockets)),
-        })
-        .collect::<Result<_, _>>()?;
-    let logs = Logs::default();
-    let _log = logging::start(args.log_format, args.log_level, logs.clone());
-    let cache = cache(&args.cache)?;
-    let engine = Engine::new(plan.room(max_connections), &needs, limits, cache)?;
-    let open = Arc::new(Open::default());
-    let spans = args.otlp.as_deref().map(Spans::to_collector).transpose();
-    let spans = spans.map_err(internal("setting up --otlp"))?.map(Arc::new);
-    let settings = Settings {
-        spans: spans.clone(),
-        name: ONLY_SERVICE.into(),
-        limits: args.connection_limits.limits(),
-        grants,
-        probe: args.swap.probe(),
-        max_old_version_age: args.swap.max_old_version_age(),
-    };
-    let service = Service::new(settings, engine.clone(), open.clone(), component);
-    let service = Arc::new(service.map_err(|reason| Error::GuestRefused {
-        path: args.guest.clone(),
-        reason,
-    })?);
-    let listening: Vec<Listening> = bound
+        .filter(|spec| spec.args.swap.watch);
+    let watched = watched.map(|spec| (spec.name.clone(), spec.guest.clone()));
+    let watched = operator::watch(watched.collect())?;
+    let known = inherited.guests();
+    let known = known.map_err(internal("taking over the guests"))?;
+    let checked = check_all(configured.services, config.as_deref(), known)?;
+    let limits = checked.iter().map(|one| &one.spec.args.guest_limits);
+    let limits = server.shared_limits.limits(capacity::memory(), limits);
+    let (needs, files) = needs(&checked);
+    let plan = Plan::new(&needs, limits.stack, files);
+    let max_connections = plan.max_connections(configured.max_connections)?;
+    let shards = shards(&server, &checked, config.is_some())?;
+    // An address that is taken should be heard of before the guests are compiled, and clients only
+    // after.
+    let bound = checked
         .into_iter()
-        .map(Bound::listen)
-        .collect::<Result<_, _>>()?;
+        .map(|one| {
+            let count = shards
+                .iter()
+                .find(|(kind, _)| *kind == one.spec.args.dispatch);
+            let count = count.map_or(1, |(_, shards)| shards.count());
+            let bound = fleet::bind(&one.spec, count, |address| inherited.sockets(address))?;
+            Ok((one, bound))
+        })
+        .collect::<Result<Vec<_>, Error>>()?;
+    let logs = Logs::default();
+    let _log = logging::start(server.log_format, server.log_level, logs.clone());
+    let cache = cache(&server.cache)?;
+    let room = plan.room(max_connections);
+    let engine = Engine::new(room, &needs, limits.clone(), cache)?;
+    let spans = server.otlp.as_deref().map(Spans::to_collector).transpose();
+    let spans = spans.map_err(internal("setting up --otlp"))?.map(Arc::new);
+    let shared = Shared {
+        engine: engine.clone(),
+        open: Arc::default(),
+        spans: spans.clone(),
+        limits,
+        places: Places::new(max_connections),
+        max_connections,
+        drain_timeout: server.drain_timeout,
+    };
+    let ready = bound
+        .into_iter()
+        .map(|(checked, bound)| Ready::new(&shared, checked, bound))
+        .collect::<Result<Vec<_>, _>>()?;
     let control = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(internal("starting a runtime"))?;
     let context = control.enter();
     let signals = Signals::new().map_err(internal("listening for signals"))?;
-    warn_of_capacity(&args, &plan, max_connections);
-    announce(&listening, admin.as_ref());
-    let handover = handover(&listening, admin.as_ref(), program)?;
+    warn_of_capacity(configured.max_connections, &plan, max_connections);
+    announce(&ready, config.is_some(), admin.as_ref());
+    let admin_socket = admin.as_ref().map(Admin::try_clone_socket).transpose();
+    let admin_socket = admin_socket.map_err(internal("keeping a socket for a successor"))?;
+    let handover = Handover::new(admin_socket, program);
 
     let controller = Controller::default();
     let lifecycle = controller.lifecycle();
-    let places = Places::new(max_connections);
-    let admission = Admission::new(args.admission.rules(max_connections));
-    let when_full = args.admission.when_full();
-    let pulse = shards.pulse();
-    let listeners = Listening::by_shard(listening, shards.count());
-    let incoming = shards
-        .contexts()
-        .zip(listeners)
-        .map(|(_context, listeners)| {
-            let (places, admission) = (places.clone(), admission.clone());
-            Incoming::new(listeners, places, when_full.clone(), admission, &lifecycle)
-        })
-        .collect::<Result<_, _>>()?;
-    let handler = {
-        let service = service.clone();
-        move |accepted| connection::handle(accepted, service.current())
-    };
+    let pulse = Pulse::new(
+        shards
+            .iter()
+            .flat_map(|(_, shards)| shards.handles())
+            .collect(),
+    );
+    let (threads, connections) = shards
+        .into_iter()
+        .map(|(kind, shards)| gather(kind, shards))
+        .unzip();
+    let open = shared.open.clone();
+    let services = Services::default();
+    let fleet = Arc::new(Fleet::new(shared, threads, services.clone(), ready)?);
     let (restarts, restart) = mpsc::channel(1);
+    let (reloads, reload) = mpsc::channel(1);
     let (drain, drains) = mpsc::channel(1);
     let wishes = received(drains).map(|()| Stop::Drain);
     let serving = server::serve(
-        shards,
-        incoming,
-        handler,
+        connections,
+        |accepted: Accepted<Arc<Service>>| {
+            let version = accepted.to.current();
+            connection::handle(accepted, version)
+        },
         &controller,
         stream::select(signals.stop.map(|()| Stop::Now), wishes),
-        args.drain_timeout,
+        server.drain_timeout,
     );
+    let limits = {
+        let fleet = fleet.clone();
+        move || fleet.limits()
+    };
     let operated = Operated {
-        registry: registry(&engine, &service),
-        services: vec![service.clone()],
+        registry: registry(&engine, services.clone()),
+        services,
         open,
         lifecycle: lifecycle.clone(),
         max_connections,
-        limits: args.limits(max_connections, capacity::memory()),
+        limits: Box::new(limits),
         logs,
         drain: drain.clone(),
         restarts,
+        reloads,
         since,
     };
     let supervisor = Supervisor::new();
     let operator = Operator {
         supervisor: &supervisor,
-        service: &service,
-        guest: &args.guest,
+        fleet: &fleet,
+        config: config.map(|path| (path, configured.server_table)),
         controller: &controller,
         admin: admin.as_ref(),
         drain,
+        reloaded: Notify::new(),
     };
     let ended = control.block_on(async {
         let operating = async {
@@ -179,10 +180,12 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
             }
         };
         let restarts = stream::select(signals.restart.map(|()| None), received(restart).map(Some));
+        let reloads = stream::select(signals.reload.map(|()| None), received(reload).map(Some));
         let working = async {
             tokio::join!(
-                service.tend(&lifecycle),
-                operator.reload(stream::select(signals.reload, changes)),
+                fleet.follow(&lifecycle),
+                operator.reload(reloads),
+                operator.follow_files(watched),
                 operator.restart(restarts, handover),
                 operator.say_that_it_stops(),
                 supervisor.watchdog(&pulse),
@@ -217,8 +220,40 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     }
 }
 
+/// The threads for each kind of dispatch that is asked for. With a config file for both: it may ask for
+/// the other one by and by, and threads that have nothing to do cost nothing.
+fn shards(
+    server: &ServerArgs,
+    services: &[Checked],
+    has_config: bool,
+) -> Result<Vec<(Dispatch, Shards)>, Error> {
+    let is_wanted = |kind: &Dispatch| {
+        let mut services = services.iter();
+        has_config || services.any(|one| one.spec.args.dispatch == *kind)
+    };
+    let kinds = [Dispatch::Concurrent, Dispatch::Spawn]
+        .into_iter()
+        .filter(is_wanted);
+    kinds
+        .map(|kind| Ok((kind, Shards::new(dispatch(kind), threads(server))?)))
+        .collect()
+}
+
+type Connections = Gathered<Incoming<Arc<Service>>>;
+
+/// Where connections are added that such threads are to handle.
+fn gather(dispatch: Dispatch, shards: Shards) -> (Threads, (Shards, Vec<Connections>)) {
+    let (joining, gathered) = (0..shards.count()).map(|_| Gathered::new()).unzip();
+    let threads = Threads {
+        dispatch,
+        handles: shards.handles(),
+        joining,
+    };
+    (threads, (shards, gathered))
+}
+
 /// What operators connect to.
-fn admin(args: &ServeArgs, inherited: &mut Inherited) -> Result<Option<Admin>, Error> {
+fn admin(args: &ServerArgs, inherited: &mut Inherited) -> Result<Option<Admin>, Error> {
     let Some(address) = &args.admin else {
         return Ok(None);
     };
@@ -232,50 +267,20 @@ fn admin(args: &ServeArgs, inherited: &mut Inherited) -> Result<Option<Admin>, E
     }
 }
 
-/// What a successor is to be given.
-fn handover(
-    listening: &[Listening],
-    admin: Option<&Admin>,
-    program: PathBuf,
-) -> Result<Handover, Error> {
-    let sockets = listening.iter().map(Listening::try_clone_sockets);
-    let sockets: Result<Vec<_>, _> = sockets.collect();
-    let admin = admin.map(Admin::try_clone_socket).transpose();
-    let failed = internal("keeping the sockets for a successor");
-    Ok(Handover::new(
-        sockets.map_err(&failed)?.into_iter().flatten().collect(),
-        admin.map_err(&failed)?,
-        program,
-    ))
-}
-
 fn received<T>(mut channel: mpsc::Receiver<T>) -> impl Stream<Item = T> {
     stream::poll_fn(move |cx| channel.poll_recv(cx))
 }
 
 /// All that is counted.
-fn registry(engine: &Engine, service: &Arc<Service>) -> Registry {
+fn registry(engine: &Engine, services: Services) -> Registry {
     let mut registry = Registry::with_prefix("wasinetd");
     let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
     registry.register("build", "The wasinetd that serves", build);
     limit::register(&mut registry);
     listener::register(&mut registry);
     engine.register(&mut registry);
-    service::register(vec![service.clone()], &mut registry);
+    service::register(services, &mut registry);
     registry
-}
-
-fn grants(args: &ServeArgs) -> Result<Grants, Error> {
-    let grants = Grants::new(&args.directories(), args.env.clone());
-    let grants = grants.map_err(|(grant, reason)| Error::Directory {
-        flag: match grant.access {
-            Access::ReadOnly => "--dir",
-            Access::ReadWrite => "--dir-rw",
-        },
-        path: grant.host,
-        reason,
-    })?;
-    Ok(grants.with_destinations(args.network.allow_connect.clone()))
 }
 
 fn dispatch(dispatch: Dispatch) -> server::Dispatch {
@@ -287,14 +292,14 @@ fn dispatch(dispatch: Dispatch) -> server::Dispatch {
 
 /// The threads that connections run on: as asked for, or one for each core but one. That one is for
 /// all that goes on beside the guests, the kernel's share of the network most of all.
-fn threads(args: &ServeArgs) -> usize {
+fn threads(args: &ServerArgs) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     args.threads.unwrap_or((cores - 1).max(1))
 }
 
 /// A default that does not fit is lowered, and not in silence. Nor is what might not hold.
-fn warn_of_capacity(args: &ServeArgs, plan: &Plan, max_connections: usize) {
-    if args.max_connections.is_none() && max_connections < capacity::DEFAULT_MAX_CONNECTIONS {
+fn warn_of_capacity(asked: Option<usize>, plan: &Plan, max_connections: usize) {
+    if asked.is_none() && max_connections < capacity::DEFAULT_MAX_CONNECTIONS {
         let bound = plan.tightest();
         warn!(
             max_connections,
@@ -323,11 +328,16 @@ fn warn_of_capacity(args: &ServeArgs, plan: &Plan, max_connections: usize) {
 }
 
 /// Tells who started us where to connect. The one thing that goes to standard output.
-fn announce(listening: &[Listening], admin: Option<&Admin>) {
+fn announce(ready: &[Ready], by_name: bool, admin: Option<&Admin>) {
     let mut stdout = io::stdout().lock();
-    for Listening { address, .. } in listening {
-        // The server is of use even where nobody reads this.
-        let _ = writeln!(stdout, "listening on {address}");
+    for one in ready {
+        for address in one.addresses() {
+            // The server is of use even where nobody reads this.
+            let _ = match by_name {
+                true => writeln!(stdout, "listening on {address} for {}", one.name()),
+                false => writeln!(stdout, "listening on {address}"),
+            };
+        }
     }
     if let Some(admin) = admin {
         let _ = writeln!(stdout, "operators connect to {}", admin.address());

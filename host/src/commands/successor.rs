@@ -6,6 +6,7 @@
 //!
 //! It serves the very guest that this one serves, which need not be in a file any more.
 
+use std::collections::HashMap;
 use std::env;
 use std::ffi::OsString;
 use std::fs::File;
@@ -16,11 +17,12 @@ use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::Duration;
 
+use bytes::Bytes;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 
-/// What a successor is told of: `tcp=5,tcp=6,admin=7,guest=8,ready=9`.
+/// What a successor is told of: `tcp=5,tcp=6,admin=7,guest:NAME=8,ready=9`.
 const INHERITED: &str = "WASINETD_INHERITED";
 
 /// How long a successor may take until it serves. It may have to compile its guest.
@@ -31,7 +33,7 @@ const READY: Duration = Duration::from_secs(120);
 pub(super) struct Inherited {
     tcp: Vec<(SocketAddr, OwnedFd)>,
     admin: Option<OwnedFd>,
-    guest: Option<OwnedFd>,
+    guests: Vec<(String, OwnedFd)>,
     ready: Option<OwnedFd>,
 }
 
@@ -49,9 +51,12 @@ impl Inherited {
             match kind {
                 "tcp" => inherited.tcp.extend(listening(descriptor)),
                 "admin" => inherited.admin = Some(descriptor),
-                "guest" => inherited.guest = Some(descriptor),
                 "ready" => inherited.ready = Some(descriptor),
-                _ => {}
+                _ => {
+                    if let Some(name) = kind.strip_prefix("guest:") {
+                        inherited.guests.push((name.into(), descriptor));
+                    }
+                }
             }
         }
         inherited
@@ -79,15 +84,18 @@ impl Inherited {
         self.admin.take()
     }
 
-    /// The component that is served.
-    pub(super) fn guest(&mut self) -> Option<io::Result<Vec<u8>>> {
-        let mut file = File::from(self.guest.take()?);
-        let mut component = Vec::new();
-        let read = file.seek(SeekFrom::Start(0));
-        Some(
-            read.and_then(|_| file.read_to_end(&mut component))
-                .map(|_| component),
-        )
+    /// The components that are served, by their service.
+    pub(super) fn guests(&mut self) -> io::Result<HashMap<String, Vec<u8>>> {
+        let guests = std::mem::take(&mut self.guests).into_iter();
+        guests
+            .map(|(name, file)| {
+                let mut file = File::from(file);
+                let mut component = Vec::new();
+                file.seek(SeekFrom::Start(0))?;
+                file.read_to_end(&mut component)?;
+                Ok((name, component))
+            })
+            .collect()
     }
 
     /// Tells the other one that this one serves.
@@ -127,34 +135,45 @@ fn listening(descriptor: OwnedFd) -> Option<(SocketAddr, OwnedFd)> {
 pub(super) struct Handover {
     program: PathBuf,
     arguments: Vec<OsString>,
-    tcp: Vec<OwnedFd>,
     admin: Option<OwnedFd>,
+}
+
+/// What is served when it is handed over.
+pub(super) struct Served {
+    /// Where it is listened.
+    pub(super) sockets: Vec<OwnedFd>,
+    /// The components, by their service.
+    pub(super) guests: Vec<(String, Bytes)>,
 }
 
 impl Handover {
     /// Of the program that is installed where this one was, with the arguments of this one.
-    pub(super) fn new(tcp: Vec<OwnedFd>, admin: Option<OwnedFd>, program: PathBuf) -> Self {
+    pub(super) fn new(admin: Option<OwnedFd>, program: PathBuf) -> Self {
         Self {
             program,
             arguments: env::args_os().skip(1).collect(),
-            tcp,
             admin,
         }
     }
 
-    /// Starts a successor that serves `component`, and waits until it does.
+    /// Starts a successor that serves what is `served`, and waits until it does.
     ///
     /// # Errors
     ///
     /// Says why it does not. It is gone then, as it is when the wait is given up.
-    pub(super) async fn start(&self, component: &[u8]) -> Result<Successor, String> {
+    pub(super) async fn start(&self, served: &Served) -> Result<Successor, String> {
         let failed = |error: io::Error| format!("{:?} cannot be started: {error}", self.program);
         if std::process::id() == 1 {
             return Err("this is the first process of its container, which ends with it; start a new container instead".into());
         }
         let (ready, tell) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
-        let guest = in_memory(component).map_err(failed)?;
-        let mut successor = Successor(Some(self.spawn(&guest, &tell).map_err(failed)?));
+        let guests = served.guests.iter();
+        let guests = guests
+            .map(|(name, component)| Ok((format!("guest:{name}"), in_memory(component)?)))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(failed)?;
+        let spawned = self.spawn(&served.sockets, &guests, &tell);
+        let mut successor = Successor(Some(spawned.map_err(failed)?));
         // Its end of the pipe is closed when it ends.
         drop(tell);
         let waiting = tokio::task::spawn_blocking(move || File::from(ready).read_exact(&mut [0]));
@@ -172,11 +191,20 @@ impl Handover {
         }
     }
 
-    fn spawn(&self, guest: &OwnedFd, ready: &OwnedFd) -> io::Result<Child> {
-        let tcp = self.tcp.iter().map(|socket| ("tcp", socket));
+    fn spawn(
+        &self,
+        sockets: &[OwnedFd],
+        guests: &[(String, OwnedFd)],
+        ready: &OwnedFd,
+    ) -> io::Result<Child> {
+        let tcp = sockets.iter().map(|socket| ("tcp", socket));
         let admin = self.admin.iter().map(|socket| ("admin", socket));
-        let others = [("guest", guest), ("ready", ready)];
-        let all: Vec<_> = tcp.chain(admin).chain(others).collect();
+        let guests = guests.iter().map(|(name, guest)| (&**name, guest));
+        let all: Vec<_> = tcp
+            .chain(admin)
+            .chain(guests)
+            .chain([("ready", ready)])
+            .collect();
         let told: Vec<_> = all
             .iter()
             .map(|(kind, descriptor)| format!("{kind}={}", descriptor.as_raw_fd()))

@@ -18,9 +18,11 @@ const SHARDS: usize = 16;
 #[derive(Default)]
 pub struct Open {
     shards: [Mutex<HashMap<u64, Arc<Entry>>>; SHARDS],
-    /// Those that begin now are to end at once.
-    ended: AtomicBool,
 }
+
+/// Whether the connections of a service are to end at once, those that begin now among them.
+#[derive(Debug, Default)]
+pub struct Cutoff(AtomicBool);
 
 impl Open {
     /// Adds a connection until what is returned is dropped.
@@ -28,7 +30,7 @@ impl Open {
         let entry = Arc::new(entry);
         self.shard(entry.id).insert(entry.id, entry.clone());
         // Whoever ends all looks at the shards after it has said so: it finds this one, or is found.
-        if self.ended.load(Ordering::SeqCst) {
+        if entry.version.cutoff.0.load(Ordering::SeqCst) {
             entry.end(Order::ServerEnds);
         }
         Listed {
@@ -58,11 +60,13 @@ impl Open {
         entry.inspect(|entry| entry.end(Order::Kill)).is_some()
     }
 
-    /// Ends those that are open, and those that begin from now on.
-    pub fn end_all(&self) {
-        self.ended.store(true, Ordering::SeqCst);
+    /// Ends those of a service that are open, and those that begin from now on.
+    pub fn end_all(&self, cutoff: &Arc<Cutoff>) {
+        cutoff.0.store(true, Ordering::SeqCst);
         for entry in self.list() {
-            entry.end(Order::ServerEnds);
+            if Arc::ptr_eq(&entry.version.cutoff, cutoff) {
+                entry.end(Order::ServerEnds);
+            }
         }
     }
 

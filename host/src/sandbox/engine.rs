@@ -20,7 +20,7 @@ use wasmtime_wasi::{p2, p3};
 use super::cache::{self, Cache};
 use super::digest::Digest;
 use super::inspect::{MAX_CORE_INSTANCES, Needs};
-use super::limits::{self, Budget, Limits};
+use super::limits::{self, Budget, SharedLimits};
 use super::turns::Clock;
 use super::{State, network, tcp};
 use crate::Error;
@@ -58,7 +58,7 @@ struct Inner {
     wasmtime: wasmtime::Engine,
     linker: Linker<State>,
     clock: Clock,
-    limits: Limits,
+    limits: SharedLimits,
     budget: Arc<Budget>,
     cache: Option<Cache>,
     /// What its code is known by in the cache.
@@ -71,7 +71,7 @@ struct Inner {
 }
 
 impl Engine {
-    /// Makes an engine with `room` for guests with such `needs`, each within `limits`. What it
+    /// Makes an engine with `room` for guests with such `needs`, all within `limits`. What it
     /// compiles is kept in `cache`.
     ///
     /// # Errors
@@ -80,7 +80,7 @@ impl Engine {
     pub fn new(
         room: Room,
         needs: &Needs,
-        limits: Limits,
+        limits: SharedLimits,
         cache: Option<Cache>,
     ) -> Result<Self, Error> {
         let needs = needs.with_room_for_others();
@@ -118,7 +118,7 @@ impl Engine {
         &self.0.clock
     }
 
-    pub(super) fn limits(&self) -> &Limits {
+    pub(super) fn limits(&self) -> &SharedLimits {
         &self.0.limits
     }
 
@@ -207,7 +207,7 @@ impl Collector for Pool {
     }
 }
 
-fn config(room: Room, needs: &Needs, limits: &Limits) -> Config {
+fn config(room: Room, needs: &Needs, limits: &SharedLimits) -> Config {
     // One more, for a version that is tried before it is served: it is not to wait for a place of a
     // connection, nor to take one.
     let instances = room.connections.saturating_add(1);

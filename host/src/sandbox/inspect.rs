@@ -45,6 +45,9 @@ const MAX_TABLES: u32 = 64;
 /// called by a pointer, and large programs have some ten thousand.
 const MAX_TABLE_ELEMENTS: u64 = 1_000_000;
 
+/// What to do about what only the start of a server can make room for.
+const RESTART: &str = "start it again so: a restart hands over without refusing anyone";
+
 /// Why a guest cannot be run, with the fix.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -109,6 +112,18 @@ impl Needs {
         Ok(())
     }
 
+    /// Enough for guests of either kind.
+    pub fn or(&self, other: &Self) -> Self {
+        Self {
+            component_instances: self.component_instances.max(other.component_instances),
+            core_instances: self.core_instances.max(other.core_instances),
+            memories: self.memories.max(other.memories),
+            memory_bytes: self.memory_bytes.max(other.memory_bytes),
+            tables: self.tables.max(other.tables),
+            table_elements: self.table_elements.max(other.table_elements),
+        }
+    }
+
     /// The same, and some more of what costs no more than addresses: the guests that follow the first
     /// are not to be kept from having a table more.
     pub(super) fn with_room_for_others(&self) -> Self {
@@ -132,7 +147,7 @@ impl Needs {
         ] {
             if needs > has {
                 return Err(Refusal(format!(
-                    "each connection would take {needs} {what}, and this server was started with room for {has}; start it again with this guest: a restart hands over without refusing anyone"
+                    "each connection would take {needs} {what}, and this server was started with room for {has}; {RESTART}"
                 )));
             }
         }
@@ -372,10 +387,10 @@ pub(super) fn compile(
     bytes: &[u8],
     digest: &Digest,
     grants: &Grants,
+    limits: &Limits,
 ) -> Result<(Component, Report, bool), Refusal> {
     let needs = Needs::of(bytes)?;
-    needs.fit(engine.limits())?;
-    needs.fit_into(engine.room())?;
+    fit(engine, &needs, limits)?;
     let kept = kept(engine, digest);
     let compiled = kept.is_none();
     let component = match kept {
@@ -396,6 +411,30 @@ pub(super) fn compile(
     };
     check(&report, !grants.destinations().is_empty())?;
     Ok((component, report, compiled))
+}
+
+/// Checks whether a guest that is compiled could be run with these grants and limits as well.
+pub(super) fn admit(
+    engine: &Engine,
+    report: &Report,
+    grants: &Grants,
+    limits: &Limits,
+) -> Result<(), Refusal> {
+    fit(engine, &report.needs, limits)?;
+    check(report, !grants.destinations().is_empty())
+}
+
+fn fit(engine: &Engine, needs: &Needs, limits: &Limits) -> Result<(), Refusal> {
+    needs.fit(limits)?;
+    needs.fit_into(engine.room())?;
+    let most = engine.limits().memory;
+    if limits.memory > most {
+        return Err(Refusal(format!(
+            "--max-memory is {}, and this server was started with room for {most} bytes each; {RESTART}",
+            limits.memory
+        )));
+    }
+    Ok(())
 }
 
 /// What is kept of a component, if it is of use.

@@ -20,12 +20,8 @@ use crate::limit::Limit;
 pub struct Limits {
     /// Its linear memories and tables together, in bytes.
     pub memory: usize,
-    /// What all sandboxes may take together beyond [`FREE_MEMORY`] each, in bytes.
-    pub total_memory: usize,
     /// For how long it may compute. Waiting does not count.
     pub cpu_time: Duration,
-    /// Its call stack, in bytes.
-    pub stack: usize,
     /// Its handles of resources, streams, futures and tasks that are live at once.
     pub handles: usize,
     /// What it has open of the host at once: files, directories, streams of them.
@@ -40,13 +36,32 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             memory: 64 << 20,
-            total_memory: usize::MAX,
             cpu_time: Duration::from_secs(30),
-            stack: 512 << 10,
             handles: 1024,
             open_files: 32,
             call_size: 1 << 20,
             output: 64 << 10,
+        }
+    }
+}
+
+/// What all sandboxes of an engine may use, whatever each may.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SharedLimits {
+    /// The most that any of them may have of memory ([`Limits::memory`]), in bytes.
+    pub memory: usize,
+    /// What they may take together beyond [`FREE_MEMORY`] each, in bytes.
+    pub total_memory: usize,
+    /// The call stack of each, in bytes.
+    pub stack: usize,
+}
+
+impl Default for SharedLimits {
+    fn default() -> Self {
+        Self {
+            memory: Limits::default().memory,
+            total_memory: usize::MAX,
+            stack: 512 << 10,
         }
     }
 }

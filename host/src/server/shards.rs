@@ -5,7 +5,7 @@ use std::thread;
 
 use futures::Stream;
 use futures::channel::oneshot;
-use tokio::runtime::{Builder, EnterGuard, Handle, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime};
 
 use super::balance::{Balanced, Load, balanced};
 use super::{Dispatch, dispatch_all};
@@ -45,19 +45,12 @@ impl Shards {
         self.runtimes.len()
     }
 
-    /// By which it is told whether the threads go on.
-    pub fn pulse(&self) -> Pulse {
-        Pulse(
-            self.runtimes
-                .iter()
-                .map(|runtime| runtime.handle().clone())
-                .collect(),
-        )
-    }
-
-    /// Enters each runtime in turn, to make what is to be polled there.
-    pub fn contexts(&self) -> impl Iterator<Item = EnterGuard<'_>> {
-        self.runtimes.iter().map(Runtime::enter)
+    /// The runtimes, to make what is to be polled there.
+    pub fn handles(&self) -> Vec<Handle> {
+        self.runtimes
+            .iter()
+            .map(|runtime| runtime.handle().clone())
+            .collect()
     }
 
     /// Handles the connections of each stream on its runtime. The futures resolve when their stream
@@ -102,6 +95,11 @@ impl Shards {
 pub struct Pulse(Vec<Handle>);
 
 impl Pulse {
+    /// Of these runtimes.
+    pub fn new(runtimes: Vec<Handle>) -> Self {
+        Self(runtimes)
+    }
+
     /// Resolves when each has had a turn. One that has ended, as those do that have drained, needs none.
     pub async fn beat(&self) {
         for runtime in &self.0 {
@@ -162,7 +160,7 @@ mod tests {
     fn there_is_no_pulse_while_a_thread_is_stuck() {
         for dispatch in [Dispatch::Concurrent, Dispatch::Spawn] {
             let shards = Shards::new(dispatch, 1).unwrap();
-            let pulse = shards.pulse();
+            let pulse = Pulse::new(shards.handles());
             let (is_stuck, stuck) = oneshot::channel();
             let (go_on, release) = mpsc::channel::<()>();
             let held = Arc::new(Mutex::new(Some((is_stuck, release))));

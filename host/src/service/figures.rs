@@ -11,7 +11,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::{SWAPS, Service};
+use super::{SWAPS, Service, Services};
 use crate::connection::KINDS;
 use crate::metrics::Histogram;
 
@@ -19,11 +19,11 @@ use crate::metrics::Histogram;
 ///
 /// There are as many series as services times three versions: the current one, the previous one, and
 /// all before as `older`. Nobody makes them more by swapping often.
-pub(super) fn register(services: Vec<Arc<Service>>, registry: &mut Registry) {
+pub(super) fn register(services: Services, registry: &mut Registry) {
     registry.register_collector(Box::new(Figures(services)));
 }
 
-struct Figures(Vec<Arc<Service>>);
+struct Figures(Services);
 
 impl fmt::Debug for Figures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -72,7 +72,8 @@ impl Service {
 
 impl Collector for Figures {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
-        let counted: Vec<_> = self.0.iter().flat_map(|one| one.counted()).collect();
+        let services = self.0.list();
+        let counted: Vec<_> = services.iter().flat_map(|one| one.counted()).collect();
         let help = "Connections that are open";
         let mut family =
             encoder.encode_descriptor("connections_open", help, None, MetricType::Gauge)?;
@@ -95,74 +96,72 @@ impl Collector for Figures {
         }
         let help = "Attempts to swap a guest, and what came of them";
         let mut family = encoder.encode_descriptor("swaps", help, None, MetricType::Counter)?;
-        for service in &self.0 {
+        for service in services.iter() {
             for (name, count) in SWAPS.iter().zip(&service.swaps) {
                 let labels = [("service", service.name()), ("outcome", name)];
                 let count = ConstCounter::new(count.load(Ordering::Relaxed));
                 count.encode(family.encode_family(&labels)?)?;
             }
         }
-        self.encode_measures(&mut encoder)
+        encode_measures(&services, &mut encoder)
     }
 }
 
-impl Figures {
-    fn encode_measures(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        type Of = fn(&Service) -> &Histogram;
-        let histograms: [(&str, &str, Unit, Of); 4] = [
-            (
-                "connection_duration",
-                "How long connections were open",
-                Unit::Seconds,
-                |service| &service.measures.duration,
-            ),
-            (
-                "instantiation_duration",
-                "How long it took to make an instance",
-                Unit::Seconds,
-                |service| &service.measures.instantiation,
-            ),
-            (
-                "connection_cpu",
-                "How long the guests of connections computed, by ticks: right on the average",
-                Unit::Seconds,
-                |service| &service.measures.cpu,
-            ),
-            (
-                "connection_memory",
-                "The memory that guests of connections had at most",
-                Unit::Bytes,
-                |service| &service.measures.memory,
-            ),
-        ];
-        for (name, help, unit, of) in histograms {
-            let mut family =
-                encoder.encode_descriptor(name, help, Some(&unit), MetricType::Histogram)?;
-            for service in &self.0 {
-                of(service).encode(family.encode_family(&[("service", service.name())])?)?;
-            }
+fn encode_measures(services: &[Arc<Service>], encoder: &mut DescriptorEncoder) -> fmt::Result {
+    type Of = fn(&Service) -> &Histogram;
+    let histograms: [(&str, &str, Unit, Of); 4] = [
+        (
+            "connection_duration",
+            "How long connections were open",
+            Unit::Seconds,
+            |service| &service.measures.duration,
+        ),
+        (
+            "instantiation_duration",
+            "How long it took to make an instance",
+            Unit::Seconds,
+            |service| &service.measures.instantiation,
+        ),
+        (
+            "connection_cpu",
+            "How long the guests of connections computed, by ticks: right on the average",
+            Unit::Seconds,
+            |service| &service.measures.cpu,
+        ),
+        (
+            "connection_memory",
+            "The memory that guests of connections had at most",
+            Unit::Bytes,
+            |service| &service.measures.memory,
+        ),
+    ];
+    for (name, help, unit, of) in histograms {
+        let mut family =
+            encoder.encode_descriptor(name, help, Some(&unit), MetricType::Histogram)?;
+        for service in services {
+            of(service).encode(family.encode_family(&[("service", service.name())])?)?;
         }
-        type Sum = fn(&Service) -> u64;
-        let sums: [(&str, &str, Sum); 2] = [
-            (
-                "received",
-                "What was received on connections that have ended",
-                |service| service.measures.received(),
-            ),
-            (
-                "sent",
-                "What was sent on connections that have ended",
-                |service| service.measures.sent(),
-            ),
-        ];
-        for (name, help, of) in sums {
-            let unit = Some(&Unit::Bytes);
-            let mut family = encoder.encode_descriptor(name, help, unit, MetricType::Counter)?;
-            for service in &self.0 {
-                let labels = [("service", service.name())];
-                ConstCounter::new(of(service)).encode(family.encode_family(&labels)?)?;
-            }
-        }
-        Ok(())
     }
+    type Sum = fn(&Service) -> u64;
+    let sums: [(&str, &str, Sum); 2] = [
+        (
+            "received",
+            "What was received on connections that have ended",
+            |service| service.measures.received(),
+        ),
+        (
+            "sent",
+            "What was sent on connections that have ended",
+            |service| service.measures.sent(),
+        ),
+    ];
+    for (name, help, of) in sums {
+        let unit = Some(&Unit::Bytes);
+        let mut family = encoder.encode_descriptor(name, help, unit, MetricType::Counter)?;
+        for service in services {
+            let labels = [("service", service.name())];
+            ConstCounter::new(of(service)).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
 }

@@ -24,14 +24,20 @@ const INSTANTIATED: Duration = Duration::from_secs(5);
 /// what a thread gets that serves, where there is not enough for both.
 const NICENESS: i32 = 10;
 
-/// Makes a guest, an instance of it, and asks it what it is to be asked.
+/// Makes a guest, an instance of it, and asks it what it is to be asked. A guest of the same component
+/// that is `known` already spares compiling it.
 pub(super) fn load(
     engine: &Engine,
     settings: &Settings,
     component: &[u8],
+    known: Option<&Guest>,
 ) -> Result<Arc<Guest>, String> {
-    let guest = Guest::new(engine, component, settings.grants.clone())
-        .map_err(|refusal| refusal.to_string())?;
+    let (grants, limits) = (settings.grants.clone(), settings.sandbox.clone());
+    let guest = match known {
+        Some(known) => known.within(grants, limits),
+        None => Guest::new(engine, component, grants, limits),
+    };
+    let guest = guest.map_err(|refusal| refusal.to_string())?;
     // Of its own: a guest that computes or blocks is to hold up nobody.
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()

@@ -1,0 +1,361 @@
+//! What is to be served: as the command line or a config file says it, read and checked.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use clap::builder::Command;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Arg, ArgAction, CommandFactory, Parser, ValueHint};
+use wasinetd::Error;
+use wasinetd::config::{self, Key, Mistake, Mistakes, Setting, Table, Takes};
+use wasinetd::sandbox::{Access, Grants, Needs};
+
+use super::{read, refused};
+use crate::cli::{NAME_VALUE, ServeArgs, ServerArgs, ServerTable, ServiceArgs, ServiceTable};
+
+/// The service of a server that is started without a config file.
+const ONLY_SERVICE: &str = "default";
+
+/// Where a server listens that is not told.
+const USUAL_ADDRESS: ([u8; 4], u16) = ([127, 0, 0, 1], 7878);
+
+/// What is to be served.
+pub(super) struct Configured {
+    pub(super) server: ServerArgs,
+    /// What the config file says of the server.
+    pub(super) server_table: Table,
+    /// Connections of all services at once.
+    pub(super) max_connections: Option<usize>,
+    pub(super) services: Vec<Spec>,
+}
+
+/// A service as it is to be.
+pub(super) struct Spec {
+    pub(super) name: String,
+    pub(super) guest: PathBuf,
+    pub(super) args: ServiceArgs,
+    /// What the config file says of it.
+    pub(super) table: Table,
+}
+
+impl Spec {
+    /// Where the config file has this key, or the service.
+    pub(super) fn line(&self, key: &str) -> usize {
+        let setting = self.table.get(key);
+        setting.map_or(self.table.line, |setting| setting.line)
+    }
+}
+
+/// A service whose guest and directories are there.
+pub(super) struct Checked {
+    pub(super) spec: Spec,
+    pub(super) component: Bytes,
+    pub(super) needs: Needs,
+    pub(super) grants: Grants,
+}
+
+impl Configured {
+    /// What the arguments say, or the file that they name.
+    pub(super) fn of(args: ServeArgs) -> Result<Self, Error> {
+        match (args.config, args.guest) {
+            (Some(path), _) => Self::of_file(&path),
+            (None, Some(guest)) => {
+                let mut service = args.service;
+                if service.listen.is_empty() {
+                    service.listen.push(USUAL_ADDRESS.into());
+                }
+                Ok(Self {
+                    server: args.server,
+                    server_table: Table::default(),
+                    max_connections: service.max_connections,
+                    services: vec![Spec {
+                        name: ONLY_SERVICE.into(),
+                        guest,
+                        args: service,
+                        table: Table::default(),
+                    }],
+                })
+            }
+            (None, None) => unreachable!("one of them is required"),
+        }
+    }
+
+    /// What a config file says.
+    ///
+    /// # Errors
+    ///
+    /// Names all mistakes, with their lines.
+    pub(super) fn of_file(path: &Path) -> Result<Self, Error> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::ConfigUnreadable {
+            path: path.into(),
+            source,
+        })?;
+        let base = path.parent().unwrap_or(Path::new(""));
+        let (server, service) = (ServerTable::command(), ServiceTable::command());
+        let (file, mut mistakes) = config::read(&text, base, &keys(&server), &keys(&service));
+        let server = parsed::<ServerTable>(&server, &file.server, &mut mistakes);
+        let tables = file.services.into_iter();
+        let services: Vec<Spec> = tables
+            .filter_map(|table| {
+                let parsed = parsed::<ServiceTable>(&service, &table, &mut mistakes)?;
+                Some(Spec {
+                    name: parsed.name,
+                    guest: parsed.guest,
+                    args: parsed.service,
+                    table,
+                })
+            })
+            .collect();
+        agree(&services, &mut mistakes);
+        if mistakes.is_empty() && services.is_empty() {
+            mistakes.push(Mistake {
+                line: 1,
+                text: "there is no service; write [[service]], with a name, listen and a guest"
+                    .into(),
+            });
+        }
+        match server {
+            Some(server) if mistakes.is_empty() => Ok(Self {
+                server: server.server,
+                server_table: file.server,
+                max_connections: server.max_connections,
+                services,
+            }),
+            _ => Err(wrong(path, mistakes)),
+        }
+    }
+}
+
+/// Reads the guests of `services` and opens their directories, with the components that are `known`
+/// already instead of those in files. All that is wrong is told at once where there is a config file.
+pub(super) fn check_all(
+    services: Vec<Spec>,
+    config: Option<&Path>,
+    mut known: HashMap<String, Vec<u8>>,
+) -> Result<Vec<Checked>, Error> {
+    let mut checked = Vec::new();
+    let mut mistakes = Vec::new();
+    for spec in services {
+        let guest = guest(&spec, known.remove(&spec.name)).map_err(|error| ("guest", error));
+        let grants = grants(&spec);
+        match (guest, grants, config) {
+            (Ok((component, needs)), Ok(grants), _) => checked.push(Checked {
+                spec,
+                component,
+                needs,
+                grants,
+            }),
+            (Err((_, error)), _, None) | (Ok(_), Err((_, error)), None) => return Err(error),
+            (guest, grants, Some(_)) => {
+                for (key, error) in guest.err().into_iter().chain(grants.err()) {
+                    mistakes.push(Mistake {
+                        line: spec.line(key),
+                        text: format!("{key}: {error}"),
+                    });
+                }
+            }
+        }
+    }
+    match config {
+        Some(path) if !mistakes.is_empty() => Err(wrong(path, mistakes)),
+        _ => Ok(checked),
+    }
+}
+
+fn guest(spec: &Spec, component: Option<Vec<u8>>) -> Result<(Bytes, Needs), Error> {
+    let component = match component {
+        Some(component) => component,
+        None => read(&spec.guest)?,
+    };
+    let needs = Needs::of(&component).map_err(refused(&spec.guest))?;
+    let limits = spec.args.guest_limits.limits();
+    needs.fit(&limits).map_err(refused(&spec.guest))?;
+    Ok((component.into(), needs))
+}
+
+/// Fails with the key that is wrong.
+fn grants(spec: &Spec) -> Result<Grants, (&'static str, Error)> {
+    let grants = Grants::new(&spec.args.directories(), spec.args.env.clone());
+    let grants = grants.map_err(|(grant, reason)| {
+        let (key, flag) = match grant.access {
+            Access::ReadOnly => ("dir", "--dir"),
+            Access::ReadWrite => ("dir-rw", "--dir-rw"),
+        };
+        let path = grant.host;
+        (key, Error::Directory { flag, path, reason })
+    })?;
+    Ok(grants.with_destinations(spec.args.network.allow_connect.clone()))
+}
+
+fn wrong(path: &Path, mut mistakes: Vec<Mistake>) -> Error {
+    mistakes.sort();
+    Error::Config(Mistakes {
+        path: path.into(),
+        mistakes,
+    })
+}
+
+/// Services have names of their own, and addresses of their own.
+fn agree(services: &[Spec], mistakes: &mut Vec<Mistake>) {
+    let mut names: HashSet<&str> = HashSet::new();
+    let mut addresses: HashMap<SocketAddr, &str> = HashMap::new();
+    for spec in services {
+        let mut wrong = |key: &str, text: String| {
+            mistakes.push(Mistake {
+                line: spec.line(key),
+                text,
+            });
+        };
+        if !names.insert(&spec.name) {
+            let text = format!(
+                "name: there is a service {:?} already; choose another",
+                spec.name
+            );
+            wrong("name", text);
+        }
+        if spec.args.listen.is_empty() {
+            let text =
+                "listen is missing; write listen = \"127.0.0.1:7878\", or several in an array";
+            wrong("listen", text.into());
+        }
+        for address in &spec.args.listen {
+            let other = addresses.insert(*address, &spec.name);
+            if let Some(other) = other.filter(|_| address.port() != 0) {
+                let text = format!("listen: {address} is the service {other:?}'s already");
+                wrong("listen", text);
+            }
+        }
+    }
+}
+
+/// The keys of a table, which are the flags of a command.
+pub(crate) fn keys(command: &Command) -> Vec<Key> {
+    let flags = command.get_arguments().filter(|arg| !arg.is_hide_set());
+    flags
+        .filter_map(|arg| {
+            Some(Key {
+                name: arg.get_long().filter(|long| *long != "help")?.into(),
+                takes: takes(arg),
+                is_path: matches!(
+                    arg.get_value_hint(),
+                    ValueHint::FilePath | ValueHint::DirPath
+                ),
+            })
+        })
+        .collect()
+}
+
+fn takes(arg: &Arg) -> Takes {
+    let names = arg.get_value_names().unwrap_or_default();
+    match arg.get_action() {
+        ArgAction::SetTrue => Takes::Switch,
+        ArgAction::Append if names.iter().any(|name| name == NAME_VALUE) => Takes::Pairs,
+        ArgAction::Append => Takes::Many,
+        _ => Takes::One,
+    }
+}
+
+/// A table as the command line would have it: the same types, and the same checks. None when something
+/// is wrong, which is added to `mistakes`.
+fn parsed<T: Parser>(command: &Command, table: &Table, mistakes: &mut Vec<Mistake>) -> Option<T> {
+    let before = mistakes.len();
+    for setting in &table.settings {
+        // One by one, so that one that is wrong does not hide the others.
+        let alone = command.clone().try_get_matches_from(arguments(setting));
+        if let Err(error) = alone
+            && error.kind() != ErrorKind::MissingRequiredArgument
+        {
+            mistakes.push(Mistake {
+                line: setting.line,
+                text: explained(&error, setting),
+            });
+        }
+    }
+    let required = command.get_arguments().filter(|arg| arg.is_required_set());
+    for key in required.filter_map(Arg::get_long) {
+        if table.get(key).is_none() {
+            mistakes.push(Mistake {
+                line: table.line,
+                text: format!("{key} is missing"),
+            });
+        }
+    }
+    if mistakes.len() > before {
+        return None;
+    }
+    match T::try_parse_from(table.settings.iter().flat_map(arguments)) {
+        Ok(parsed) => Some(parsed),
+        Err(error) => {
+            mistakes.push(Mistake {
+                line: table.line,
+                text: missing(&error),
+            });
+            None
+        }
+    }
+}
+
+fn arguments(setting: &Setting) -> Vec<OsString> {
+    let key = &setting.key;
+    match &setting.values[..] {
+        [] => vec![format!("--{key}").into()],
+        values => values
+            .iter()
+            .map(|value| format!("--{key}={value}").into())
+            .collect(),
+    }
+}
+
+fn explained(error: &clap::Error, setting: &Setting) -> String {
+    let key = &setting.key;
+    let of = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.clone()),
+        Some(ContextValue::Strings(texts)) => Some(texts.join(", ")),
+        _ => None,
+    };
+    let value = of(ContextKind::InvalidValue).unwrap_or_else(|| setting.values.join(", "));
+    let why = std::error::Error::source(error).map(ToString::to_string);
+    let one_of = || of(ContextKind::ValidValue).map(|valid| format!("write one of {valid}"));
+    let why = why.or_else(one_of).unwrap_or_else(|| first_line(error));
+    format!("{key} = {value:?}: {why}")
+}
+
+/// What is missing in a table whose settings are fine.
+fn missing(error: &clap::Error) -> String {
+    match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::Strings(flags)) => {
+            let keys = flags.iter().map(|flag| {
+                let flag = flag.trim_start_matches("--");
+                flag.split([' ', '=']).next().unwrap_or(flag)
+            });
+            let keys: Vec<_> = keys.collect();
+            format!("missing: {}", keys.join(", "))
+        }
+        _ => first_line(error),
+    }
+}
+
+fn first_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let line = text.lines().next().unwrap_or_default();
+    line.trim_start_matches("error: ").replace("--", "")
+}
+
+/// What an instance of any of them takes out of a pool, and how many files it can have open.
+pub(super) fn needs(services: &[Checked]) -> (Needs, usize) {
+    let needs = services.iter().map(|one| one.needs);
+    let needs = needs.fold(Needs::default(), |all, one| all.or(&one));
+    let files = services.iter().map(|one| {
+        let args = &one.spec.args;
+        let opens = !args.directories().is_empty() || !args.network.allow_connect.is_empty();
+        if opens {
+            args.guest_limits.limits().open_files
+        } else {
+            0
+        }
+    });
+    (needs, files.max().unwrap_or(0))
+}

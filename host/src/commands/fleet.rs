@@ -1,0 +1,607 @@
+//! The services that are served, and how they come to be what the config file says by now.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tracing::{info, warn};
+use wasinetd::Error;
+use wasinetd::connection::Open;
+use wasinetd::lifecycle::{Controller, Lifecycle};
+use wasinetd::limit::Limit;
+use wasinetd::listener::{Admission, Bound, Incoming, Joining, Listening, Places};
+use wasinetd::sandbox::{Engine, Grants, SharedLimits};
+use wasinetd::service::{Prepared, Service, Services, Settings};
+use wasinetd::spans::Spans;
+
+use super::configured::{Checked, Spec};
+use super::successor::Served;
+use crate::cli::{Dispatch, ServiceArgs};
+
+/// What the threads of one kind of dispatch are given.
+pub(super) struct Threads {
+    pub(super) dispatch: Dispatch,
+    pub(super) handles: Vec<Handle>,
+    pub(super) joining: Vec<Joining<Incoming<Arc<Service>>>>,
+}
+
+/// What all services share.
+pub(super) struct Shared {
+    pub(super) engine: Engine,
+    pub(super) open: Arc<Open>,
+    pub(super) spans: Option<Arc<Spans>>,
+    pub(super) limits: SharedLimits,
+    pub(super) places: Places,
+    pub(super) max_connections: usize,
+    pub(super) drain_timeout: Duration,
+}
+
+/// The services that are served.
+pub(super) struct Fleet {
+    shared: Shared,
+    services: Services,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// None when there are to be no new connections any more.
+    threads: Option<Vec<Threads>>,
+    running: Vec<Running>,
+    /// Those that are no more in the config file, and still have connections.
+    leaving: Vec<Arc<Controller>>,
+}
+
+/// A service that is served.
+struct Running {
+    spec: Spec,
+    service: Arc<Service>,
+    controller: Arc<Controller>,
+    ports: Vec<Port>,
+}
+
+/// An address that a service listens at.
+struct Port {
+    /// As it was asked for.
+    asked: SocketAddr,
+    listening: Listening,
+    /// Of whoever accepts there for the service.
+    controller: Controller,
+}
+
+/// A service that is ready to be served.
+pub(super) struct Ready {
+    spec: Spec,
+    service: Arc<Service>,
+    listening: Vec<(SocketAddr, Listening)>,
+}
+
+/// The addresses that `spec` asks for, bound and not yet listened at.
+pub(super) fn bind(
+    spec: &Spec,
+    shards: usize,
+    mut inherited: impl FnMut(SocketAddr) -> Vec<OwnedFd>,
+) -> Result<Vec<(SocketAddr, Bound)>, Error> {
+    let keepalive = spec.args.connection_limits.keepalive();
+    let addresses = spec.args.listen.iter();
+    addresses
+        .map(|address| {
+            let bound = match inherited(*address) {
+                none if none.is_empty() => Bound::new(*address, shards, keepalive)?,
+                sockets => Bound::adopt(*address, sockets),
+            };
+            Ok((*address, bound))
+        })
+        .collect()
+}
+
+/// What a service is made within.
+pub(super) fn settings(spec: &Spec, grants: Grants, spans: Option<Arc<Spans>>) -> Settings {
+    Settings {
+        name: spec.name.clone(),
+        limits: spec.args.connection_limits.limits(),
+        sandbox: spec.args.guest_limits.limits(),
+        grants,
+        probe: spec.args.swap.probe(),
+        max_old_version_age: spec.args.swap.max_old_version_age(),
+        spans,
+    }
+}
+
+impl Ready {
+    /// Compiles the guest, and has clients wait at its addresses from then on.
+    pub(super) fn new(
+        shared: &Shared,
+        checked: Checked,
+        bound: Vec<(SocketAddr, Bound)>,
+    ) -> Result<Self, Error> {
+        let settings = settings(&checked.spec, checked.grants, shared.spans.clone());
+        let (engine, open) = (shared.engine.clone(), shared.open.clone());
+        let service = Service::new(settings, engine, open, checked.component);
+        let service = service.map_err(|reason| Error::GuestRefused {
+            path: checked.spec.guest.clone(),
+            reason,
+        })?;
+        let listening = bound
+            .into_iter()
+            .map(|(asked, bound)| Ok((asked, bound.listen()?)))
+            .collect::<Result<_, Error>>()?;
+        Ok(Self {
+            service: Arc::new(service),
+            listening,
+            spec: checked.spec,
+        })
+    }
+
+    /// Where clients can connect to.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.listening
+            .iter()
+            .map(|(_, listening)| listening.address)
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.spec.name
+    }
+}
+
+impl Fleet {
+    /// Serves `ready` with `threads`. To be called within the runtime that looks after the services.
+    pub(super) fn new(
+        shared: Shared,
+        threads: Vec<Threads>,
+        services: Services,
+        ready: Vec<Ready>,
+    ) -> Result<Self, Error> {
+        let fleet = Self {
+            shared,
+            services,
+            state: Mutex::new(State {
+                threads: Some(threads),
+                running: Vec::new(),
+                leaving: Vec::new(),
+            }),
+        };
+        let mut state = fleet.state();
+        for one in ready {
+            let running = fleet.begin(&state, one)?;
+            state.running.push(running);
+        }
+        fleet.publish(&state);
+        drop(state);
+        Ok(fleet)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn publish(&self, state: &State) {
+        let services = state.running.iter().map(|one| one.service.clone());
+        self.services.set(services.collect());
+    }
+
+    /// Serves one more.
+    fn begin(&self, state: &State, ready: Ready) -> Result<Running, Error> {
+        let controller = Arc::new(Controller::default());
+        let (tended, lifecycle) = (ready.service.clone(), controller.lifecycle());
+        tokio::spawn(async move { tended.tend(&lifecycle).await });
+        let accepting = Accepting::new(&self.shared, &ready.spec.args);
+        let ports = ready
+            .listening
+            .into_iter()
+            .map(|(asked, listening)| {
+                self.accept(state, &accepting, &ready.service, asked, listening)
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Running {
+            spec: ready.spec,
+            service: ready.service,
+            controller,
+            ports,
+        })
+    }
+
+    /// Accepts at an address for a service.
+    fn accept(
+        &self,
+        state: &State,
+        accepting: &Accepting,
+        service: &Arc<Service>,
+        asked: SocketAddr,
+        listening: Listening,
+    ) -> Result<Port, Error> {
+        let controller = Controller::default();
+        let threads = state.threads.iter().flatten();
+        for threads in threads.filter(|threads| threads.dispatch == accepting.dispatch) {
+            let failed = |error| Error::Internal {
+                stage: "accepting",
+                reason: format!("{error}"),
+            };
+            let by_shard = listening.by_shard(threads.handles.len()).map_err(failed)?;
+            let shards = threads.handles.iter().zip(&threads.joining);
+            for ((handle, joining), listeners) in shards.zip(by_shard) {
+                let _context = handle.enter();
+                joining.add(Incoming::new(
+                    listeners,
+                    service.clone(),
+                    accepting.places.clone(),
+                    accepting.when_full.clone(),
+                    accepting.admission.clone(),
+                    &controller.lifecycle(),
+                )?);
+            }
+        }
+        Ok(Port {
+            asked,
+            listening,
+            controller,
+        })
+    }
+
+    /// The sockets that are listened at, and the components that are served.
+    pub(super) fn to_hand_over(&self) -> std::io::Result<Served> {
+        let state = self.state();
+        let ports = state.running.iter().flat_map(|running| &running.ports);
+        let sockets = ports
+            .map(|port| port.listening.try_clone_sockets())
+            .collect::<Result<Vec<_>, _>>()?;
+        let guests = state.running.iter();
+        let guests = guests.map(|one| (one.spec.name.clone(), one.service.component()));
+        Ok(Served {
+            sockets: sockets.into_iter().flatten().collect(),
+            guests: guests.collect(),
+        })
+    }
+
+    /// What the services are called.
+    pub(super) fn names(&self) -> Vec<String> {
+        let state = self.state();
+        let running = state.running.iter();
+        running.map(|one| one.spec.name.clone()).collect()
+    }
+
+    /// The service of this name, and the file that its guest came from.
+    pub(super) fn guest_of(&self, name: &str) -> Option<(Arc<Service>, PathBuf)> {
+        let state = self.state();
+        let running = state.running.iter().find(|one| one.spec.name == name)?;
+        Some((running.service.clone(), running.spec.guest.clone()))
+    }
+
+    /// The names of the services, and the files of guests that are to be watched.
+    pub(super) fn watched(&self) -> Vec<(String, PathBuf)> {
+        let state = self.state();
+        let watched = state.running.iter().filter(|one| one.spec.args.swap.watch);
+        watched
+            .map(|one| (one.spec.name.clone(), one.spec.guest.clone()))
+            .collect()
+    }
+
+    /// What each limit is set to, for each service.
+    pub(super) fn limits(&self) -> Vec<(String, Vec<(Limit, String)>)> {
+        let state = self.state();
+        let limits = |one: &Running| {
+            let args = &one.spec.args;
+            let most = args.max_connections.unwrap_or(self.shared.max_connections);
+            (
+                one.spec.name.clone(),
+                args.limits(&self.shared.limits, most),
+            )
+        };
+        state.running.iter().map(limits).collect()
+    }
+
+    /// Has all services drain and end when the server does.
+    pub(super) async fn follow(&self, server: &Lifecycle) {
+        server.draining().await;
+        {
+            let mut state = self.state();
+            state.threads = None;
+            for running in &state.running {
+                for port in &running.ports {
+                    match server.is_handed_over() {
+                        // False: it drains already.
+                        true => drop(port.controller.hand_over()),
+                        false => port.controller.drain(),
+                    }
+                }
+                running.controller.drain();
+            }
+        }
+        server.ended().await;
+        let state = self.state();
+        let running = state.running.iter().map(|running| &running.controller);
+        for controller in running.chain(&state.leaving) {
+            controller.end();
+        }
+    }
+
+    /// Becomes what `wanted` says. Connections that are open are not touched. Nothing changes unless all
+    /// of it can be.
+    ///
+    /// # Errors
+    ///
+    /// Says what is in the way.
+    pub(super) async fn turn_into(&self, wanted: Vec<Checked>) -> Result<Changes, Error> {
+        let plans = self.plan(wanted)?;
+        let mut prepared = Vec::new();
+        for plan in plans {
+            prepared.push(self.prepare(plan).await?);
+        }
+        self.commit(prepared)
+    }
+
+    /// What is to be done for each of the services that are wanted, with addresses that are free.
+    fn plan(&self, wanted: Vec<Checked>) -> Result<Vec<Plan>, Error> {
+        let state = self.state();
+        let Some(threads) = &state.threads else {
+            return Err(draining());
+        };
+        let is_held = |name: &str, address: &SocketAddr| {
+            let mut holders = state.running.iter();
+            holders.any(|running| {
+                // A port that any was asked for is nobody else's.
+                (address.port() != 0 || running.spec.name == name)
+                    && running.ports.iter().any(|port| port.asked == *address)
+            })
+        };
+        wanted
+            .into_iter()
+            .map(|checked| {
+                let running = state.running.iter();
+                let running = running
+                    .clone()
+                    .find(|one| one.spec.name == checked.spec.name);
+                let shards = threads
+                    .iter()
+                    .filter(|threads| threads.dispatch == checked.spec.args.dispatch)
+                    .map(|threads| threads.handles.len())
+                    .sum();
+                let keepalive = checked.spec.args.connection_limits.keepalive();
+                let new = checked.spec.args.listen.iter();
+                let bound = new
+                    .filter(|address| !is_held(&checked.spec.name, address))
+                    .map(|address| Ok((*address, Bound::new(*address, shards, keepalive)?)))
+                    .collect::<Result<_, Error>>()?;
+                Ok(Plan {
+                    service: running.map(|running| running.service.clone()),
+                    is_other: running.is_none_or(|running| {
+                        let keys = ["guest", "listen"];
+                        !running.spec.table.same_but(&checked.spec.table, &keys)
+                    }),
+                    checked,
+                    bound,
+                })
+            })
+            .collect()
+    }
+
+    async fn prepare(&self, plan: Plan) -> Result<ToCommit, Error> {
+        let Checked {
+            spec,
+            component,
+            grants,
+            ..
+        } = plan.checked;
+        let refused = |reason: String| Error::GuestRefused {
+            path: spec.guest.clone(),
+            reason,
+        };
+        let settings = settings(&spec, grants, self.shared.spans.clone());
+        let (service, prepared) = match plan.service {
+            Some(service) => {
+                let settings = plan.is_other.then_some(settings);
+                let prepared = service.prepare(component, settings).await;
+                (
+                    service,
+                    Some(prepared.map_err(|error| refused(error.to_string()))?),
+                )
+            }
+            None => {
+                let (engine, open) = (self.shared.engine.clone(), self.shared.open.clone());
+                let made = Service::make(settings, engine, open, component).await;
+                (
+                    Arc::new(made.map_err(|error| refused(error.to_string()))?),
+                    None,
+                )
+            }
+        };
+        let listening = plan
+            .bound
+            .into_iter()
+            .map(|(asked, bound)| Ok((asked, bound.listen()?)))
+            .collect::<Result<_, Error>>()?;
+        Ok(ToCommit {
+            spec,
+            service,
+            prepared,
+            is_other: plan.is_other,
+            listening,
+        })
+    }
+
+    /// From here on nothing fails that is not a fault of ours.
+    fn commit(&self, wanted: Vec<ToCommit>) -> Result<Changes, Error> {
+        let mut state = self.state();
+        if state.threads.is_none() {
+            return Err(draining());
+        }
+        let mut changes = Changes::default();
+        let mut before: HashMap<String, Running> = std::mem::take(&mut state.running)
+            .into_iter()
+            .map(|running| (running.spec.name.clone(), running))
+            .collect();
+        // Ports that their services do not have any more may be another's from now on.
+        let mut free: Vec<(String, Port)> = Vec::new();
+        for (name, running) in &mut before {
+            let wanted = wanted.iter().find(|one| one.spec.name == *name);
+            let keeps = |port: &Port| {
+                wanted
+                    .is_some_and(|one| !one.is_other && one.spec.args.listen.contains(&port.asked))
+            };
+            let (kept, given): (Vec<_>, Vec<_>) = std::mem::take(&mut running.ports)
+                .into_iter()
+                .partition(keeps);
+            running.ports = kept;
+            free.extend(given.into_iter().map(|port| (name.clone(), port)));
+        }
+        let mut all = Vec::new();
+        for one in wanted {
+            let ToCommit {
+                spec,
+                service,
+                prepared,
+                is_other,
+                mut listening,
+            } = one;
+            for asked in &spec.args.listen {
+                let is_this = |(name, port): &(String, Port)| {
+                    port.asked == *asked && (asked.port() != 0 || *name == spec.name)
+                };
+                if let Some(n) = free.iter().position(is_this) {
+                    let (_, port) = free.swap_remove(n);
+                    // Whoever waits there is accepted by the next.
+                    let _ = port.controller.hand_over();
+                    listening.push((*asked, port.listening));
+                }
+            }
+            let ports_changed = !listening.is_empty();
+            match before.remove(&spec.name) {
+                None => {
+                    changes.added.push(spec.name.clone());
+                    announce(&spec, &listening);
+                    let ready = Ready {
+                        spec,
+                        service,
+                        listening,
+                    };
+                    all.push(self.begin(&state, ready)?);
+                }
+                Some(mut running) => {
+                    let swapped = prepared.is_some_and(|prepared| {
+                        service
+                            .install(prepared)
+                            .is_ok_and(|swapped| swapped.digest != swapped.before)
+                    });
+                    let fewer = running.ports.len() < running.spec.args.listen.len();
+                    if swapped || is_other || ports_changed || fewer {
+                        changes.changed.push(spec.name.clone());
+                    }
+                    let accepting = Accepting::new(&self.shared, &spec.args);
+                    announce(&spec, &listening);
+                    for (asked, listening) in listening {
+                        let port = self.accept(&state, &accepting, &service, asked, listening)?;
+                        running.ports.push(port);
+                    }
+                    running.spec = spec;
+                    all.push(running);
+                }
+            }
+        }
+        for (_, port) in free {
+            port.controller.drain();
+        }
+        for (name, running) in before {
+            changes.removed.push(name);
+            running.controller.drain();
+            state
+                .leaving
+                .retain(|controller| Arc::strong_count(controller) > 1);
+            state.leaving.push(running.controller.clone());
+            let (service, patience) = (running.service, self.shared.drain_timeout);
+            tokio::spawn(leave(service, running.controller, patience));
+        }
+        state.running = all;
+        self.publish(&state);
+        Ok(changes)
+    }
+}
+
+/// Says where clients can connect to from now on.
+fn announce(spec: &Spec, listening: &[(SocketAddr, Listening)]) {
+    for (_, listening) in listening {
+        info!(service = spec.name, address = %listening.address, "listening");
+    }
+}
+
+/// Ends what is left of a service that is gone when its time is up.
+async fn leave(service: Arc<Service>, controller: Arc<Controller>, patience: Duration) {
+    /// How soon it is noticed that nobody is left. Arbitrary.
+    const OFTEN: Duration = Duration::from_millis(200);
+    let name = service.name().to_string();
+    let gone = async {
+        while service.open() > 0 {
+            tokio::time::sleep(OFTEN).await;
+        }
+    };
+    match tokio::time::timeout(patience, gone).await {
+        Ok(()) => info!(service = name, "a service that was removed has ended"),
+        Err(_) => warn!(
+            service = name,
+            "the drain timeout of a service that was removed is over: ending its connections"
+        ),
+    }
+    controller.end();
+}
+
+/// What is to be done for a service.
+struct Plan {
+    checked: Checked,
+    /// If it is served already.
+    service: Option<Arc<Service>>,
+    /// Whether more than its guest and its addresses is another.
+    is_other: bool,
+    /// Addresses that nobody of us has.
+    bound: Vec<(SocketAddr, Bound)>,
+}
+
+/// A service as it is to be, ready.
+struct ToCommit {
+    spec: Spec,
+    service: Arc<Service>,
+    prepared: Option<Prepared>,
+    is_other: bool,
+    listening: Vec<(SocketAddr, Listening)>,
+}
+
+/// What a reload has changed, by the names of the services.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    pub(super) added: Vec<String>,
+    pub(super) changed: Vec<String>,
+    pub(super) removed: Vec<String>,
+}
+
+/// How clients of a service are accepted.
+struct Accepting {
+    dispatch: Dispatch,
+    places: Places,
+    when_full: wasinetd::listener::WhenFull,
+    admission: Admission,
+}
+
+impl Accepting {
+    fn new(shared: &Shared, args: &ServiceArgs) -> Self {
+        let most = args.max_connections.unwrap_or(shared.max_connections);
+        let places = match most < shared.max_connections {
+            true => shared.places.of_service(most),
+            false => shared.places.clone(),
+        };
+        Self {
+            dispatch: args.dispatch,
+            places,
+            when_full: args.admission.when_full(),
+            admission: Admission::new(args.admission.rules(most)),
+        }
+    }
+}
+
+fn draining() -> Error {
+    Error::Internal {
+        stage: "changing what is served",
+        reason: "the server is draining; change its successor".into(),
+    }
+}
