@@ -4,6 +4,9 @@
 //! Each connection is a fresh sandbox, and so each has a store of its own, which is empty when it begins
 //! and gone when it ends. Nobody else sees it: there is nothing to log in to and nothing to clean up.
 //!
+//! Commands on keys are answered as Redis 7.0 does, as far as they are there (`commands` lists them). There are no
+//! sorted sets, streams, transactions, scripts, channels and cursors, and one database.
+//!
 //! `protocol` reads requests and writes answers, `store` has the keys, `commands` brings the two
 //! together, and here is the connection. All that a client can make this keep is bounded, so that it reads of an
 //! error where it asks for too much, and is not cut off.
@@ -70,11 +73,12 @@ pub async fn serve(
             // All that was received is answered before anything is sent, so that the answers to a
             // pipeline go out together.
             let worth_sending = conversation.unsent().len() + WORTH_SENDING;
-            let mut input_waits = false;
-            while !input_waits && conversation.unsent().len() < worth_sending {
+            let input_waits = loop {
                 if conversation.ended || conversation.is_full() {
-                    input_waits = true;
-                    break;
+                    break true;
+                }
+                if conversation.unsent().len() >= worth_sending {
+                    break false;
                 }
                 match reader.as_mut().poll_fill_buf(cx)? {
                     Poll::Ready([]) => conversation.ended = true,
@@ -83,12 +87,12 @@ pub async fn serve(
                         reader.as_mut().consume(taken);
                     }
                     Poll::Pending => {
-                        input_waits = true;
                         drains |= draining.as_mut().poll(cx).is_ready();
                         conversation.ended = drains && conversation.parser.is_between_requests();
+                        break true;
                     }
                 }
-            }
+            };
             if conversation.unsent().is_empty() {
                 match conversation.ended {
                     true => return Poll::Ready(Ok(())),
