@@ -338,10 +338,8 @@ fn command_(_: &mut Session, request: &Request, answers: &mut Answers) -> Outcom
                 None => answers.null(),
             }
         }
-    } else if is(&request[1], "docs") {
-        // redis-cli has its own for what it knows.
-        answers.array(0);
     } else {
+        // There are no DOCS: redis-cli has its own where it gets an error.
         return Err(unknown_subcommand(request));
     }
     Ok(())

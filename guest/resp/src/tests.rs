@@ -155,7 +155,10 @@ fn each_command_answers_as_redis_does() {
         ("CLIENT SETNAME me", "+OK"),
         ("CLIENT GETNAME", "$2 me"),
         ("COMMAND INFO get", "*1 *6 $3 get :2 *1 +readonly :1 :1 :1"),
-        ("COMMAND DOCS", "*0"),
+        (
+            "COMMAND DOCS",
+            "-ERR unknown subcommand 'DOCS'. Try COMMAND HELP.",
+        ),
         ("HELLO 3", "-NOPROTO unsupported protocol version"),
         (
             "HELLO 2",
