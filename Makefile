@@ -5,7 +5,7 @@ ADDR ?= 127.0.0.1:7878
 MINUTES ?= 5
 GUEST_TARGET := wasm32-wasip2
 GUEST_OUT := target/$(GUEST_TARGET)/guest
-GUESTS := hello echo
+GUESTS := hello echo discard chargen daytime qotd ident resp
 CARGO_DENY := ~0.20
 # To measure against: the version that the host is built with.
 WASMTIME := ~48.0
@@ -82,6 +82,8 @@ toolchain:
 # Without Chromium the tests of the dashboard are left out by name, for it is no small thing to install.
 test-tools:
 	@command -v curl >/dev/null || { echo 'make: curl is missing: apt-get install curl' >&2; exit 1; }
+	@command -v redis-benchmark >/dev/null || { echo 'make: redis-cli and redis-benchmark are missing: apt-get install redis-tools' >&2; exit 1; }
+	@nc -h 2>&1 | grep -q OpenBSD || { echo "make: OpenBSD's nc is missing: apt-get install netcat-openbsd" >&2; exit 1; }
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || test -n "$$CHROMIUM" || \
 		echo 'make: without Chromium the tests of the dashboard are left out: apt-get install chromium' >&2
 

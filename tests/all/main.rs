@@ -1,4 +1,4 @@
-//! Tests of the release build of `wasinetd`, driven with curl and raw sockets.
+//! Tests of the release build of `wasinetd`, driven with curl, nc, redis-cli and raw sockets.
 //!
 //! Each server listens on a port of its own and says which. Nothing waits for a fixed time: tests
 //! wait for what the server prints, or for what arrives on a socket.
@@ -17,6 +17,7 @@ mod harness;
 mod hostile_clients;
 mod hostile_guests;
 mod http;
+mod inetd;
 mod isolation;
 mod limits;
 mod load;
