@@ -1,7 +1,9 @@
 //! What the subcommands do.
 
 mod check;
+mod completions;
 mod man;
+mod new;
 mod operator;
 mod serve;
 mod successor;
@@ -19,7 +21,9 @@ use wasinetd::Error;
 use wasinetd::sandbox::{Cache, Refusal};
 
 pub(crate) use check::{check, compile};
+pub(crate) use completions::completions;
 pub(crate) use man::man;
+pub(crate) use new::new;
 pub(crate) use serve::serve;
 
 use crate::cli::CacheArgs;

@@ -32,7 +32,9 @@ fn main() -> ExitCode {
         Command::Check(args) => commands::check(&args),
         Command::Compile(args) => commands::compile(&args),
         Command::Ctl(args) => return ctl::run(args),
+        Command::New(args) => commands::new(&args),
         Command::Man { directory } => commands::man(&directory),
+        Command::Completions { shell } => commands::completions(shell),
     };
     result.unwrap_or_else(|error| {
         // Where standard error is closed, the exit code still says what kind of failure it was.
