@@ -7,10 +7,11 @@ GUEST_TARGET := wasm32-wasip2
 GUEST_OUT := target/$(GUEST_TARGET)/guest
 GUESTS := hello echo discard chargen daytime qotd ident resp
 CARGO_DENY := ~0.20
+CARGO_DEB := ~3.8
 # To measure against: the version that the host is built with.
 WASMTIME := ~48.0
 
-.PHONY: help run test build guests lint bench bench-guests soak audit toolchain test-tools bench-tools
+.PHONY: help run test build guests lint bench bench-guests soak audit deb toolchain test-tools bench-tools
 
 help:
 	@echo 'make run     build everything and serve static/ on $(ADDR) (ADDR=… for another address)'
@@ -20,6 +21,7 @@ help:
 	@echo 'make lint    check format, clippy and documentation'
 	@echo 'make bench   measure against a native server and others (needs wrk; BENCH=--help for parts of it)'
 	@echo 'make soak    good and hostile clients and guests together for MINUTES=5, then look for what is lost'
+	@echo 'make deb     build a Debian package in target/package/'
 	@echo 'make audit   check the licences and known advisories of all dependencies'
 
 run: build
@@ -62,6 +64,17 @@ audit: toolchain
 	@test -x target/tools/bin/cargo-deny || $(CARGO) install cargo-deny --version '$(CARGO_DENY)' --locked --root target/tools
 	target/tools/bin/cargo-deny --locked check licenses bans sources
 	target/tools/bin/cargo-deny --locked check advisories
+
+# Of the program that is built, which writes its own manual and completions.
+PACKAGE := target/package
+deb: build
+	@test -x target/tools/bin/cargo-deb || $(CARGO) install cargo-deb --version '$(CARGO_DEB)' --locked --root target/tools
+	@rm -rf $(PACKAGE)
+	@mkdir -p $(PACKAGE)/man $(PACKAGE)/completions
+	@target/release/wasinetd man $(PACKAGE)/man
+	@for shell in bash zsh fish; do \
+		target/release/wasinetd completions $$shell > $(PACKAGE)/completions/wasinetd.$$shell || exit 1; done
+	target/tools/bin/cargo-deb --quiet --no-build --package wasinetd --output $(PACKAGE)/
 
 # Apart from ours: built together, the features of their dependencies would change our guests.
 bench-guests: toolchain

@@ -30,8 +30,9 @@ pub(crate) struct Cli {
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 after a clean drain, 64 for a mistake on the command line, 65 for a guest that cannot \
-be run, 69 for an address or a socket that cannot be listened on, 70 for a fault of wasinetd, 75 when \
-connections had to be ended before they were done, 78 for a setting that cannot be met.";
+be run, 69 for an address or a socket that cannot be listened on, 70 for a fault of wasinetd, 73 for a \
+crate that cannot be written, 75 when connections had to be ended before they were done, 78 for a \
+setting that cannot be met.";
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -46,12 +47,26 @@ pub(crate) enum Command {
     Ctl(CtlArgs),
     /// Print a JSON schema of the config file, for editors
     Schema,
+    /// Begin a guest: a crate in Rust which builds, tests itself, and can be served as it is
+    New(NewArgs),
     /// Write the manual pages into a directory
     Man {
         /// The directory, which has to be there
         directory: PathBuf,
     },
+    /// Print what a shell completes this command with
+    #[command(after_help = COMPLETIONS)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
 }
+
+const COMPLETIONS: &str = "\
+To have it in bash from now on: wasinetd completions bash > \
+~/.local/share/bash-completion/completions/wasinetd. In fish: wasinetd completions fish > \
+~/.config/fish/completions/wasinetd.fish. In zsh: wasinetd completions zsh > _wasinetd, in a directory \
+of $fpath.";
 
 const GRANTED: &str = "\
 A guest has to export wasinetd:tcp/handler@0.1.0. It may import wasinetd:tcp/types@0.1.0, and \
@@ -593,6 +608,18 @@ pub(crate) struct CompileArgs {
 }
 
 #[derive(Args)]
+pub(crate) struct NewArgs {
+    /// The directory to make, whose name is that of the crate
+    #[arg(value_name = "NAME", value_parser = new_crate)]
+    pub(crate) directory: PathBuf,
+
+    /// Depend on the SDK in this checkout of wasinetd, by its absolute path, instead of a copy of the
+    /// SDK in NAME/sdk
+    #[arg(long, value_name = "PATH")]
+    pub(crate) sdk: Option<PathBuf>,
+}
+
+#[derive(Args)]
 pub(crate) struct CtlArgs {
     /// Where the server was told to answer operators
     #[arg(
@@ -762,6 +789,39 @@ fn directory(value: &str) -> Result<(PathBuf, String), String> {
         return Err("a name is empty; write HOST or HOST::GUEST, such as static::/static".into());
     }
     Ok((host.into(), guest.into()))
+}
+
+/// Names that rustc or cargo takes for something else: keywords (The Rust Reference), crates of Rust's
+/// own, and what the new crate depends on.
+#[rustfmt::skip]
+const NO_CRATES: &[&str] = &[
+    "Self", "abstract", "alloc", "as", "async", "await", "become", "box", "break", "build", "const",
+    "continue", "core", "crate", "deps", "do", "dyn", "else", "enum", "examples", "extern", "false",
+    "final", "fn", "for", "futures", "gen", "if", "impl", "in", "incremental", "let", "loop",
+    "macro", "match", "mod", "move", "mut", "override", "priv", "proc_macro", "pub", "ref",
+    "return", "self", "static", "std", "struct", "super", "test", "trait", "true", "try", "type",
+    "typeof", "unsafe", "unsized", "use", "virtual", "wasinetd_guest", "where", "while",
+    "wit_bindgen", "yield",
+];
+
+/// A path whose last part can be the name of a crate.
+fn new_crate(value: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(value);
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.ok_or("it does not end in a name; write NAME or DIR/NAME, such as greeter")?;
+    let begins = name.starts_with(|c: char| c.is_ascii_alphabetic());
+    let goes_on = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if !begins || !name.chars().all(goes_on) {
+        return Err(format!(
+            "{name:?} is no name of a crate: begin with a letter, go on with letters, digits, - and _, such as greeter"
+        ));
+    }
+    if NO_CRATES.contains(&name.replace('-', "_").as_str()) {
+        return Err(format!(
+            "{name:?} means something else to Rust; choose another name, such as my-{name}"
+        ));
+    }
+    Ok(path)
 }
 
 fn variable(value: &str) -> Result<(String, String), String> {

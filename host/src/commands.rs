@@ -1,9 +1,11 @@
 //! What the subcommands do.
 
 mod check;
+mod completions;
 mod configured;
 mod fleet;
 mod man;
+mod new;
 mod operator;
 mod schema;
 mod serve;
@@ -22,7 +24,9 @@ use wasinetd::Error;
 use wasinetd::sandbox::{Cache, Refusal};
 
 pub(crate) use check::{check, compile};
+pub(crate) use completions::completions;
 pub(crate) use man::man;
+pub(crate) use new::new;
 pub(crate) use schema::schema;
 pub(crate) use serve::serve;
 

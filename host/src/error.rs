@@ -139,6 +139,35 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// There is something where a new crate is to be.
+    #[error(
+        "{path:?} is there already, and not an empty directory; choose another name, or remove it"
+    )]
+    Taken {
+        /// Where it was to be.
+        path: PathBuf,
+    },
+
+    /// A new crate cannot be written.
+    #[error(
+        "cannot create {path:?}: {source}; choose a directory that is there and can be written to"
+    )]
+    Create {
+        /// Where it was to be.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
+    /// There is no SDK to depend on.
+    #[error("cannot use {path:?} given to --sdk: {reason}; name a checkout of wasinetd")]
+    Sdk {
+        /// Where it was to be.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+
     /// Operators on a loopback address have nothing to show.
     #[error(
         "--admin is a loopback address, which any user of this machine can connect to; name a file with a token that operators show: --admin-token-file FILE, or use --admin unix:PATH"
@@ -158,7 +187,7 @@ pub enum Error {
 impl Error {
     /// The exit code that tells a supervisor what kind of failure this is, from BSD's
     /// `sysexits.h`: 65 for the guest, 78 for the configuration, 69 for what the system does not
-    /// let us have, 70 for our own fault.
+    /// let us have, 70 for our own fault, 73 for files that cannot be made.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::GuestUnreadable { .. } | Self::GuestRefused { .. } => 65,
@@ -170,7 +199,8 @@ impl Error {
             | Self::Cache { .. }
             | Self::Man { .. }
             | Self::Token { .. } => 78,
-            Self::NoToken => 64,
+            Self::NoToken | Self::Taken { .. } | Self::Sdk { .. } => 64,
+            Self::Create { .. } => 73,
             Self::Watch { .. } | Self::Listen { .. } | Self::Admin { .. } => 69,
             Self::Internal { .. } => 70,
         }

@@ -33,7 +33,9 @@ fn main() -> ExitCode {
         Command::Compile(args) => commands::compile(&args),
         Command::Ctl(args) => return ctl::run(args),
         Command::Schema => commands::schema(),
+        Command::New(args) => commands::new(&args),
         Command::Man { directory } => commands::man(&directory),
+        Command::Completions { shell } => commands::completions(shell),
     };
     result.unwrap_or_else(|error| {
         // Where standard error is closed, the exit code still says what kind of failure it was.
