@@ -1,5 +1,6 @@
 //! What the subcommands do.
 
+mod activation;
 mod check;
 mod man;
 mod operator;

@@ -24,6 +24,7 @@ mod otlp;
 mod output;
 mod restart;
 mod shutdown;
+mod sockets;
 mod splits;
 mod start;
 mod swap;

@@ -1,6 +1,7 @@
 //! `serve`: from arguments to the end of the last connection.
 
 use std::io::{self, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -15,17 +16,18 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 use wasinetd::Error;
-use wasinetd::admin::{Address, Admin, Logs, Operated};
+use wasinetd::admin::{self, Admin, Logs, Operated};
 use wasinetd::capacity::{self, Plan};
 use wasinetd::connection::{self, Open};
 use wasinetd::lifecycle::Controller;
 use wasinetd::limit;
-use wasinetd::listener::{self, Admission, Bound, Incoming, Listening, Places};
+use wasinetd::listener::{self, Address, Admission, Bound, Incoming, Listening, Places};
 use wasinetd::sandbox::{Access, Engine, Grants, Needs};
 use wasinetd::server::{self, Ended, Shards, Stop};
 use wasinetd::service::{self, Service, Settings};
 use wasinetd::spans::Spans;
 
+use super::activation::Passed;
 use super::operator::Operator;
 use super::successor::{self, Handover, Inherited};
 use super::supervisor::Supervisor;
@@ -46,6 +48,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     capacity::raise_open_files()?;
     let since = SystemTime::now();
     let mut inherited = Inherited::take();
+    let mut passed = Passed::take()?;
     let program = successor::program().map_err(internal("finding the program"))?;
     // Before there are threads.
     let admin = admin(&args, &mut inherited)?;
@@ -69,16 +72,16 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let shards = Shards::new(dispatch(args.dispatch), threads(&args))?;
     // An address that is taken should be heard of before the guest is compiled, and clients only
     // after.
-    let bound: Vec<Bound> = args
-        .listen
-        .iter()
-        .map(|address| match inherited.sockets(*address) {
-            none if none.is_empty() => {
-                Bound::new(*address, shards.count(), args.connection_limits.keepalive())
-            }
-            sockets => Ok(Bound::adopt(*address, sockets)),
-        })
-        .collect::<Result<_, _>>()?;
+    let mut bound = Vec::new();
+    for address in addresses(&args, &inherited, &passed) {
+        bound.extend(bind(
+            &address,
+            &args,
+            shards.count(),
+            &mut inherited,
+            &mut passed,
+        )?);
+    }
     let logs = Logs::default();
     let _log = logging::start(args.log_format, args.log_level, logs.clone());
     let cache = cache(&args.cache)?;
@@ -110,6 +113,9 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let context = control.enter();
     let signals = Signals::new().map_err(internal("listening for signals"))?;
     warn_of_capacity(&args, &plan, max_connections);
+    warn_of_sockets(&args, &passed);
+    // Whoever connects to those that nobody serves is not to wait for us.
+    drop(passed);
     announce(&listening, admin.as_ref());
     let handover = handover(&listening, admin.as_ref(), program)?;
 
@@ -119,7 +125,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let admission = Admission::new(args.admission.rules(max_connections));
     let when_full = args.admission.when_full();
     let pulse = shards.pulse();
-    let listeners = Listening::by_shard(listening, shards.count());
+    let listeners = Listening::by_shard(listening, shards.count())?;
     let incoming = shards
         .contexts()
         .zip(listeners)
@@ -217,13 +223,42 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     }
 }
 
+/// Where to listen if nothing else is said.
+const USUAL: Address = Address::Ip(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7878));
+
+/// Where to listen.
+fn addresses(args: &ServeArgs, inherited: &Inherited, passed: &Passed) -> Vec<Address> {
+    let given = [args.listen.clone(), inherited.passed(), passed.addresses()];
+    let mut given = given.into_iter().filter(|addresses| !addresses.is_empty());
+    given.next().unwrap_or_else(|| vec![USUAL])
+}
+
+/// Takes an address, unless it is ours already.
+fn bind(
+    address: &Address,
+    args: &ServeArgs,
+    shards: usize,
+    inherited: &mut Inherited,
+    passed: &mut Passed,
+) -> Result<Vec<Bound>, Error> {
+    let settings = args.socket_settings();
+    let sockets = inherited.sockets(address);
+    if !sockets.is_empty() {
+        return Bound::adopt(address, sockets, &settings);
+    }
+    match address {
+        Address::Passed(name) => Bound::passed(address, passed.sockets(name)?, &settings),
+        _ => Ok(vec![Bound::new(address, shards, &settings)?]),
+    }
+}
+
 /// What operators connect to.
 fn admin(args: &ServeArgs, inherited: &mut Inherited) -> Result<Option<Admin>, Error> {
     let Some(address) = &args.admin else {
         return Ok(None);
     };
     let token = args.admin_token_file.as_deref().map(token).transpose()?;
-    if let (Address::Loopback(_), None) = (address, &token) {
+    if let (admin::Address::Loopback(_), None) = (address, &token) {
         return Err(Error::NoToken);
     }
     match inherited.admin() {
@@ -318,6 +353,28 @@ fn warn_of_capacity(args: &ServeArgs, plan: &Plan, max_connections: usize) {
             suffices_for = plan.all_open.fits,
             lift_with = plan.all_open.fix,
             "guests that open as many files as they may could use up those of this process"
+        );
+    }
+}
+
+/// What is not as one might think of the sockets.
+fn warn_of_sockets(args: &ServeArgs, passed: &Passed) {
+    let rest = passed.rest();
+    if !rest.is_empty() {
+        warn!(
+            sockets = rest.join(", "),
+            fix = "name them with --listen fd:NAME, or do not pass them",
+            "sockets were passed that nobody listens at"
+        );
+    }
+    let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn");
+    let most = most.ok().and_then(|most| most.trim().parse::<u32>().ok());
+    if let Some(most) = most.filter(|most| *most < args.sockets.backlog) {
+        warn!(
+            backlog = args.sockets.backlog,
+            somaxconn = most,
+            lift_with = format!("sysctl -w net.core.somaxconn={}", args.sockets.backlog),
+            "the kernel lowers --backlog"
         );
     }
 }
