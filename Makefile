@@ -82,6 +82,8 @@ toolchain:
 # Without Chromium the tests of the dashboard are left out by name, for it is no small thing to install.
 test-tools:
 	@command -v curl >/dev/null || { echo 'make: curl is missing: apt-get install curl' >&2; exit 1; }
+	@for tool in nc socat ss systemd-socket-activate; do command -v $$tool >/dev/null || \
+		echo "make: without $$tool a part of the tests of sockets is left out: apt-get install netcat-openbsd socat iproute2 systemd" >&2; done
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || test -n "$$CHROMIUM" || \
 		echo 'make: without Chromium the tests of the dashboard are left out: apt-get install chromium' >&2
 

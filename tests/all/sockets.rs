@@ -376,6 +376,48 @@ fn who_is_killed_or_drained_at_a_unix_socket_is_told() {
     }
 }
 
+#[test]
+fn descriptors_that_are_sent_along_change_nothing() {
+    for mode in MODES {
+        let place = Place::new();
+        let server = place.serve(mode, &guest("echo"), &[]);
+        let sockets = server.sockets();
+        let mut client = server.connect_unix();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let mut sent = Vec::new();
+        // They end what the kernel gives in one read, wherever they are.
+        for n in 0..200u8 {
+            let piece = vec![n; usize::from(n % 5) * 3 + 1];
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut along = rustix::net::SendAncillaryBuffer::new(&mut space);
+            let files = [file.as_fd()];
+            if n % 3 != 0 {
+                along.push(rustix::net::SendAncillaryMessage::ScmRights(&files));
+            }
+            let bytes = [io::IoSlice::new(&piece)];
+            let flags = rustix::net::SendFlags::empty();
+            let n = rustix::net::sendmsg(&client.0, &bytes, &mut along, flags).unwrap();
+            assert_eq!(n, piece.len());
+            sent.extend(piece);
+        }
+        client.finish();
+        let (back, end) = client.read_all();
+        assert!(end.is_ok(), "{end:?} {server:?}");
+        assert_eq!(back, sent);
+        server.wait_for_log(&["connection ended", "outcome=ok"]);
+        drop(client);
+        // None is kept by the server.
+        while server.sockets() > sockets {}
+        let files = format!("/proc/{}/fd", server.pid().as_raw_nonzero());
+        let null = std::fs::read_dir(files)
+            .unwrap()
+            .filter_map(|file| std::fs::read_link(file.ok()?.path()).ok())
+            .filter(|target| target == Path::new("/dev/null"))
+            .count();
+        assert!(null <= 1, "{null} {server:?}");
+    }
+}
+
 /// Asks for a page. None when nobody listens any more.
 fn one_page(path: &Path) -> Option<()> {
     let mut client = match Client::connect_unix(path) {
@@ -516,7 +558,6 @@ fn sockets_that_are_passed_are_served_by_name() {
             echoes(Client::connect(other).unwrap());
             echoes(server.connect_unix());
         }
-        // Children of the server are not told of them, nor do we keep what is not ours.
         server.signal(Signal::TERM);
         assert_eq!(server.wait().code(), Some(0), "{server:?}");
         drop(server);
@@ -670,7 +711,13 @@ fn all_sockets_are_handed_over_under_load() {
                 }
                 let said = admin.ctl_text(&["restart"]);
                 assert!(said.contains("has taken over"), "{said}");
-                Successor::of(&admin)
+                let successor = Successor::of(&admin);
+                // It is told of all sockets by us, and by nobody else.
+                let environment = format!("/proc/{}/environ", successor.0.as_raw_nonzero());
+                let environment = std::fs::read(environment).unwrap();
+                let environment = String::from_utf8_lossy(&environment).into_owned();
+                assert!(!environment.contains("LISTEN_"), "{environment}");
+                successor
             });
             let before = least();
             while least() < before + 50 {
