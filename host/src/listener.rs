@@ -190,9 +190,6 @@ impl Incoming {
                 }
                 // The reactor may not have seen yet what the kernel has: ask the kernel.
                 Phase::Sweeping => listener.get_ref().accept(),
-                // Nobody comes any more. To the reactor there is always something at a socket that is
-                // shut down.
-                Phase::Closing(_) if listener.get_ref().refuses() => listener.get_ref().accept(),
                 _ => poll_accept(listener, cx),
             };
             if let Poll::Ready(result) = accepted {
@@ -416,6 +413,9 @@ fn poll_accept(
     loop {
         let mut ready = ready!(listener.poll_read_ready(cx))?;
         match listener.get_ref().accept() {
+            // It is shut down, perhaps by another shard that has the same one: nobody comes any more,
+            // and to the reactor it is ready for ever.
+            Poll::Pending if ready.ready().is_read_closed() => return Poll::Pending,
             // The next round waits until it is ready again.
             Poll::Pending => ready.clear_ready(),
             result => return result,

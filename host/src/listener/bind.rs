@@ -250,11 +250,6 @@ impl Listener {
         self.shared
     }
 
-    /// Whether nobody can connect once the server drains: there are no handshakes.
-    pub(super) fn refuses(&self) -> bool {
-        self.port.is_none() && !self.shared
-    }
-
     /// Its file, if it has one that may be ours.
     pub(super) fn file(&self) -> Option<Arc<SocketFile>> {
         self.file.clone()
