@@ -97,6 +97,8 @@ test-tools:
 	@command -v curl >/dev/null || { echo 'make: curl is missing: apt-get install curl' >&2; exit 1; }
 	@command -v redis-benchmark >/dev/null || { echo 'make: redis-cli and redis-benchmark are missing: apt-get install redis-tools' >&2; exit 1; }
 	@nc -h 2>&1 | grep -q OpenBSD || { echo "make: OpenBSD's nc is missing: apt-get install netcat-openbsd" >&2; exit 1; }
+	@for tool in socat ss systemd-socket-activate; do command -v $$tool >/dev/null || \
+		echo "make: without $$tool a part of the tests of sockets is left out: apt-get install socat iproute2 systemd" >&2; done
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || test -n "$$CHROMIUM" || \
 		echo 'make: without Chromium the tests of the dashboard are left out: apt-get install chromium' >&2
 

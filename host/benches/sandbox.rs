@@ -12,7 +12,9 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use futures::future::BoxFuture;
 use tokio::runtime::{Builder, Runtime};
 use wasinetd::limit::Limit;
-use wasinetd::sandbox::{Engine, Grants, Guest, Limits, Needs, Room, SharedLimits, Transport};
+use wasinetd::sandbox::{
+    Address, Engine, Grants, Guest, Limits, Needs, Room, SharedLimits, Transport,
+};
 
 /// As in the command: what is measured is what is served with.
 #[global_allocator]
@@ -68,12 +70,12 @@ impl Transport for Client {
         1
     }
 
-    fn remote_address(&self) -> SocketAddr {
-        ([127, 0, 0, 1], 1).into()
+    fn remote_address(&self) -> Address {
+        SocketAddr::from(([127, 0, 0, 1], 1)).into()
     }
 
-    fn local_address(&self) -> io::Result<SocketAddr> {
-        Ok(([127, 0, 0, 1], 2).into())
+    fn local_address(&self) -> io::Result<Address> {
+        Ok(SocketAddr::from(([127, 0, 0, 1], 2)).into())
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {

@@ -9,7 +9,6 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -20,14 +19,12 @@ use std::time::Duration;
 
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use rustix::fs::Mode;
-use rustix::process::umask;
-use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use crate::Error;
+use crate::unix::{self, Failed, Mode, Permissions, SocketFile};
 use api::Api;
 pub use api::{LimitsSet, Obeyed, Operated, Reloaded};
 pub use logs::Logs;
@@ -86,9 +83,6 @@ impl FromStr for Address {
 pub struct Admin {
     listener: Listener,
     token: Option<String>,
-    /// Whether the path of a Unix socket is ours to remove: not before we have taken over from another
-    /// process, and not after another one has.
-    owns_path: AtomicBool,
     /// A permit for each request that is being answered.
     answering: Arc<Semaphore>,
 }
@@ -96,17 +90,16 @@ pub struct Admin {
 enum Listener {
     Unix {
         listener: UnixListener,
-        path: PathBuf,
-        /// What is at the path, as long as it is ours.
-        file: (u64, u64),
+        /// Removed with it. It is not ours before we have taken over from another process, and not
+        /// after another one has.
+        file: SocketFile,
     },
     Tcp(TcpListener),
 }
 
 impl Admin {
     /// Listens at `address`. What a server that is no more has left at the path of a Unix socket is
-    /// replaced. To be called before there are other threads: what they create meanwhile would be as
-    /// private.
+    /// replaced.
     ///
     /// Whoever connects to a loopback address has to show `token`.
     ///
@@ -128,7 +121,6 @@ impl Admin {
             .map(|listener| Self {
                 listener,
                 token,
-                owns_path: AtomicBool::new(true),
                 answering: Arc::new(Semaphore::new(CLIENTS)),
             })
             .map_err(failed)
@@ -142,9 +134,8 @@ impl Admin {
     pub fn adopt(address: &Address, token: Option<String>, socket: OwnedFd) -> Result<Self, Error> {
         let listener = match address {
             Address::Loopback(_) => Ok(Listener::Tcp(socket.into())),
-            Address::Unix(path) => identity(path).map(|file| Listener::Unix {
+            Address::Unix(path) => SocketFile::adopt(path).map(|file| Listener::Unix {
                 listener: socket.into(),
-                path: path.clone(),
                 file,
             }),
         };
@@ -152,7 +143,6 @@ impl Admin {
             .map(|listener| Self {
                 token: token.filter(|_| matches!(listener, Listener::Tcp(_))),
                 listener,
-                owns_path: AtomicBool::new(false),
                 answering: Arc::new(Semaphore::new(CLIENTS)),
             })
             .map_err(|source| Error::Admin {
@@ -184,18 +174,22 @@ impl Admin {
 
     /// The process that it was adopted from leaves it to this one.
     pub fn take_over(&self) {
-        self.owns_path.store(true, Ordering::Relaxed);
+        if let Listener::Unix { file, .. } = &self.listener {
+            file.take_over();
+        }
     }
 
     /// Leaves it to the process that has adopted it.
     pub fn hand_over(&self) {
-        self.owns_path.store(false, Ordering::Relaxed);
+        if let Listener::Unix { file, .. } = &self.listener {
+            file.hand_over();
+        }
     }
 
     /// Where operators connect to, with the port that was found where any was asked for.
     pub fn address(&self) -> Address {
         match &self.listener {
-            Listener::Unix { path, .. } => Address::Unix(path.clone()),
+            Listener::Unix { file, .. } => Address::Unix(file.path().into()),
             Listener::Tcp(listener) => {
                 let unknown = (std::net::Ipv4Addr::LOCALHOST, 0).into();
                 Address::Loopback(listener.local_addr().unwrap_or(unknown))
@@ -292,9 +286,6 @@ async fn answer(
     }
 }
 
-/// What failed, and what to do about it.
-type Failed = (io::Error, &'static str);
-
 fn bind_tcp(address: SocketAddr) -> Result<Listener, Failed> {
     TcpListener::bind(address)
         .and_then(|listener| {
@@ -309,71 +300,23 @@ fn bind_tcp(address: SocketAddr) -> Result<Listener, Failed> {
         })
 }
 
+/// What clients of a Unix socket may wait in the kernel for.
+const BACKLOG: i32 = 128;
+
 fn bind_unix(path: &Path) -> Result<Listener, Failed> {
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => {
-            let error = io::Error::new(io::ErrorKind::AlreadyExists, "it is not a socket");
-            return Err((error, "name a path where nothing is"));
-        }
-        Ok(_) => remove_stale(path).map_err(|error| {
-            (
-                error,
-                "stop the server that listens there, or name another path",
-            )
-        })?,
-        Err(_) => {}
-    }
-    listen(path)
-        .and_then(|listener| {
-            Ok(Listener::Unix {
-                listener,
-                file: identity(path)?,
-                path: path.into(),
-            })
-        })
-        .map_err(|error| (error, "name a path in a directory of your own"))
-}
-
-impl Drop for Admin {
-    fn drop(&mut self) {
-        // It may be gone already, and another one's be there: that is theirs to see to.
-        if let Listener::Unix { path, file, .. } = &self.listener
-            && self.owns_path.load(Ordering::Relaxed)
-            && identity(path).is_ok_and(|there| there == *file)
-        {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
-/// Device and inode.
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = std::fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
-}
-
-/// Removes a socket that nobody listens at any more: one that refuses, and no other.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    // A server with a full backlog is there all the same, and not to be waited for.
-    socket.set_nonblocking(true)?;
-    match socket.connect(&SockAddr::unix(path)?) {
-        Ok(()) => Err(io::ErrorKind::AddrInUse.into()),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path)
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// Listens at a path where nothing is.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    // The mode is that of the process when the socket is made: whoever connected before it was set
-    // afterwards would be let in.
-    let before = umask(Mode::from_raw_mode(0o177));
-    let listener = UnixListener::bind(path);
-    umask(before);
-    let listener = listener?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+    let private = Permissions {
+        mode: Mode::PRIVATE,
+        ..Permissions::default()
+    };
+    let (socket, file) = unix::bind(path, &private)?;
+    socket.listen(BACKLOG).map_err(|error| {
+        (
+            error,
+            "stop the server that listens there, or name another path",
+        )
+    })?;
+    Ok(Listener::Unix {
+        listener: socket.into(),
+        file,
+    })
 }

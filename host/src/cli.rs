@@ -1,6 +1,5 @@
 //! The command line.
 
-use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,6 +14,7 @@ use wasinetd::listener::{self, Prefix, Rules};
 use wasinetd::network::Network;
 use wasinetd::sandbox::{self, Access, Destination, DirGrant};
 use wasinetd::service::Probe;
+use wasinetd::unix::{Mode, Owner, Permissions};
 
 /// The exit code for a mistake on the command line (BSD `sysexits.h`).
 pub(crate) const EX_USAGE: u8 = 64;
@@ -98,10 +98,14 @@ pub(crate) struct ServeArgs {
 /// What is set of a service.
 #[derive(Args)]
 pub(crate) struct ServiceArgs {
-    /// Listen on this address; repeat it for more. Port 0 takes any free port
-    /// [default: 127.0.0.1:7878]
-    #[arg(long, value_name = "ADDR", value_parser = address)]
-    pub(crate) listen: Vec<SocketAddr>,
+    /// Listen on this TCP port, at this Unix socket, or at the sockets that systemd passes under this
+    /// name; repeat it for more. Port 0 takes any free port
+    /// [default: all sockets that systemd passes, or 127.0.0.1:7878]
+    #[arg(long, value_name = "IP:PORT|unix:PATH|fd:NAME")]
+    pub(crate) listen: Vec<listener::Address>,
+
+    #[command(flatten)]
+    pub(crate) sockets: SocketArgs,
 
     /// How connections share the threads: each stays on one, or any thread goes on with it where
     /// there is time
@@ -272,6 +276,19 @@ impl ServiceArgs {
             .collect()
     }
 
+    /// How to listen.
+    pub(crate) fn socket_settings(&self) -> listener::Settings {
+        listener::Settings {
+            backlog: self.sockets.backlog,
+            reuse_port: self.sockets.reuse_port,
+            keepalive: self.connection_limits.keepalive.0,
+            permissions: Permissions {
+                mode: self.sockets.unix_mode,
+                owner: self.sockets.unix_owner.unwrap_or_default(),
+            },
+        }
+    }
+
     /// The directories to grant, of both kinds.
     pub(crate) fn directories(&self) -> Vec<DirGrant> {
         let grant = |access| {
@@ -286,6 +303,31 @@ impl ServiceArgs {
             .chain(self.dir_rw.iter().map(grant(Access::ReadWrite)))
             .collect()
     }
+}
+
+/// The sockets that are listened at.
+#[derive(Args)]
+#[command(next_help_heading = "Sockets")]
+pub(crate) struct SocketArgs {
+    /// Clients that wait in the kernel for each socket while the server is full or busy; further ones
+    /// are put off. The kernel lowers it to net.core.somaxconn, whose own default is this. Of sockets that
+    /// systemd passes, that is its own setting
+    #[arg(long, value_name = "N", default_value = "4096", value_parser = backlog, allow_hyphen_values = true)]
+    pub(crate) backlog: u32,
+
+    /// Let other processes of this user listen at the same TCP ports, such as another wasinetd that does
+    /// so too: the kernel spreads clients over them. Without it, one that is started by mistake is refused
+    #[arg(long)]
+    reuse_port: bool,
+
+    /// The mode of Unix sockets, whatever the umask is: who may write to one may connect
+    #[arg(long, value_name = "MODE", default_value = "0660")]
+    unix_mode: Mode,
+
+    /// The user and the group that Unix sockets are given to, by name or number
+    /// [default: those of wasinetd]
+    #[arg(long, value_name = "USER|USER:GROUP|:GROUP")]
+    unix_owner: Option<Owner>,
 }
 
 /// How a new version of the guest takes the place of the one that is served, after SIGHUP, `ctl swap`,
@@ -553,11 +595,6 @@ impl ConnectionLimits {
             bytes_out: self.max_bytes_out.0.map(|bytes| bytes as u64),
         }
     }
-
-    /// As the listener wants it.
-    pub(crate) fn keepalive(&self) -> Option<Duration> {
-        self.keepalive.0
-    }
 }
 
 /// The value of a limit, if it is not off.
@@ -726,10 +763,12 @@ pub(crate) enum LogLevel {
     Debug,
 }
 
-fn address(value: &str) -> Result<SocketAddr, String> {
-    value
-        .parse()
-        .map_err(|_| "not an IP address and a port, such as 127.0.0.1:7878 or [::1]:7878".into())
+/// As many as the kernel has a number for.
+fn backlog(value: &str) -> Result<u32, String> {
+    match value.parse() {
+        Ok(n @ 1..=0x7fff_ffff) => Ok(n),
+        _ => Err("not a whole number from 1 to 2147483647".into()),
+    }
 }
 
 /// Text with C's escapes, as bytes.

@@ -1,5 +1,6 @@
 //! What the subcommands do.
 
+mod activation;
 mod check;
 mod completions;
 mod configured;

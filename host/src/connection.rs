@@ -8,7 +8,6 @@ mod socket;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -19,8 +18,9 @@ use tracing::info;
 
 use crate::lifecycle::Lifecycle;
 use crate::limit::{Limit, Met};
-use crate::listener::Accepted;
-use crate::sandbox::{self, Guest, Transport};
+use crate::listener::{Accepted, StreamSocket};
+use crate::peer::Peer;
+use crate::sandbox::{self, Address, Guest, Transport};
 use crate::spans::{Ended, Spans};
 use counts::Kind;
 pub use counts::{Counts, KINDS, Measures};
@@ -213,7 +213,7 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(stream: TcpStream, entry: Arc<Entry>) -> Self {
+    fn new(stream: StreamSocket, entry: Arc<Entry>) -> Self {
         Self {
             socket: Socket::new(stream),
             limits: entry.version.limits,
@@ -234,6 +234,7 @@ impl Connection {
         if self.lost {
             return;
         }
+        self.socket.end_in_order();
         self.shutdown_sending();
         if self.received_end {
             return;
@@ -324,10 +325,19 @@ impl Connection {
         let used = &self.entry.used;
         let kind = KINDS[outcome.kind() as usize];
         let of_version = &self.entry.version;
-        let mut attributes = vec![
-            KeyValue::new("network.transport", "tcp"),
-            KeyValue::new("client.address", self.entry.peer.ip().to_string()),
-            KeyValue::new("client.port", i64::from(self.entry.peer.port())),
+        let mut attributes = match self.entry.peer {
+            Peer::Ip(address) => vec![
+                KeyValue::new("network.transport", "tcp"),
+                KeyValue::new("client.address", address.ip().to_string()),
+                KeyValue::new("client.port", i64::from(address.port())),
+            ],
+            Peer::Unix { uid, pid } => vec![
+                KeyValue::new("network.transport", "unix"),
+                KeyValue::new("wasinetd.client.uid", i64::from(uid)),
+                KeyValue::new("wasinetd.client.pid", i64::from(pid)),
+            ],
+        };
+        attributes.extend([
             KeyValue::new("wasinetd.connection", self.entry.id as i64),
             KeyValue::new("wasinetd.service", of_version.service.to_string()),
             KeyValue::new("wasinetd.version", of_version.guest.digest().to_string()),
@@ -336,7 +346,7 @@ impl Connection {
             KeyValue::new("wasinetd.sent", used.sent() as i64),
             KeyValue::new("wasinetd.cpu", used.computed().as_secs_f64()),
             KeyValue::new("wasinetd.memory", used.memory() as i64),
-        ];
+        ]);
         attributes.extend(
             self.met
                 .names()
@@ -376,12 +386,16 @@ impl Transport for Connection {
         self.entry.id
     }
 
-    fn remote_address(&self) -> SocketAddr {
-        self.entry.peer
+    fn remote_address(&self) -> Address {
+        match self.entry.peer {
+            Peer::Ip(address) => address.into(),
+            // One that is gone has no path either.
+            Peer::Unix { .. } => self.socket.remote_address().unwrap_or(Address::Unix(None)),
+        }
     }
 
-    fn local_address(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()
+    fn local_address(&self) -> io::Result<Address> {
+        self.socket.local_address()
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {

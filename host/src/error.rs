@@ -1,7 +1,6 @@
 //! What can keep the server from starting.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// Why the server cannot start, with the value at fault and what to do about it.
@@ -83,11 +82,20 @@ pub enum Error {
     #[error("cannot listen on {address} given to --listen: {source}; {fix}")]
     Listen {
         /// The address.
-        address: SocketAddr,
+        address: crate::listener::Address,
         /// Why.
         source: io::Error,
         /// What to do about it.
         fix: &'static str,
+    },
+
+    /// A socket that should have been passed to this process was not, or is of no use.
+    #[error("cannot listen at {address} given to --listen: {reason}")]
+    Passed {
+        /// As it was asked for.
+        address: crate::listener::Address,
+        /// What is wrong, and the fix.
+        reason: String,
     },
 
     /// The socket for operators cannot be had.
@@ -198,11 +206,19 @@ impl Error {
             | Self::Pool { .. }
             | Self::Cache { .. }
             | Self::Man { .. }
+            | Self::Passed { .. }
             | Self::Token { .. } => 78,
             Self::NoToken | Self::Taken { .. } | Self::Sdk { .. } => 64,
             Self::Create { .. } => 73,
             Self::Watch { .. } | Self::Listen { .. } | Self::Admin { .. } => 69,
             Self::Internal { .. } => 70,
+        }
+    }
+
+    pub(crate) fn passed(address: &crate::listener::Address, reason: impl Into<String>) -> Self {
+        Self::Passed {
+            address: address.clone(),
+            reason: reason.into(),
         }
     }
 

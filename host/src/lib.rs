@@ -23,9 +23,11 @@ pub mod limit;
 pub mod listener;
 pub mod metrics;
 pub mod network;
+pub mod peer;
 pub mod sandbox;
 pub mod server;
 pub mod service;
 pub mod spans;
+pub mod unix;
 
 pub use error::Error;

@@ -6,8 +6,17 @@ use tokio::sync::watch;
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct State {
     phase: Phase,
-    /// Another process accepts at the same sockets.
-    handed_over: bool,
+    /// Who accepts at the same sockets from now on, if anyone does.
+    next: Option<Next>,
+}
+
+/// Who goes on with the sockets.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Next {
+    /// Another one here.
+    Here,
+    /// Another process.
+    Process,
 }
 
 /// How far the server, or a version, has come on its way to its end. It never goes back.
@@ -27,7 +36,7 @@ impl Default for Controller {
     fn default() -> Self {
         Self(watch::Sender::new(State {
             phase: Phase::Serving,
-            handed_over: false,
+            next: None,
         }))
     }
 }
@@ -52,14 +61,29 @@ impl Controller {
     /// when it is too late, because the server drains already.
     #[must_use]
     pub fn hand_over(&self) -> bool {
+        self.leave_to(Next::Process)
+    }
+
+    /// The same, and another one in this process goes on with the listening sockets.
+    pub fn pass_on(&self) {
+        // If it drains already, the other one goes on all the same.
+        self.leave_to(Next::Here);
+    }
+
+    fn leave_to(&self, next: Next) -> bool {
         self.0.send_if_modified(|state| {
             let serves = state.phase < Phase::Draining;
             if serves {
-                state.handed_over = true;
+                state.next = Some(next);
                 state.phase = Phase::Draining;
             }
             serves
         })
+    }
+
+    /// Whether anybody looks at it.
+    pub fn is_followed(&self) -> bool {
+        self.0.receiver_count() > 0
     }
 
     /// The open connections end now.
@@ -100,7 +124,12 @@ impl Lifecycle {
 
     /// Whether another process takes the new connections.
     pub fn is_handed_over(&self) -> bool {
-        self.0.borrow().handed_over
+        self.0.borrow().next == Some(Next::Process)
+    }
+
+    /// Whether somebody else takes the new connections, in this process or another.
+    pub fn is_passed_on(&self) -> bool {
+        self.0.borrow().next.is_some()
     }
 
     /// Waits until no new connections are to be taken.

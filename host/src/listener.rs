@@ -1,12 +1,12 @@
 //! Listening sockets as one stream of accepted connections.
 
+mod address;
 mod admission;
+mod bind;
 mod closing;
 mod gathered;
 
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, ready};
@@ -16,9 +16,6 @@ use futures::Stream;
 use futures::future::BoxFuture;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
-use rustix::io::Errno;
-use rustix::net::{SocketFlags, acceptfrom_with};
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -29,173 +26,15 @@ use tracing::{debug, info, warn};
 use crate::Error;
 use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
+use crate::peer::Peer;
+pub use address::{Address, AddressError};
 pub use admission::{Admission, Prefix, PrefixError, Rules, SourcePlace};
+pub use bind::{Bound, Listener, Listening, Settings, StreamSocket};
 pub use gathered::{Gathered, Joining};
-
-/// The clients that the kernel keeps for us while we are full or busy. The kernel lowers it to
-/// `net.core.somaxconn`, whose default is the same.
-const BACKLOG: i32 = 4096;
 
 /// How long to wait after a failed `accept`. A failure lasts (EMFILE, ENOBUFS) and would be met
 /// again at once, at the cost of a whole core; the wait doubles up to the second figure.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
-
-/// An address that is ours. Clients are not answered before [`Bound::listen`].
-pub struct Bound {
-    address: SocketAddr,
-    sockets: Vec<Socket>,
-}
-
-impl Bound {
-    /// Takes an address, with a socket for each of `shards`: the kernel spreads clients over them.
-    ///
-    /// Clients from whom nothing comes for `keepalive` are asked by the kernel whether they are
-    /// still there. One that is gone has its connection ended in twice that.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Listen`] when it cannot be had.
-    pub fn new(
-        address: SocketAddr,
-        shards: usize,
-        keepalive: Option<Duration>,
-    ) -> Result<Self, Error> {
-        bind_all(address, shards, keepalive)
-            .map(|sockets| Self { address, sockets })
-            .map_err(|error| cannot_listen(address, error))
-    }
-
-    /// Goes on with sockets that listen already, at `address` as it was asked for.
-    pub fn adopt(address: SocketAddr, sockets: Vec<OwnedFd>) -> Self {
-        let sockets = sockets.into_iter().map(Socket::from).collect();
-        Self { address, sockets }
-    }
-
-    /// Lets clients connect.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Listen`] when another server listens there.
-    pub fn listen(self) -> Result<Listening, Error> {
-        self.sockets
-            .iter()
-            .try_for_each(|socket| socket.listen(BACKLOG))
-            .and_then(|()| {
-                let sockets: Vec<TcpListener> = self.sockets.into_iter().map(Into::into).collect();
-                let address = sockets[0].local_addr()?;
-                Ok(Listening { address, sockets })
-            })
-            .map_err(|error| cannot_listen(self.address, error))
-    }
-}
-
-/// An address that clients can connect to.
-pub struct Listening {
-    /// With the port that was found where any was asked for.
-    pub address: SocketAddr,
-    /// One for each shard.
-    sockets: Vec<TcpListener>,
-}
-
-impl Listening {
-    /// Spreads the sockets, once more, over `shards`. A server that has taken over from one with
-    /// other shards has more or fewer of them.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the process has no more files.
-    pub fn by_shard(&self, shards: usize) -> io::Result<Vec<Vec<TcpListener>>> {
-        let mut spread: Vec<Vec<TcpListener>> = (0..shards).map(|_| Vec::new()).collect();
-        for (n, socket) in self.sockets.iter().enumerate() {
-            spread[n % shards].push(socket.try_clone()?);
-        }
-        Ok(spread)
-    }
-
-    /// The same sockets once more, to be handed over.
-    ///
-    /// # Errors
-    ///
-    /// Fails when the process has no more files.
-    pub fn try_clone_sockets(&self) -> io::Result<Vec<OwnedFd>> {
-        let sockets = self.sockets.iter();
-        sockets
-            .map(|socket| Ok(socket.try_clone()?.into()))
-            .collect()
-    }
-}
-
-fn bind_all(
-    address: SocketAddr,
-    shards: usize,
-    keepalive: Option<Duration>,
-) -> io::Result<Vec<Socket>> {
-    // Sockets that share a port by SO_REUSEPORT would share it with those of another server of ours
-    // that was started by mistake. The first one is bound without, and so meets any other.
-    let first = bind(address, false, keepalive)?;
-    if shards == 1 {
-        return Ok(vec![first]);
-    }
-    let address = first.local_addr()?.as_socket().unwrap_or(address);
-    (0..shards)
-        .map(|_| bind(address, true, keepalive))
-        .collect()
-}
-
-/// How often a client that does not answer is asked whether it is there.
-const KEEPALIVE_PROBES: u32 = 4;
-
-fn bind(address: SocketAddr, share_port: bool, keepalive: Option<Duration>) -> io::Result<Socket> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )?;
-    socket.set_nonblocking(true)?;
-    // A restart must not wait for the connections of its predecessor to be forgotten.
-    socket.set_reuse_address(true)?;
-    if share_port {
-        socket.set_reuse_port(true)?;
-    }
-    if address.is_ipv6() {
-        // Otherwise [::] would take the IPv4 addresses too, and 0.0.0.0 beside it would be refused.
-        socket.set_only_v6(true)?;
-    }
-    // Linux hands it down to accepted sockets. Guests write whole messages; waiting for more
-    // (Nagle, RFC 896) only delays them.
-    socket.set_tcp_nodelay(true)?;
-    if let Some(time) = keepalive {
-        // So are these. The kernel counts in whole seconds (tcp(7)).
-        let pause = Duration::from_secs((time / KEEPALIVE_PROBES).as_secs().max(1));
-        let keepalive = TcpKeepalive::new()
-            .with_time(time)
-            .with_interval(pause)
-            .with_retries(KEEPALIVE_PROBES);
-        socket.set_tcp_keepalive(&keepalive)?;
-    }
-    socket.bind(&address.into())?;
-    Ok(socket)
-}
-
-fn cannot_listen(address: SocketAddr, source: io::Error) -> Error {
-    let fix = match source.kind() {
-        io::ErrorKind::AddrInUse => {
-            "stop the server that holds the port, or choose another one (port 0 takes any that is free)"
-        }
-        io::ErrorKind::PermissionDenied => {
-            "choose a port above 1023, or grant CAP_NET_BIND_SERVICE"
-        }
-        io::ErrorKind::AddrNotAvailable => {
-            "use an address of this machine, or 0.0.0.0 or [::] for all"
-        }
-        _ => "choose another address",
-    };
-    Error::Listen {
-        address,
-        source,
-        fix,
-    }
-}
 
 /// The places for connections, which all that accept share.
 #[derive(Clone)]
@@ -242,9 +81,9 @@ pub struct Accepted<T> {
     pub to: T,
     /// The socket, which does not block. It is not known to any runtime yet: where the connection
     /// is to be handled is not decided.
-    pub stream: TcpStream,
+    pub stream: StreamSocket,
     /// The client.
-    pub peer: SocketAddr,
+    pub peer: Peer,
     /// Given back when it is dropped.
     pub place: Place,
 }
@@ -274,7 +113,7 @@ pub enum WhenFull {
 /// Once the server drains, the stream ends: without losing a client whose connection the kernel
 /// has completed for us, because that client may have sent its request already.
 pub struct Incoming<T> {
-    listeners: Vec<AsyncFd<TcpListener>>,
+    listeners: Vec<AsyncFd<Listener>>,
     /// The listener to ask first, so that a busy one does not starve the others.
     next: usize,
     /// Whom all of them are for.
@@ -291,8 +130,14 @@ pub struct Incoming<T> {
     backoff: Option<Pin<Box<Sleep>>>,
     delay: Duration,
     phase: Phase,
+    /// How many more clients are accepted in the last phase at sockets that others go on with.
+    left_to_share: usize,
     ended: BoxFuture<'static, ()>,
 }
+
+/// How many clients of a socket that others have open as well are accepted when the server drains: those
+/// who may have waited for it, and not all who come meanwhile.
+const LEFT_TO_SHARE: usize = 4096;
 
 /// How often `accept` failed for a reason that lasts, since the process began.
 static ACCEPT_ERRORS: LazyLock<Counter> = LazyLock::new(Counter::default);
@@ -329,7 +174,7 @@ impl<T> Incoming<T> {
     ///
     /// [`Error::Internal`] when the system has no more files for the runtime.
     pub fn new(
-        listeners: Vec<TcpListener>,
+        listeners: Vec<Listener>,
         to: T,
         places: Places,
         when_full: WhenFull,
@@ -337,6 +182,7 @@ impl<T> Incoming<T> {
         lifecycle: &Lifecycle,
     ) -> Result<Self, Error> {
         let (draining, ended) = (lifecycle.clone(), lifecycle.clone());
+        let files: Vec<_> = listeners.iter().filter_map(Listener::file).collect();
         let listeners = listeners
             .into_iter()
             .map(watch)
@@ -356,19 +202,32 @@ impl<T> Incoming<T> {
             refusals: Refusals::default(),
             backoff: None,
             delay: BACKOFF.0,
-            phase: Phase::Serving(Box::pin(async move { draining.draining().await })),
+            phase: Phase::Serving(Box::pin(async move {
+                // Not before it is polled: what can fail on the way to that is to leave things as they are.
+                files.iter().for_each(|file| file.take_over());
+                draining.draining().await;
+            })),
+            left_to_share: LEFT_TO_SHARE,
             ended: Box::pin(async move { ended.ended().await }),
         })
     }
 
     /// Asks each listener once. None when no client waits at any.
-    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Option<io::Result<(TcpStream, SocketAddr)>> {
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Option<io::Result<(StreamSocket, Peer)>> {
         for _ in 0..self.listeners.len() {
             let listener = &self.listeners[self.next];
             self.next = (self.next + 1) % self.listeners.len();
             let accepted = match self.phase {
+                // Clients come there without end.
+                Phase::Sweeping if listener.get_ref().is_shared() => {
+                    if self.left_to_share == 0 {
+                        continue;
+                    }
+                    self.left_to_share -= 1;
+                    listener.get_ref().accept()
+                }
                 // The reactor may not have seen yet what the kernel has: ask the kernel.
-                Phase::Sweeping => accept(listener.get_ref()),
+                Phase::Sweeping => listener.get_ref().accept(),
                 _ => poll_accept(listener, cx),
             };
             if let Poll::Ready(result) = accepted {
@@ -384,16 +243,22 @@ impl<T> Incoming<T> {
         if let Phase::Serving(draining) = &mut self.phase
             && draining.as_mut().poll(cx).is_ready()
         {
-            if self.lifecycle.is_handed_over() {
+            let listeners = || self.listeners.iter().map(AsyncFd::get_ref);
+            if self.lifecycle.is_passed_on() {
                 // Who waits is accepted by our successor, at the same sockets.
+                if self.lifecycle.is_handed_over() {
+                    let files = listeners().filter_map(Listener::file);
+                    files.for_each(|file| file.hand_over());
+                }
                 self.phase = Phase::Closed;
                 return;
             }
-            let listeners = || self.listeners.iter().map(AsyncFd::get_ref);
-            listeners().for_each(closing::refuse_handshakes);
-            let addresses = listeners().flat_map(TcpListener::local_addr);
-            let ports = addresses.map(|address| address.port()).collect();
-            self.phase = Phase::Closing(Box::pin(closing::handshakes_completed(ports)));
+            listeners().for_each(closing::refuse_clients);
+            let ports: Vec<u16> = listeners().filter_map(Listener::port).collect();
+            self.phase = match ports.is_empty() {
+                true => Phase::Sweeping,
+                false => Phase::Closing(Box::pin(closing::handshakes_completed(ports))),
+            };
         }
         if let Phase::Closing(completed) = &mut self.phase
             && completed.as_mut().poll(cx).is_ready()
@@ -444,13 +309,11 @@ impl<T> Incoming<T> {
     }
 
     /// Tells a client that the server is full.
-    fn close(&mut self, mut stream: &TcpStream, peer: SocketAddr) {
+    fn close(&mut self, stream: &StreamSocket, peer: Peer) {
         if let WhenFull::Close(banner) = &self.when_full {
             // What the client has sent is taken: closing a socket with something unread resets it,
             // and the banner with it. Neither waits; a client that sends on may miss it.
-            let _ = stream.read(&mut [0; 4096]);
-            let _ = stream.write(banner);
-            let _ = stream.shutdown(Shutdown::Write);
+            stream.answer(banner);
         }
         self.refusals.add(Limit::MaxConnections, peer);
     }
@@ -495,7 +358,7 @@ impl<T: Clone + Unpin> Stream for Incoming<T> {
                 Some(Ok((stream, peer))) => {
                     this.accepted();
                     this.has_turn = false;
-                    let admitted = this.admission.admit(peer.ip());
+                    let admitted = this.admission.admit(peer);
                     match (admitted, permit) {
                         (Ok(of_source), Some(among_all)) => {
                             return Poll::Ready(Some(Accepted {
@@ -510,7 +373,7 @@ impl<T: Clone + Unpin> Stream for Incoming<T> {
                         }
                         (Ok(_), None) => this.close(&stream, peer),
                         (Err(limit), _) => {
-                            reset(&stream);
+                            stream.reset_when_dropped();
                             this.refusals.add(limit, peer);
                         }
                     }
@@ -539,7 +402,7 @@ const BETWEEN_LINES: Duration = Duration::from_secs(1);
 
 impl Refusals {
     /// A client is refused.
-    fn add(&mut self, limit: Limit, peer: SocketAddr) {
+    fn add(&mut self, limit: Limit, peer: Peer) {
         limit.count();
         self.since += 1;
         if self.is_line_due() {
@@ -572,11 +435,6 @@ impl Refusals {
     }
 }
 
-/// Makes the end of a client's connection a reset. It fails for no socket that is open.
-fn reset(stream: &TcpStream) {
-    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
-}
-
 /// Whether `error` is about one client only. Linux passes errors that a new connection already has
 /// on through `accept` (accept(2), "Error handling").
 fn is_clients_fault(error: &io::Error) -> bool {
@@ -589,38 +447,26 @@ fn is_clients_fault(error: &io::Error) -> bool {
     )
 }
 
-fn watch(listener: TcpListener) -> io::Result<AsyncFd<TcpListener>> {
-    // SAFETY: a `TcpListener` has the same file from its beginning to its end, and closes it only
+fn watch(listener: Listener) -> io::Result<AsyncFd<Listener>> {
+    // SAFETY: a `Listener` has the same file from its beginning to its end, and closes it only
     // when it is dropped, which `AsyncFd` does after it has ceased to watch it.
     let watched = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
     watched.map_err(Into::into)
 }
 
 fn poll_accept(
-    listener: &AsyncFd<TcpListener>,
+    listener: &AsyncFd<Listener>,
     cx: &mut Context<'_>,
-) -> Poll<io::Result<(TcpStream, SocketAddr)>> {
+) -> Poll<io::Result<(StreamSocket, Peer)>> {
     loop {
         let mut ready = ready!(listener.poll_read_ready(cx))?;
-        match accept(listener.get_ref()) {
+        match listener.get_ref().accept() {
+            // It is shut down, perhaps by another shard that has the same one: nobody comes any more,
+            // and to the reactor it is ready for ever.
+            Poll::Pending if ready.ready().is_read_closed() => return Poll::Pending,
             // The next round waits until it is ready again.
             Poll::Pending => ready.clear_ready(),
             result => return result,
         }
-    }
-}
-
-/// Accepts a client that waits. Pending, without a waker, when there is none.
-fn accept(listener: &TcpListener) -> Poll<io::Result<(TcpStream, SocketAddr)>> {
-    match acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
-        Ok((socket, peer)) => {
-            let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
-            Poll::Ready(match peer {
-                Some(peer) => Ok((socket.into(), peer)),
-                None => Err(io::ErrorKind::ConnectionAborted.into()),
-            })
-        }
-        Err(Errno::WOULDBLOCK) => Poll::Pending,
-        Err(error) => Poll::Ready(Err(error.into())),
     }
 }

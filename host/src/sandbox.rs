@@ -20,6 +20,7 @@ mod wasi;
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -46,6 +47,21 @@ use limits::{Memory, Stopped};
 use tcp::bindings::wasinetd::tcp::types::ErrorCode;
 use tcp::{Connection, Sending};
 
+/// One end of a connection.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Address {
+    /// Of a TCP connection.
+    Ip(SocketAddr),
+    /// Of a Unix socket, with its path unless it has none.
+    Unix(Option<PathBuf>),
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        Self::Ip(address)
+    }
+}
+
 /// A connection as the sandbox sees it: addresses, and two directions to be polled.
 ///
 /// An error of either direction is final for that direction.
@@ -54,14 +70,14 @@ pub trait Transport: Send + 'static {
     fn id(&self) -> u64;
 
     /// The address of the peer.
-    fn remote_address(&self) -> SocketAddr;
+    fn remote_address(&self) -> Address;
 
     /// The address that the peer connected to.
     ///
     /// # Errors
     ///
     /// Fails when the system cannot tell any more.
-    fn local_address(&self) -> io::Result<SocketAddr>;
+    fn local_address(&self) -> io::Result<Address>;
 
     /// Receives into `buf`, which is not empty. Zero bytes are the end of the stream.
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>>;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -209,6 +210,8 @@ pub(crate) struct Server {
     command: String,
     child: Child,
     addresses: Vec<SocketAddr>,
+    /// Of Unix sockets.
+    paths: Vec<PathBuf>,
     log: Arc<Log>,
     reader: Option<JoinHandle<()>>,
     stdout: Option<BufReader<ChildStdout>>,
@@ -256,6 +259,24 @@ impl Server {
         Self::spawn(command, mode, guest, arguments, Turn::Shared(turn))
     }
 
+    /// The same, by a command that runs one, with `serve` as its first argument. It is told where to listen
+    /// by the arguments or otherwise, and listens at so many addresses.
+    pub(crate) fn start_by(
+        mut command: Command,
+        listeners: usize,
+        mode: &str,
+        guest: &Path,
+        arguments: &[&str],
+    ) -> Self {
+        let turn = ALONE
+            .read()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        command.current_dir(root());
+        command.env("XDG_CACHE_HOME", root().join("target/test-cache"));
+        let turn = Turn::Shared(turn);
+        Self::spawn_listening(command, listeners, mode, guest, arguments, turn)
+    }
+
     /// The same, while no other test runs.
     pub(crate) fn start_alone(mode: &str, guest: &Path, arguments: &[&str]) -> Self {
         let turn = ALONE
@@ -264,8 +285,18 @@ impl Server {
         Self::spawn(wasinetd(), mode, guest, arguments, Turn::Alone(turn))
     }
 
-    fn spawn(
+    fn spawn(command: Command, mode: &str, guest: &Path, arguments: &[&str], turn: Turn) -> Self {
+        let listeners = arguments.iter().filter(|flag| **flag == "--listen").count();
+        if listeners == 0 {
+            let listen = [arguments, &["--listen", "127.0.0.1:0"]].concat();
+            return Self::spawn_listening(command, 1, mode, guest, &listen, turn);
+        }
+        Self::spawn_listening(command, listeners, mode, guest, arguments, turn)
+    }
+
+    fn spawn_listening(
         mut command: Command,
+        listeners: usize,
         mode: &str,
         guest: &Path,
         arguments: &[&str],
@@ -283,15 +314,7 @@ impl Server {
             // All clients of a test are one source.
             command.args(["--max-connections-per-source", "off"]);
         }
-        if !arguments.contains(&"--listen") {
-            command.args(["--listen", "127.0.0.1:0"]);
-        }
         command.args(arguments).arg(guest);
-        let listeners = arguments
-            .iter()
-            .filter(|argument| **argument == "--listen")
-            .count()
-            .max(1);
         Self::begin(command, listeners, turn)
     }
 
@@ -320,6 +343,7 @@ impl Server {
         let mut server = Self {
             command: format!("{command:?}"),
             addresses: Vec::new(),
+            paths: Vec::new(),
             log,
             reader: Some(reader),
             stdout: None,
@@ -327,7 +351,7 @@ impl Server {
             child,
         };
         let mut stdout = BufReader::new(server.child.stdout.take().expect("it is piped"));
-        while server.addresses.len() < listeners {
+        while server.addresses.len() + server.paths.len() < listeners {
             let mut line = String::new();
             let n = stdout
                 .read_line(&mut line)
@@ -335,9 +359,10 @@ impl Server {
             let address = line.trim_end().strip_prefix("listening on ");
             // Of a config file it says for whom.
             let address = address.and_then(|rest| rest.split(' ').next());
-            let address = address.map(str::parse);
-            match address {
-                Some(Ok(address)) => server.addresses.push(address),
+            let path = address.and_then(|address| address.strip_prefix("unix:"));
+            match (path, address.map(str::parse)) {
+                (Some(path), _) => server.paths.push(path.into()),
+                (None, Some(Ok(address))) => server.addresses.push(address),
                 _ => panic!(
                     "the server said {line:?} ({n} bytes) instead of where it listens\n{server:?}"
                 ),
@@ -361,6 +386,16 @@ impl Server {
         address
             .unwrap_or_else(|| panic!("the server said {line:?}\n{self:?}"))
             .into()
+    }
+
+    /// The Unix socket that it listens at first.
+    pub(crate) fn path(&self) -> &Path {
+        &self.paths[0]
+    }
+
+    /// A new connection to it.
+    pub(crate) fn connect_unix(&self) -> Client<UnixStream> {
+        Client::connect_unix(self.path()).unwrap_or_else(|error| panic!("{error}\n{self:?}"))
     }
 
     /// Where it listens.
@@ -552,7 +587,24 @@ impl fmt::Debug for Server {
 }
 
 /// A raw connection. Reads that get nothing for too long fail.
-pub(crate) struct Client(pub(crate) TcpStream);
+pub(crate) struct Client<S = TcpStream>(pub(crate) S);
+
+/// What all stream sockets have.
+pub(crate) trait Socketlike: Read + Write {
+    fn finish(&self) -> io::Result<()>;
+}
+
+impl Socketlike for TcpStream {
+    fn finish(&self) -> io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
+}
+
+impl Socketlike for UnixStream {
+    fn finish(&self) -> io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
+}
 
 impl Client {
     pub(crate) fn connect(address: SocketAddr) -> io::Result<Self> {
@@ -564,7 +616,17 @@ impl Client {
         stream.set_nodelay(true)?;
         Ok(Self(stream))
     }
+}
 
+impl Client<UnixStream> {
+    pub(crate) fn connect_unix(path: &Path) -> io::Result<Self> {
+        let stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self(stream))
+    }
+}
+
+impl<S: Socketlike> Client<S> {
     pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.0
             .write_all(bytes.as_ref())
@@ -573,9 +635,7 @@ impl Client {
 
     /// No more is sent.
     pub(crate) fn finish(&self) {
-        self.0
-            .shutdown(Shutdown::Write)
-            .expect("the connection is open");
+        self.0.finish().expect("the connection is open");
     }
 
     /// Everything up to the end of the stream, or the error that ended it instead.

@@ -28,6 +28,7 @@ mod output;
 mod packaging;
 mod restart;
 mod shutdown;
+mod sockets;
 mod splits;
 mod start;
 mod swap;

@@ -6,7 +6,7 @@ use std::thread;
 
 use rustix::process::Signal;
 
-use crate::harness::{MODES, PATIENCE, Server, fixture, guest, run, wasinetd};
+use crate::harness::{AdminSocket, MODES, PATIENCE, Server, fixture, guest, run, wasinetd};
 
 /// The first request to a collector, with its body, as text as far as it is any.
 fn collected(listener: TcpListener) -> String {
@@ -42,7 +42,13 @@ fn each_connection_is_a_span() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let collector = thread::spawn(|| collected(listener));
-        let mut server = Server::start(mode, &fixture("uses"), &["--otlp", &endpoint]);
+        let place = AdminSocket::new();
+        let listen = ["--listen", "127.0.0.1:0", "--listen", &place.flag];
+        let arguments = [&listen[..], &["--otlp", &endpoint]].concat();
+        let mut server = Server::start(mode, &fixture("uses"), &arguments);
+        let local = server.connect_unix();
+        local.finish();
+        server.wait_for_log(&["peer=unix:"]);
         let mut good = server.connect();
         good.send("compute 0\n");
         assert_eq!(good.read_line(), "done");
@@ -71,6 +77,9 @@ fn each_connection_is_a_span() {
             "wasinetd",
             "instantiate",
             "client.address",
+            "network.transport",
+            "unix",
+            "wasinetd.client.uid",
             "wasinetd.outcome",
             "ok",
             "trap",
@@ -80,7 +89,7 @@ fn each_connection_is_a_span() {
             assert!(request.contains(part), "{part} in {request}");
         }
         assert!(request.contains(&peer.ip().to_string()), "{request}");
-        assert_eq!(request.matches("instantiate").count(), 2, "{request}");
+        assert_eq!(request.matches("instantiate").count(), 3, "{request}");
     }
 }
 

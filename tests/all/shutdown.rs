@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -126,7 +126,7 @@ fn a_handshake_under_way_is_completed_and_its_request_answered() {
         // The server's kernel answers again after a second, and the client waits for it.
         client.detach_filter().unwrap();
         client.set_nonblocking(false).unwrap();
-        let mut client = Client(client.into());
+        let mut client = Client::<TcpStream>(client.into());
         assert_eq!(client.get("/").body, page("hello.html"));
         drop(client);
         assert_eq!(server.wait().code(), Some(0), "{server:?}");

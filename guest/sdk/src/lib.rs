@@ -77,7 +77,7 @@ mod stream;
 use std::time::Duration;
 
 pub use half::{ReadHalf, WriteHalf};
-pub use stream::{Drain, TcpStream};
+pub use stream::{Address, Drain, TcpStream};
 
 /// What the [`export!`] macro expands to. Not a public interface.
 #[doc(hidden)]

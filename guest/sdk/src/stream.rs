@@ -1,7 +1,9 @@
 //! The connection as the futures crate sees a stream.
 
+use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -48,22 +50,32 @@ impl TcpStream {
         self.connection.id()
     }
 
-    /// The address of the client.
+    /// Where the client has connected from, over whichever transport.
+    pub fn peer(&self) -> Address {
+        self.connection.remote_address().into()
+    }
+
+    /// Where the client has connected to, over whichever transport.
+    pub fn local(&self) -> Address {
+        self.connection.local_address().into()
+    }
+
+    /// The address of the client, of one that has connected over IP. See [`Self::peer`] for others.
     ///
     /// # Errors
     ///
     /// [`io::ErrorKind::Unsupported`] when the client did not connect over IP.
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
-        socket_addr(self.connection.remote_address())
+        self.peer().ip()
     }
 
-    /// The address that the client connected to.
+    /// The address that the client connected to over IP. See [`Self::local`] for others.
     ///
     /// # Errors
     ///
     /// [`io::ErrorKind::Unsupported`] when the client did not connect over IP.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        socket_addr(self.connection.local_address())
+        self.local().ip()
     }
 
     /// How to learn that the host is draining, for as long as the stream itself is in use.
@@ -147,17 +159,54 @@ impl Drain {
     }
 }
 
-fn socket_addr(address: SocketAddress) -> io::Result<SocketAddr> {
-    match address {
-        SocketAddress::Ipv4(ip) => {
-            let (a, b, c, d) = ip.address;
-            Ok((Ipv4Addr::new(a, b, c, d), ip.port).into())
+/// One end of a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// Of a TCP connection.
+    Ip(SocketAddr),
+    /// Of a Unix socket, with its path unless it has none: clients mostly have none.
+    Unix(Option<PathBuf>),
+}
+
+impl Address {
+    /// The address of a TCP connection.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::Unsupported`] when it is none.
+    pub fn ip(&self) -> io::Result<SocketAddr> {
+        match self {
+            Self::Ip(address) => Ok(*address),
+            Self::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
         }
-        SocketAddress::Ipv6(ip) => {
-            let (a, b, c, d, e, f, g, h) = ip.address;
-            let address = Ipv6Addr::new(a, b, c, d, e, f, g, h);
-            Ok(SocketAddrV6::new(address, ip.port, ip.flow_info, ip.scope_id).into())
+    }
+}
+
+/// An address and a port, `unix:PATH`, or `unix`.
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(address) => address.fmt(f),
+            Self::Unix(Some(path)) => write!(f, "unix:{}", path.display()),
+            Self::Unix(None) => f.write_str("unix"),
         }
-        SocketAddress::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
+    }
+}
+
+impl From<SocketAddress> for Address {
+    fn from(address: SocketAddress) -> Self {
+        match address {
+            SocketAddress::Ipv4(ip) => {
+                let (a, b, c, d) = ip.address;
+                Self::Ip((Ipv4Addr::new(a, b, c, d), ip.port).into())
+            }
+            SocketAddress::Ipv6(ip) => {
+                let (a, b, c, d, e, f, g, h) = ip.address;
+                let address = Ipv6Addr::new(a, b, c, d, e, f, g, h);
+                let address = SocketAddrV6::new(address, ip.port, ip.flow_info, ip.scope_id);
+                Self::Ip(address.into())
+            }
+            SocketAddress::Unix(path) => Self::Unix(path.map(PathBuf::from)),
+        }
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -11,6 +10,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, CommandFactory, Parser, ValueHint};
 use wasinetd::Error;
 use wasinetd::config::{self, Key, Mistake, Mistakes, Setting, Table, Takes};
+use wasinetd::listener::Address;
 use wasinetd::sandbox::{Access, Grants, Needs};
 
 use super::{read, refused};
@@ -18,9 +18,6 @@ use crate::cli::{NAME_VALUE, ServeArgs, ServerArgs, ServerTable, ServiceArgs, Se
 
 /// The service of a server that is started without a config file.
 const ONLY_SERVICE: &str = "default";
-
-/// Where a server listens that is not told.
-const USUAL_ADDRESS: ([u8; 4], u16) = ([127, 0, 0, 1], 7878);
 
 /// What is to be served.
 pub(super) struct Configured {
@@ -58,14 +55,15 @@ pub(super) struct Checked {
 }
 
 impl Configured {
-    /// What the arguments say, or the file that they name.
-    pub(super) fn of(args: ServeArgs) -> Result<Self, Error> {
+    /// What the arguments say, or the file that they name. Without either it is listened at the `usual`
+    /// addresses.
+    pub(super) fn of(args: ServeArgs, usual: impl FnOnce() -> Vec<Address>) -> Result<Self, Error> {
         match (args.config, args.guest) {
             (Some(path), _) => Self::of_file(&path),
             (None, Some(guest)) => {
                 let mut service = args.service;
                 if service.listen.is_empty() {
-                    service.listen.push(USUAL_ADDRESS.into());
+                    service.listen = usual();
                 }
                 Ok(Self {
                     server: args.server,
@@ -201,7 +199,7 @@ fn wrong(path: &Path, mut mistakes: Vec<Mistake>) -> Error {
 /// Services have names of their own, and addresses of their own.
 fn agree(services: &[Spec], mistakes: &mut Vec<Mistake>) {
     let mut names: HashSet<&str> = HashSet::new();
-    let mut addresses: HashMap<SocketAddr, &str> = HashMap::new();
+    let mut addresses: HashMap<&Address, &str> = HashMap::new();
     for spec in services {
         let mut wrong = |key: &str, text: String| {
             mistakes.push(Mistake {
@@ -222,13 +220,18 @@ fn agree(services: &[Spec], mistakes: &mut Vec<Mistake>) {
             wrong("listen", text.into());
         }
         for address in &spec.args.listen {
-            let other = addresses.insert(*address, &spec.name);
-            if let Some(other) = other.filter(|_| address.port() != 0) {
+            let other = addresses.insert(address, &spec.name);
+            if let Some(other) = other.filter(|_| !takes_any_port(address)) {
                 let text = format!("listen: {address} is the service {other:?}'s already");
                 wrong("listen", text);
             }
         }
     }
+}
+
+/// Whether several services can be told to listen there.
+pub(super) fn takes_any_port(address: &Address) -> bool {
+    matches!(address, Address::Ip(address) if address.port() == 0)
 }
 
 /// The keys of a table, which are the flags of a command.

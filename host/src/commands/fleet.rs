@@ -1,8 +1,6 @@
 //! The services that are served, and how they come to be what the config file says by now.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,13 +11,14 @@ use wasinetd::Error;
 use wasinetd::connection::Open;
 use wasinetd::lifecycle::{Controller, Lifecycle};
 use wasinetd::limit::Limit;
-use wasinetd::listener::{Admission, Bound, Incoming, Joining, Listening, Places};
+use wasinetd::listener::{Address, Admission, Bound, Incoming, Joining, Listening, Places};
 use wasinetd::sandbox::{Engine, Grants, SharedLimits};
 use wasinetd::service::{Prepared, Service, Services, Settings};
 use wasinetd::spans::Spans;
 
-use super::configured::{Checked, Spec};
-use super::successor::Served;
+use super::activation::Passed;
+use super::configured::{Checked, Spec, takes_any_port};
+use super::successor::{Inherited, Served};
 use crate::cli::{Dispatch, ServiceArgs};
 
 /// What the threads of one kind of dispatch are given.
@@ -51,8 +50,11 @@ struct State {
     /// None when there are to be no new connections any more.
     threads: Option<Vec<Threads>>,
     running: Vec<Running>,
-    /// Those that are no more in the config file, and still have connections.
+    /// Of those that are no more in the config file, and still have connections.
     leaving: Vec<Arc<Controller>>,
+    /// Of those who accept the last ones at addresses that nobody listens at any more. To drop one would
+    /// be its end.
+    closing: Vec<Controller>,
 }
 
 /// A service that is served.
@@ -66,7 +68,7 @@ struct Running {
 /// An address that a service listens at.
 struct Port {
     /// As it was asked for.
-    asked: SocketAddr,
+    asked: Address,
     listening: Listening,
     /// Of whoever accepts there for the service.
     controller: Controller,
@@ -76,26 +78,28 @@ struct Port {
 pub(super) struct Ready {
     spec: Spec,
     service: Arc<Service>,
-    listening: Vec<(SocketAddr, Listening)>,
+    listening: Vec<(Address, Listening)>,
 }
 
-/// The addresses that `spec` asks for, bound and not yet listened at.
+/// The addresses that `spec` asks for, ours and not yet listened at.
 pub(super) fn bind(
     spec: &Spec,
     shards: usize,
-    mut inherited: impl FnMut(SocketAddr) -> Vec<OwnedFd>,
-) -> Result<Vec<(SocketAddr, Bound)>, Error> {
-    let keepalive = spec.args.connection_limits.keepalive();
-    let addresses = spec.args.listen.iter();
-    addresses
-        .map(|address| {
-            let bound = match inherited(*address) {
-                none if none.is_empty() => Bound::new(*address, shards, keepalive)?,
-                sockets => Bound::adopt(*address, sockets),
-            };
-            Ok((*address, bound))
-        })
-        .collect()
+    inherited: &mut Inherited,
+    passed: &mut Passed,
+) -> Result<Vec<(Address, Bound)>, Error> {
+    let settings = spec.args.socket_settings();
+    let mut all = Vec::new();
+    for address in &spec.args.listen {
+        let sockets = inherited.sockets(address);
+        let bound = match address {
+            _ if !sockets.is_empty() => Bound::adopt(address, sockets, &settings)?,
+            Address::Passed(name) => Bound::passed(address, passed.sockets(name)?, &settings)?,
+            _ => vec![Bound::new(address, shards, &settings)?],
+        };
+        all.extend(bound.into_iter().map(|bound| (address.clone(), bound)));
+    }
+    Ok(all)
 }
 
 /// What a service is made within.
@@ -116,7 +120,7 @@ impl Ready {
     pub(super) fn new(
         shared: &Shared,
         checked: Checked,
-        bound: Vec<(SocketAddr, Bound)>,
+        bound: Vec<(Address, Bound)>,
     ) -> Result<Self, Error> {
         let settings = settings(&checked.spec, checked.grants, shared.spans.clone());
         let (engine, open) = (shared.engine.clone(), shared.open.clone());
@@ -137,10 +141,15 @@ impl Ready {
     }
 
     /// Where clients can connect to.
-    pub(super) fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+    pub(super) fn addresses(&self) -> impl Iterator<Item = &Address> {
         self.listening
             .iter()
-            .map(|(_, listening)| listening.address)
+            .map(|(_, listening)| &listening.address)
+    }
+
+    /// The clients that are to wait in the kernel for each socket.
+    pub(super) fn backlog(&self) -> u32 {
+        self.spec.args.sockets.backlog
     }
 
     pub(super) fn name(&self) -> &str {
@@ -163,6 +172,7 @@ impl Fleet {
                 threads: Some(threads),
                 running: Vec::new(),
                 leaving: Vec::new(),
+                closing: Vec::new(),
             }),
         };
         let mut state = fleet.state();
@@ -211,17 +221,13 @@ impl Fleet {
         state: &State,
         accepting: &Accepting,
         service: &Arc<Service>,
-        asked: SocketAddr,
+        asked: Address,
         listening: Listening,
     ) -> Result<Port, Error> {
         let controller = Controller::default();
         let threads = state.threads.iter().flatten();
         for threads in threads.filter(|threads| threads.dispatch == accepting.dispatch) {
-            let failed = |error| Error::Internal {
-                stage: "accepting",
-                reason: format!("{error}"),
-            };
-            let by_shard = listening.by_shard(threads.handles.len()).map_err(failed)?;
+            let by_shard = listening.by_shard(threads.handles.len())?;
             let shards = threads.handles.iter().zip(&threads.joining);
             for ((handle, joining), listeners) in shards.zip(by_shard) {
                 let _context = handle.enter();
@@ -299,20 +305,24 @@ impl Fleet {
         server.draining().await;
         {
             let mut state = self.state();
+            let state = &mut *state;
             state.threads = None;
-            for running in &state.running {
-                for port in &running.ports {
+            for running in &mut state.running {
+                // Its sockets are closed when those who accept there are done.
+                for Port { controller, .. } in std::mem::take(&mut running.ports) {
                     match server.is_handed_over() {
                         // False: it drains already.
-                        true => drop(port.controller.hand_over()),
-                        false => port.controller.drain(),
+                        true => drop(controller.hand_over()),
+                        false => controller.drain(),
                     }
+                    state.closing.push(controller);
                 }
                 running.controller.drain();
             }
         }
         server.ended().await;
         let state = self.state();
+        state.closing.iter().for_each(Controller::end);
         let running = state.running.iter().map(|running| &running.controller);
         for controller in running.chain(&state.leaving) {
             controller.end();
@@ -340,11 +350,11 @@ impl Fleet {
         let Some(threads) = &state.threads else {
             return Err(draining());
         };
-        let is_held = |name: &str, address: &SocketAddr| {
+        let is_held = |name: &str, address: &Address| {
             let mut holders = state.running.iter();
             holders.any(|running| {
                 // A port that any was asked for is nobody else's.
-                (address.port() != 0 || running.spec.name == name)
+                (!takes_any_port(address) || running.spec.name == name)
                     && running.ports.iter().any(|port| port.asked == *address)
             })
         };
@@ -360,11 +370,11 @@ impl Fleet {
                     .filter(|threads| threads.dispatch == checked.spec.args.dispatch)
                     .map(|threads| threads.handles.len())
                     .sum();
-                let keepalive = checked.spec.args.connection_limits.keepalive();
+                let settings = checked.spec.args.socket_settings();
                 let new = checked.spec.args.listen.iter();
                 let bound = new
                     .filter(|address| !is_held(&checked.spec.name, address))
-                    .map(|address| Ok((*address, Bound::new(*address, shards, keepalive)?)))
+                    .map(|address| Ok((address.clone(), Bound::new(address, shards, &settings)?)))
                     .collect::<Result<_, Error>>()?;
                 Ok(Plan {
                     service: running.map(|running| running.service.clone()),
@@ -459,13 +469,13 @@ impl Fleet {
             } = one;
             for asked in &spec.args.listen {
                 let is_this = |(name, port): &(String, Port)| {
-                    port.asked == *asked && (asked.port() != 0 || *name == spec.name)
+                    port.asked == *asked && (!takes_any_port(asked) || *name == spec.name)
                 };
-                if let Some(n) = free.iter().position(is_this) {
+                while let Some(n) = free.iter().position(is_this) {
                     let (_, port) = free.swap_remove(n);
                     // Whoever waits there is accepted by the next.
-                    let _ = port.controller.hand_over();
-                    listening.push((*asked, port.listening));
+                    port.controller.pass_on();
+                    listening.push((asked.clone(), port.listening));
                 }
             }
             let ports_changed = !listening.is_empty();
@@ -501,8 +511,10 @@ impl Fleet {
                 }
             }
         }
-        for (_, port) in free {
-            port.controller.drain();
+        state.closing.retain(Controller::is_followed);
+        for (_, Port { controller, .. }) in free {
+            controller.drain();
+            state.closing.push(controller);
         }
         for (name, running) in before {
             changes.removed.push(name);
@@ -521,7 +533,7 @@ impl Fleet {
 }
 
 /// Says where clients can connect to from now on.
-fn announce(spec: &Spec, listening: &[(SocketAddr, Listening)]) {
+fn announce(spec: &Spec, listening: &[(Address, Listening)]) {
     for (_, listening) in listening {
         info!(service = spec.name, address = %listening.address, "listening");
     }
@@ -555,7 +567,7 @@ struct Plan {
     /// Whether more than its guest and its addresses is another.
     is_other: bool,
     /// Addresses that nobody of us has.
-    bound: Vec<(SocketAddr, Bound)>,
+    bound: Vec<(Address, Bound)>,
 }
 
 /// A service as it is to be, ready.
@@ -564,7 +576,7 @@ struct ToCommit {
     service: Arc<Service>,
     prepared: Option<Prepared>,
     is_other: bool,
-    listening: Vec<(SocketAddr, Listening)>,
+    listening: Vec<(Address, Listening)>,
 }
 
 /// What a reload has changed, by the names of the services.

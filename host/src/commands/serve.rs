@@ -1,6 +1,7 @@
 //! `serve`: from arguments to the end of the last connection.
 
 use std::io::{self, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,17 +14,18 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
 use wasinetd::Error;
-use wasinetd::admin::{Address, Admin, Logs, Operated};
+use wasinetd::admin::{self, Admin, Logs, Operated};
 use wasinetd::capacity::{self, Plan};
 use wasinetd::connection;
 use wasinetd::lifecycle::Controller;
 use wasinetd::limit;
-use wasinetd::listener::{self, Accepted, Gathered, Incoming, Places};
+use wasinetd::listener::{self, Accepted, Address, Gathered, Incoming, Places};
 use wasinetd::sandbox::Engine;
 use wasinetd::server::{self, Ended, Pulse, Shards, Stop};
 use wasinetd::service::{self, Service, Services};
 use wasinetd::spans::Spans;
 
+use super::activation::Passed;
 use super::configured::{Checked, Configured, check_all, needs};
 use super::fleet::{self, Fleet, Ready, Shared, Threads};
 use super::operator::{self, Operator};
@@ -42,9 +44,10 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     capacity::raise_open_files()?;
     let since = SystemTime::now();
     let mut inherited = Inherited::take();
+    let mut passed = Passed::take()?;
     let program = successor::program().map_err(internal("finding the program"))?;
     let config = args.config.clone();
-    let configured = Configured::of(args)?;
+    let configured = Configured::of(args, || usual_addresses(&inherited, &passed))?;
     let server = configured.server;
     // Before there are threads.
     let admin = admin(&server, &mut inherited)?;
@@ -73,7 +76,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
                 .iter()
                 .find(|(kind, _)| *kind == one.spec.args.dispatch);
             let count = count.map_or(1, |(_, shards)| shards.count());
-            let bound = fleet::bind(&one.spec, count, |address| inherited.sockets(address))?;
+            let bound = fleet::bind(&one.spec, count, &mut inherited, &mut passed)?;
             Ok((one, bound))
         })
         .collect::<Result<Vec<_>, Error>>()?;
@@ -104,6 +107,9 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let context = control.enter();
     let signals = Signals::new().map_err(internal("listening for signals"))?;
     warn_of_capacity(configured.max_connections, &plan, max_connections);
+    warn_of_sockets(&ready, &passed);
+    // Whoever connects to those that nobody serves is not to wait for us.
+    drop(passed);
     announce(&ready, config.is_some(), admin.as_ref());
     let admin_socket = admin.as_ref().map(Admin::try_clone_socket).transpose();
     let admin_socket = admin_socket.map_err(internal("keeping a socket for a successor"))?;
@@ -220,6 +226,14 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     }
 }
 
+/// Where to listen if nothing else is said: at what was passed, or at the usual address.
+fn usual_addresses(inherited: &Inherited, passed: &Passed) -> Vec<Address> {
+    const USUAL: Address = Address::Ip(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7878));
+    let given = [inherited.passed(), passed.addresses()];
+    let mut given = given.into_iter().filter(|addresses| !addresses.is_empty());
+    given.next().unwrap_or_else(|| vec![USUAL])
+}
+
 /// The threads for each kind of dispatch that is asked for. With a config file for both: it may ask for
 /// the other one by and by, and threads that have nothing to do cost nothing.
 fn shards(
@@ -258,7 +272,7 @@ fn admin(args: &ServerArgs, inherited: &mut Inherited) -> Result<Option<Admin>, 
         return Ok(None);
     };
     let token = args.admin_token_file.as_deref().map(token).transpose()?;
-    if let (Address::Loopback(_), None) = (address, &token) {
+    if let (admin::Address::Loopback(_), None) = (address, &token) {
         return Err(Error::NoToken);
     }
     match inherited.admin() {
@@ -323,6 +337,29 @@ fn warn_of_capacity(asked: Option<usize>, plan: &Plan, max_connections: usize) {
             suffices_for = plan.all_open.fits,
             lift_with = plan.all_open.fix,
             "guests that open as many files as they may could use up those of this process"
+        );
+    }
+}
+
+/// What is not as one might think of the sockets.
+fn warn_of_sockets(ready: &[Ready], passed: &Passed) {
+    let rest = passed.rest();
+    if !rest.is_empty() {
+        warn!(
+            sockets = rest.join(", "),
+            fix = "name them with --listen fd:NAME, or do not pass them",
+            "sockets were passed that nobody listens at"
+        );
+    }
+    let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn");
+    let most = most.ok().and_then(|most| most.trim().parse::<u32>().ok());
+    let backlog = ready.iter().map(Ready::backlog).max().unwrap_or(0);
+    if let Some(most) = most.filter(|most| *most < backlog) {
+        warn!(
+            backlog,
+            somaxconn = most,
+            lift_with = format!("sysctl -w net.core.somaxconn={backlog}"),
+            "the kernel lowers --backlog"
         );
     }
 }

@@ -11,7 +11,6 @@ use std::env;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::{Child, Command};
@@ -21,8 +20,14 @@ use bytes::Bytes;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
+use socket2::SockRef;
+use wasinetd::listener::Address;
 
-/// What a successor is told of: `tcp=5,tcp=6,admin=7,guest:NAME=8,ready=9`.
+use super::activation;
+
+/// What a successor is told of, a line for each: `tcp=5:`, `unix=6:`, `fd=7:name`, `admin=8:`,
+/// `guest=9:service`, `ready=10:`; where there is no name nothing comes after the colon. A name has no
+/// line end.
 const INHERITED: &str = "WASINETD_INHERITED";
 
 /// How long a successor may take until it serves. It may have to compile its guest.
@@ -31,7 +36,8 @@ const READY: Duration = Duration::from_secs(120);
 /// What this process was handed over by another one.
 #[derive(Default)]
 pub(super) struct Inherited {
-    tcp: Vec<(SocketAddr, OwnedFd)>,
+    /// By what a server is told to listen at, with the port that was found.
+    listening: Vec<(Address, OwnedFd)>,
     admin: Option<OwnedFd>,
     guests: Vec<(String, OwnedFd)>,
     ready: Option<OwnedFd>,
@@ -44,35 +50,51 @@ impl Inherited {
         let Ok(told) = env::var(INHERITED) else {
             return inherited;
         };
-        for (kind, number) in told.split(',').filter_map(|part| part.split_once('=')) {
+        for (kind, number) in told.lines().filter_map(|line| line.split_once('=')) {
+            let (number, name) = number.split_once(':').unwrap_or((number, ""));
             let Some(descriptor) = number.parse().ok().and_then(own) else {
                 continue;
             };
             match kind {
-                "tcp" => inherited.tcp.extend(listening(descriptor)),
+                "tcp" | "unix" => inherited.listening.extend(listening(descriptor)),
+                "fd" => inherited
+                    .listening
+                    .push((Address::Passed(name.into()), descriptor)),
+                "guest" => inherited.guests.push((name.into(), descriptor)),
                 "admin" => inherited.admin = Some(descriptor),
                 "ready" => inherited.ready = Some(descriptor),
-                _ => {
-                    if let Some(name) = kind.strip_prefix("guest:") {
-                        inherited.guests.push((name.into(), descriptor));
-                    }
-                }
+                _ => {}
             }
         }
         inherited
     }
 
+    /// The addresses of all sockets that were passed to the first process of this server.
+    pub(super) fn passed(&self) -> Vec<Address> {
+        let mut passed = Vec::new();
+        for (address, _) in &self.listening {
+            if matches!(address, Address::Passed(_)) && !passed.contains(address) {
+                passed.push(address.clone());
+            }
+        }
+        passed
+    }
+
     /// The sockets that listen at `address`.
-    pub(super) fn sockets(&mut self, address: SocketAddr) -> Vec<OwnedFd> {
+    pub(super) fn sockets(&mut self, address: &Address) -> Vec<OwnedFd> {
         // Where any port was asked for, it is the one that was found.
-        let is_at = |at: &SocketAddr| {
-            at.ip() == address.ip() && (address.port() == 0 || at.port() == address.port())
+        let is_at = |at: &Address| match (at, address) {
+            (Address::Ip(at), Address::Ip(address)) if address.port() == 0 => {
+                at.ip() == address.ip()
+            }
+            _ => at == address,
         };
-        let Some(found) = self.tcp.iter().map(|(at, _)| *at).find(is_at) else {
+        let at = self.listening.iter().map(|(at, _)| at);
+        let Some(found) = at.clone().find(|at| is_at(at)).cloned() else {
             return Vec::new();
         };
-        let (these, others) = self.tcp.drain(..).partition(|(at, _)| *at == found);
-        self.tcp = others;
+        let (these, others) = self.listening.drain(..).partition(|(at, _)| *at == found);
+        self.listening = others;
         these
             .into_iter()
             .map(|(_, socket): (_, OwnedFd)| socket)
@@ -125,10 +147,11 @@ fn own(number: RawFd) -> Option<OwnedFd> {
     }
 }
 
-fn listening(descriptor: OwnedFd) -> Option<(SocketAddr, OwnedFd)> {
-    let listener = TcpListener::from(descriptor);
-    let address = listener.local_addr().ok()?;
-    Some((address, listener.into()))
+fn listening(descriptor: OwnedFd) -> Option<(Address, OwnedFd)> {
+    let address = SockRef::from(&descriptor).local_addr().ok()?;
+    let ip = address.as_socket().map(Address::Ip);
+    let path = || address.as_pathname().map(|path| Address::Unix(path.into()));
+    Some((ip.or_else(path)?, descriptor))
 }
 
 /// What a successor is started with.
@@ -141,7 +164,7 @@ pub(super) struct Handover {
 /// What is served when it is handed over.
 pub(super) struct Served {
     /// Where it is listened.
-    pub(super) sockets: Vec<OwnedFd>,
+    pub(super) sockets: Vec<(Address, OwnedFd)>,
     /// The components, by their service.
     pub(super) guests: Vec<(String, Bytes)>,
 }
@@ -169,7 +192,7 @@ impl Handover {
         let (ready, tell) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
         let guests = served.guests.iter();
         let guests = guests
-            .map(|(name, component)| Ok((format!("guest:{name}"), in_memory(component)?)))
+            .map(|(name, component)| Ok((name.clone(), in_memory(component)?)))
             .collect::<io::Result<Vec<_>>>()
             .map_err(failed)?;
         let spawned = self.spawn(&served.sockets, &guests, &tell);
@@ -193,33 +216,40 @@ impl Handover {
 
     fn spawn(
         &self,
-        sockets: &[OwnedFd],
+        sockets: &[(Address, OwnedFd)],
         guests: &[(String, OwnedFd)],
         ready: &OwnedFd,
     ) -> io::Result<Child> {
-        let tcp = sockets.iter().map(|socket| ("tcp", socket));
-        let admin = self.admin.iter().map(|socket| ("admin", socket));
-        let guests = guests.iter().map(|(name, guest)| (&**name, guest));
-        let all: Vec<_> = tcp
-            .chain(admin)
-            .chain(guests)
-            .chain([("ready", ready)])
-            .collect();
+        let listening = sockets.iter().map(|(address, socket)| match address {
+            Address::Ip(_) => ("tcp", "", socket),
+            Address::Unix(_) => ("unix", "", socket),
+            Address::Passed(name) => ("fd", &**name, socket),
+        });
+        let guests = guests
+            .iter()
+            .map(|(service, guest)| ("guest", &**service, guest));
+        let admin = self.admin.iter().map(|socket| ("admin", "", socket));
+        let ready = [("ready", "", ready)];
+        let all: Vec<_> = listening.chain(guests).chain(admin).chain(ready).collect();
         let told: Vec<_> = all
             .iter()
-            .map(|(kind, descriptor)| format!("{kind}={}", descriptor.as_raw_fd()))
+            .map(|(kind, name, descriptor)| format!("{kind}={}:{name}", descriptor.as_raw_fd()))
             .collect();
         // They are inherited for the moment of the start only: nothing else is started.
-        for (_, descriptor) in &all {
+        for (_, _, descriptor) in &all {
             fcntl_setfd(descriptor.as_fd(), FdFlags::empty())?;
         }
-        let child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        for variable in activation::VARIABLES {
+            command.env_remove(variable);
+        }
+        let child = command
             .args(&self.arguments)
-            .env(INHERITED, told.join(","))
+            .env(INHERITED, told.join("\n"))
             // Its supervisor's watchdog is ours until it takes over.
             .env_remove("WATCHDOG_PID")
             .spawn();
-        for (_, descriptor) in &all {
+        for (_, _, descriptor) in &all {
             fcntl_setfd(descriptor.as_fd(), FdFlags::CLOEXEC)?;
         }
         child

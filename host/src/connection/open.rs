@@ -1,7 +1,6 @@
 //! The connections that are open, for an operator to see and to end.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -10,6 +9,7 @@ use std::time::{Duration, Instant};
 use futures::task::AtomicWaker;
 
 use super::Version;
+use crate::peer::Peer;
 
 /// So many locks, so that threads seldom want the same one.
 const SHARDS: usize = 16;
@@ -94,7 +94,7 @@ pub struct Entry {
     /// Its number.
     pub id: u64,
     /// The client.
-    pub peer: SocketAddr,
+    pub peer: Peer,
     /// What it is served with.
     pub version: Arc<Version>,
     /// When it began.
@@ -107,7 +107,7 @@ pub struct Entry {
 
 impl Entry {
     /// A connection that begins now.
-    pub(super) fn new(peer: SocketAddr, version: Arc<Version>) -> Self {
+    pub(super) fn new(peer: Peer, version: Arc<Version>) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),

@@ -2,19 +2,25 @@
 //! do.
 
 use std::ffi::c_int;
-use std::io;
-use std::net::{Shutdown, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, IoSliceMut};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use nix::libc::{SO_PEEK_OFF, SOL_SOCKET, c_void, setsockopt, socklen_t};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::readv;
 use rustix::ioctl::{Getter, Opcode, ioctl};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
-use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+use socket2::{SockAddr, SockRef};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::listener::StreamSocket;
+use crate::sandbox::Address;
 
 /// A socket that does not block.
 ///
@@ -26,14 +32,31 @@ pub(super) struct Socket {
     /// What was received first is asked of the kernel.
     received: bool,
     pushing: Pushing,
+    /// At a Unix socket, whether the last byte of what was received is left in the kernel: see
+    /// [`Socket::receive_and_keep`].
+    keeps: bool,
+    /// How much of it is.
+    kept: usize,
 }
 
 enum State {
     /// Not known to the reactor.
-    Fresh(std::net::TcpStream),
-    Watched(TcpStream),
+    Fresh(StreamSocket),
+    Tcp(TcpStream),
+    Unix(UnixStream),
     /// The reactor would not have it.
     Closed,
+}
+
+/// Does the same with a socket as the reactor has it, of either kind.
+macro_rules! watched {
+    ($socket:expr, $stream:ident => $what:expr) => {
+        match $socket.watched()? {
+            State::Tcp($stream) => $what,
+            State::Unix($stream) => $what,
+            _ => return Err(io::Error::from(io::ErrorKind::NotConnected)).into(),
+        }
+    };
 }
 
 /// When the kernel sends what is written.
@@ -53,20 +76,31 @@ enum Pushing {
 
 impl Socket {
     /// Takes a socket that is set not to block.
-    pub(super) fn new(stream: std::net::TcpStream) -> Self {
+    pub(super) fn new(socket: StreamSocket) -> Self {
         Self {
-            state: State::Fresh(stream),
+            state: State::Fresh(socket),
             received: false,
             pushing: Pushing::Later,
+            keeps: false,
+            kept: 0,
         }
     }
 
-    pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
-        match &self.state {
-            State::Fresh(stream) => stream.local_addr(),
-            State::Watched(stream) => stream.local_addr(),
-            State::Closed => Err(io::ErrorKind::NotConnected.into()),
-        }
+    fn is_unix(&self) -> bool {
+        matches!(
+            self.state,
+            State::Unix(_) | State::Fresh(StreamSocket::Unix(_))
+        )
+    }
+
+    /// Where the client has connected to.
+    pub(super) fn local_address(&self) -> io::Result<Address> {
+        Ok(address(SockRef::from(&self.fd()?).local_addr()?))
+    }
+
+    /// Where the client has connected from.
+    pub(super) fn remote_address(&self) -> io::Result<Address> {
+        Ok(address(SockRef::from(&self.fd()?).peer_addr()?))
     }
 
     /// Receives into `buf`.
@@ -75,6 +109,9 @@ impl Socket {
         cx: &mut Context<'_>,
         buf: &mut [u8],
     ) -> Poll<io::Result<usize>> {
+        if self.is_unix() {
+            return self.poll_receive_and_keep(cx, buf);
+        }
         if !std::mem::replace(&mut self.received, true) {
             match self.try_receive(buf) {
                 Err(error) if is_for_later(&error) => {}
@@ -84,13 +121,85 @@ impl Socket {
         let mut buf = ReadBuf::new(buf);
         // Not `try_read`: only this remembers that a short read has emptied the socket, which
         // spares the system call that would find nothing.
-        ready!(Pin::new(self.watched()?).poll_read(cx, &mut buf))?;
+        ready!(watched!(self, stream => Pin::new(stream).poll_read(cx, &mut buf)))?;
         Poll::Ready(Ok(buf.filled().len()))
+    }
+
+    fn poll_receive_and_keep(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        if !std::mem::replace(&mut self.received, true) {
+            self.keeps = remember_peeks(self.fd()?);
+            match self.receive_and_keep(buf) {
+                Err(error) if is_for_later(&error) => {}
+                result => return Poll::Ready(result),
+            }
+        }
+        loop {
+            ready!(watched!(self, stream => stream.poll_read_ready(cx)))?;
+            match self.receive_and_keep(buf) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    // The reactor is to look again.
+                    let empty = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
+                    if let State::Unix(stream) = &self.state {
+                        let _ = stream.try_io(Interest::READABLE, empty);
+                    }
+                }
+                Err(error) if is_for_later(&error) => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+
+    /// Receives, and leaves the last byte in the kernel.
+    ///
+    /// A Unix socket has no reset, but for this: when one is closed with something unread, the other side
+    /// reads an error after what was sent, and not the end. So what a client has sent is never read to its last
+    /// byte before it is known that all is well. The kernel remembers what was received.
+    fn receive_and_keep(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if !self.keeps {
+            return self.try_receive(buf);
+        }
+        let (n, _) = recv(self.fd()?, &mut *buf, RecvFlags::PEEK | RecvFlags::DONTWAIT)?;
+        if n == 0 {
+            return Ok(0);
+        }
+        self.take_kept(1);
+        let mut before = [0; 1];
+        let taken = match self.kept {
+            // The same bytes once more, to the same place, but for the last one. Fewer come where
+            // descriptors were sent along (unix(7), `SCM_RIGHTS`): the others are taken the next time.
+            0 if n == 1 => 0,
+            kept @ 0..=1 => {
+                let bufs = &mut [
+                    IoSliceMut::new(&mut before[..kept]),
+                    IoSliceMut::new(&mut buf[..n - 1]),
+                ];
+                readv(self.fd()?, bufs).unwrap_or(0)
+            }
+            _ => 0,
+        };
+        self.kept = self.kept + n - taken;
+        Ok(n)
+    }
+
+    /// Takes what was received and left in the kernel, but for the last bytes.
+    fn take_kept(&mut self, but: usize) {
+        while self.kept > but {
+            let mut sink = [0; 1024];
+            let most = (self.kept - but).min(sink.len());
+            match self.try_receive(&mut sink[..most]) {
+                Ok(n @ 1..) => self.kept -= n,
+                _ => return,
+            }
+        }
     }
 
     /// Ready when something can be received.
     pub(super) fn poll_receivable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.watched()?.poll_read_ready(cx)
+        watched!(self, stream => stream.poll_read_ready(cx))
     }
 
     /// Sends some of `bytes`.
@@ -110,12 +219,12 @@ impl Socket {
                 }
             }
         }
-        Pin::new(self.watched()?).poll_write(cx, bytes)
+        watched!(self, stream => Pin::new(stream).poll_write(cx, bytes))
     }
 
     /// Ready when something can be sent.
     pub(super) fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.watched()?.poll_write_ready(cx)
+        watched!(self, stream => stream.poll_write_ready(cx))
     }
 
     /// Whether something can be sent right now.
@@ -135,9 +244,10 @@ impl Socket {
         })
     }
 
-    /// What was written and the client's system has not acknowledged, in bytes.
+    /// What was written and the client's system has not acknowledged, in bytes; at a Unix socket, what the
+    /// client has not read, and what the kernel takes to hold it.
     pub(super) fn unsent(&self) -> usize {
-        /// `SIOCOUTQ` (tcp(7)), where it is the number of `TIOCOUTQ`: on all that we run on.
+        /// `SIOCOUTQ` (tcp(7), unix(7)), where it is the number of `TIOCOUTQ`: on all that we run on.
         const SIOCOUTQ: Opcode = 0x5411;
         // SAFETY: it takes a pointer to an int, and writes there.
         let held = self
@@ -148,7 +258,8 @@ impl Socket {
 
     /// Sends what the kernel holds back. To be called when the guest waits.
     pub(super) fn push(&mut self) {
-        if self.pushing == Pushing::Due {
+        // A Unix socket holds nothing back.
+        if self.pushing == Pushing::Due && !self.is_unix() {
             // It has been set before: setting it is how the kernel is told to wait for no more
             // (tcp(7), TCP_NODELAY). It fails where nothing can be sent any more.
             let _ = self
@@ -168,13 +279,22 @@ impl Socket {
             .and_then(|fd| SockRef::from(&fd).shutdown(Shutdown::Write));
     }
 
-    /// Makes the end of this a reset.
+    /// Makes the end of this a reset. At a Unix socket it is one if anything was ever received, and the end
+    /// of the stream otherwise.
     pub(super) fn reset_when_dropped(&self) {
+        if self.is_unix() {
+            return;
+        }
         // Closing with a linger time of zero is how a reset is asked for (socket(7), SO_LINGER). It
         // fails for no socket that is still open.
         let _ = self
             .fd()
             .and_then(|fd| SockRef::from(&fd).set_linger(Some(Duration::ZERO)));
+    }
+
+    /// Makes the end of this none that the client takes for a failure. To be called when all is well.
+    pub(super) fn end_in_order(&mut self) {
+        self.take_kept(0);
     }
 
     /// Whether the client is known to have closed its side, or to be gone, and nothing that it sent
@@ -189,20 +309,21 @@ impl Socket {
     /// Reads what the client still sends, and forgets it, until it closes its side or has sent
     /// `most`.
     pub(super) async fn drain(&mut self, most: usize) -> io::Result<()> {
-        let stream = self.watched()?;
-        let mut left = most;
-        while left > 0 {
-            stream.readable().await?;
-            // Not kept while waiting: each connection would take that much more memory.
-            let mut sink = [0; 1024];
-            match stream.try_read(&mut sink) {
-                Ok(0) => return Ok(()),
-                Ok(n) => left = left.saturating_sub(n),
-                Err(error) if is_for_later(&error) => {}
-                Err(error) => return Err(error),
+        watched!(self, stream => {
+            let mut left = most;
+            while left > 0 {
+                stream.readable().await?;
+                // Not kept while waiting: each connection would take that much more memory.
+                let mut sink = [0; 1024];
+                match stream.try_read(&mut sink) {
+                    Ok(0) => return Ok(()),
+                    Ok(n) => left = left.saturating_sub(n),
+                    Err(error) if is_for_later(&error) => {}
+                    Err(error) => return Err(error),
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn try_receive(&self, buf: &mut [u8]) -> io::Result<usize> {
@@ -211,24 +332,50 @@ impl Socket {
     }
 
     /// The socket as the reactor has it.
-    fn watched(&mut self) -> io::Result<&mut TcpStream> {
+    fn watched(&mut self) -> io::Result<&mut State> {
         if let State::Fresh(_) = self.state
-            && let State::Fresh(stream) = std::mem::replace(&mut self.state, State::Closed)
+            && let State::Fresh(socket) = std::mem::replace(&mut self.state, State::Closed)
         {
-            self.state = State::Watched(TcpStream::from_std(stream)?);
+            self.state = match socket {
+                StreamSocket::Tcp(socket) => State::Tcp(TcpStream::from_std(socket)?),
+                StreamSocket::Unix(socket) => State::Unix(UnixStream::from_std(socket)?),
+            };
         }
-        match &mut self.state {
-            State::Watched(stream) => Ok(stream),
-            _ => Err(io::ErrorKind::NotConnected.into()),
-        }
+        Ok(&mut self.state)
     }
 
     fn fd(&self) -> io::Result<BorrowedFd<'_>> {
         match &self.state {
-            State::Fresh(stream) => Ok(stream.as_fd()),
-            State::Watched(stream) => Ok(stream.as_fd()),
+            State::Fresh(socket) => Ok(socket.as_fd()),
+            State::Tcp(stream) => Ok(stream.as_fd()),
+            State::Unix(stream) => Ok(stream.as_fd()),
             State::Closed => Err(io::ErrorKind::NotConnected.into()),
         }
+    }
+}
+
+/// Has the kernel remember how much of what is received with `MSG_PEEK` was looked at (socket(7),
+/// `SO_PEEK_OFF`). Whether it does.
+fn remember_peeks(socket: BorrowedFd<'_>) -> bool {
+    let from: c_int = 0;
+    // SAFETY: it reads an int, and is told the size of one.
+    let set = unsafe {
+        setsockopt(
+            socket.as_raw_fd(),
+            SOL_SOCKET,
+            SO_PEEK_OFF,
+            (&raw const from).cast::<c_void>(),
+            size_of_val(&from) as socklen_t,
+        )
+    };
+    set == 0
+}
+
+/// An address of the kernel's, for the guest.
+fn address(address: SockAddr) -> Address {
+    match address.as_socket() {
+        Some(ip) => Address::Ip(ip),
+        None => Address::Unix(address.as_pathname().map(PathBuf::from)),
     }
 }
 

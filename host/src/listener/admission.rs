@@ -15,13 +15,15 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::limit::Limit;
 use crate::network::Network;
+use crate::peer::Peer;
 
 /// What is asked of clients before they are served. By default nothing is.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
     /// The only sources that may connect, unless there are none.
     pub allow: Vec<Network>,
-    /// Sources that may not connect, whether allowed or not.
+    /// Sources that may not connect, whether allowed or not. Neither concerns the clients of Unix sockets,
+    /// whom the permissions of a file let in.
     pub deny: Vec<Network>,
     /// What counts as one source.
     pub prefix: Prefix,
@@ -73,7 +75,15 @@ impl FromStr for Prefix {
 }
 
 impl Prefix {
-    /// The source that `address` belongs to.
+    /// The source that `peer` belongs to.
+    fn source(self, peer: Peer) -> Source {
+        match peer {
+            Peer::Ip(address) => Source::Network(self.of(address.ip())),
+            Peer::Unix { uid, .. } => Source::User(uid),
+        }
+    }
+
+    /// The network that `address` belongs to.
     fn of(self, address: IpAddr) -> IpNet {
         match address.to_canonical() {
             IpAddr::V4(address) => Ipv4Net::new_assert(address, self.v4.min(32)).trunc().into(),
@@ -84,15 +94,23 @@ impl Prefix {
     }
 }
 
+/// Those who count as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Source {
+    Network(IpNet),
+    /// A user of this machine.
+    User(u32),
+}
+
 /// Applies [`Rules`] to clients. Clones share what they count.
 #[derive(Clone)]
 pub struct Admission(Arc<Shared>);
 
 struct Shared {
     rules: Rules,
-    open: Mutex<HashMap<IpNet, usize>>,
+    open: Mutex<HashMap<Source, usize>>,
     rate: Option<DefaultDirectRateLimiter>,
-    rate_per_source: Option<DefaultKeyedRateLimiter<IpNet>>,
+    rate_per_source: Option<DefaultKeyedRateLimiter<Source>>,
     /// Clients since sources that have long been quiet were forgotten.
     since_sweep: AtomicU32,
 }
@@ -126,7 +144,7 @@ impl Admission {
 
     /// Lets a client in, and counts it until the place is dropped. Or says which limit is in its
     /// way.
-    pub(super) fn admit(&self, address: IpAddr) -> Result<SourcePlace, Limit> {
+    pub(super) fn admit(&self, peer: Peer) -> Result<SourcePlace, Limit> {
         let Rules {
             allow,
             deny,
@@ -134,14 +152,16 @@ impl Admission {
             connections_per_source,
             ..
         } = &self.0.rules;
-        let among = |networks: &[Network]| networks.iter().any(|network| network.contains(address));
-        if among(deny) {
-            return Err(Limit::Deny);
+        if let Peer::Ip(address) = peer {
+            let among = |networks: &[Network]| networks.iter().any(|n| n.contains(address.ip()));
+            if among(deny) {
+                return Err(Limit::Deny);
+            }
+            if !allow.is_empty() && !among(allow) {
+                return Err(Limit::Allow);
+            }
         }
-        if !allow.is_empty() && !among(allow) {
-            return Err(Limit::Allow);
-        }
-        let source = prefix.of(address);
+        let source = prefix.source(peer);
         let place = match connections_per_source {
             Some(most) => self.place(source, *most)?,
             None => SourcePlace(None),
@@ -157,7 +177,7 @@ impl Admission {
         Ok(place)
     }
 
-    fn place(&self, source: IpNet, most: usize) -> Result<SourcePlace, Limit> {
+    fn place(&self, source: Source, most: usize) -> Result<SourcePlace, Limit> {
         let mut open = self.0.open();
         let count = open.entry(source).or_default();
         if *count >= most {
@@ -169,13 +189,13 @@ impl Admission {
 }
 
 impl Shared {
-    fn open(&self) -> MutexGuard<'_, HashMap<IpNet, usize>> {
+    fn open(&self) -> MutexGuard<'_, HashMap<Source, usize>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A client's place among those of its source. Given back when it is dropped.
-pub struct SourcePlace(Option<(Admission, IpNet)>);
+pub struct SourcePlace(Option<(Admission, Source)>);
 
 impl Drop for SourcePlace {
     fn drop(&mut self) {
@@ -193,14 +213,20 @@ impl Drop for SourcePlace {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use super::*;
 
     fn admission(rules: Rules) -> Admission {
         Admission::new(rules)
     }
 
-    fn address(text: &str) -> IpAddr {
-        text.parse().unwrap()
+    fn address(text: &str) -> Peer {
+        from(text.parse().unwrap())
+    }
+
+    fn from(address: IpAddr) -> Peer {
+        SocketAddr::new(address, 4711).into()
     }
 
     fn networks(texts: &[&str]) -> Vec<Network> {
@@ -229,6 +255,25 @@ mod tests {
             admission.admit(address("192.0.2.1")).err(),
             Some(Limit::Allow)
         );
+    }
+
+    #[test]
+    fn a_user_is_a_source_and_of_no_network() {
+        let admission = admission(Rules {
+            allow: networks(&["192.0.2.0/24"]),
+            deny: networks(&["0.0.0.0/0", "::/0"]),
+            connections_per_source: Some(1),
+            ..Rules::default()
+        });
+        let user = |uid, pid| Peer::Unix { uid, pid };
+        let first = admission.admit(user(1000, 1)).unwrap();
+        assert_eq!(
+            admission.admit(user(1000, 2)).err(),
+            Some(Limit::MaxConnectionsPerSource)
+        );
+        assert!(admission.admit(user(1001, 1)).is_ok());
+        drop(first);
+        assert!(admission.admit(user(1000, 2)).is_ok());
     }
 
     #[test]
@@ -295,11 +340,17 @@ mod tests {
                 });
                 let mut places = Vec::new();
                 for (client, leaves) in clients {
-                    let address = IpAddr::from([10, 0, client & 3, client >> 6]);
+                    let address = match client >> 6 {
+                        3 => Peer::Unix {
+                            uid: u32::from(client & 3),
+                            pid: i32::from(*client),
+                        },
+                        host => from(IpAddr::from([10, 0, client & 3, host])),
+                    };
                     let of_source = admission
                         .0
                         .open()
-                        .get(&admission.0.rules.prefix.of(address))
+                        .get(&admission.0.rules.prefix.source(address))
                         .copied();
                     match admission.admit(address) {
                         Ok(place) => places.push(place),

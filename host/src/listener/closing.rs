@@ -1,14 +1,17 @@
 //! Closing a listener without losing a client whose handshake is under way.
 //!
 //! Closing it at once would reset such a client, though it may have seen its connection completed
-//! and sent its request. So new handshakes are ignored first, and those under way are waited for.
+//! and sent its request. So new handshakes are ignored first, and those under way are waited for. Unix
+//! sockets have none: who connects is in the backlog at once, or refused.
 
 use std::io;
-use std::net::TcpListener;
+use std::net::Shutdown;
 use std::time::Duration;
 
 use socket2::{SockFilter, SockRef};
 use tracing::debug;
+
+use super::Listener;
 
 /// How often the kernel is asked for handshakes under way. The first time is after one pause too: a
 /// first packet that had passed the filter's place when it came is a handshake by then.
@@ -22,11 +25,26 @@ const PAUSES: u32 = 150;
 /// How many pauses there are where the kernel does not tell.
 const BLIND_PAUSES: u32 = 10;
 
+/// Makes the kernel refuse new clients at `listener`, if it is ours alone: what is done to a socket is
+/// done to it for all who have it open, and stays when we are gone.
+pub(super) fn refuse_clients(listener: &Listener) {
+    if listener.is_shared() {
+        return;
+    }
+    if listener.port().is_some() {
+        return refuse_handshakes(listener);
+    }
+    // Who comes after this is refused, and who came before can be accepted still.
+    if let Err(error) = SockRef::from(listener).shutdown(Shutdown::Read) {
+        debug!(%error, "cannot refuse new clients; one that connects now may be reset");
+    }
+}
+
 /// Makes the kernel ignore new handshakes on `listener`, while those under way complete.
 ///
 /// A client whose first packet is ignored sends it again after a second: it then meets our
 /// successor, or learns that there is none.
-pub(super) fn refuse_handshakes(listener: &TcpListener) {
+fn refuse_handshakes(listener: &Listener) {
     /// Offset of the flags in a TCP header (RFC 9293, section 3.1), where the filter's view starts.
     const FLAGS: u32 = 13;
     const SYN: u32 = 0x02;

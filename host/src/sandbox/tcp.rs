@@ -15,7 +15,7 @@ use wasmtime::component::{
 };
 use wasmtime::{AsContextMut, StoreContextMut};
 
-use super::{SharedTransport, State, lock, turns};
+use super::{Address, SharedTransport, State, lock, turns};
 use bindings::wasinetd::tcp::types::{
     ErrorCode, Host, HostConnection, HostConnectionWithStore, Ipv4SocketAddress, Ipv6SocketAddress,
     SocketAddress,
@@ -367,19 +367,21 @@ impl From<io::Error> for ErrorCode {
     }
 }
 
-impl From<SocketAddr> for SocketAddress {
-    fn from(address: SocketAddr) -> Self {
+impl From<Address> for SocketAddress {
+    fn from(address: Address) -> Self {
         match address {
-            SocketAddr::V4(address) => Self::Ipv4(Ipv4SocketAddress {
+            Address::Ip(SocketAddr::V4(address)) => Self::Ipv4(Ipv4SocketAddress {
                 port: address.port(),
                 address: address.ip().octets().into(),
             }),
-            SocketAddr::V6(address) => Self::Ipv6(Ipv6SocketAddress {
+            Address::Ip(SocketAddr::V6(address)) => Self::Ipv6(Ipv6SocketAddress {
                 port: address.port(),
                 flow_info: address.flowinfo(),
                 address: address.ip().segments().into(),
                 scope_id: address.scope_id(),
             }),
+            // WIT has no other text than Unicode.
+            Address::Unix(path) => Self::Unix(path.map(|path| path.to_string_lossy().into())),
         }
     }
 }

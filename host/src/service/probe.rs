@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 
 use crate::limit::Limit;
-use crate::sandbox::Transport;
+use crate::sandbox::{Address, Transport};
 
 /// A question, and how the answer begins.
 #[derive(Clone, Debug)]
@@ -96,12 +96,12 @@ impl Transport for Asked {
         0
     }
 
-    fn remote_address(&self) -> SocketAddr {
-        (Ipv4Addr::LOCALHOST, 0).into()
+    fn remote_address(&self) -> Address {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()
     }
 
-    fn local_address(&self) -> io::Result<SocketAddr> {
-        Ok((Ipv4Addr::LOCALHOST, 0).into())
+    fn local_address(&self) -> io::Result<Address> {
+        Ok(self.remote_address())
     }
 
     fn poll_receive(&mut self, _: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {

@@ -1,0 +1,123 @@
+//! Where to listen, as an operator writes it.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::unix::LONGEST_PATH;
+
+/// Where to listen.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub enum Address {
+    /// A TCP port.
+    Ip(SocketAddr),
+    /// A Unix socket, `unix:PATH`.
+    Unix(PathBuf),
+    /// Sockets that whoever started this process has passed to it (systemd.socket(5)), by the name they
+    /// have there, `fd:NAME`. A name of digits only is the number of a descriptor instead.
+    Passed(String),
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Passed(name) => write!(f, "fd:{name}"),
+        }
+    }
+}
+
+/// What is wrong with the text of an [`Address`].
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+pub enum AddressError {
+    /// It is of no kind.
+    #[error(
+        "not an IP address and a port, such as 127.0.0.1:7878 or [::1]:7878, nor unix: and a path, such as unix:/run/wasinetd.sock, nor fd: and the name of a socket that systemd passes"
+    )]
+    Unknown,
+    /// There is no path.
+    #[error("there is no path; write one, such as unix:/run/wasinetd.sock")]
+    NoPath,
+    /// A name that is not in the file system.
+    #[error(
+        "an abstract Unix socket has no permissions: any user could connect to it; name a path, such as unix:/run/wasinetd.sock (or unix:./@NAME for a file whose name begins so)"
+    )]
+    Abstract,
+    /// The kernel does not take it.
+    #[error(
+        "the path is longer than the {LONGEST_PATH} bytes that the kernel takes; name a shorter one, such as one in /run, or a relative one"
+    )]
+    LongPath,
+    /// Not a name that a socket can have (systemd.socket(5), `FileDescriptorName=`).
+    #[error(
+        "the name of a passed socket is one to 255 ASCII characters without colons and control characters, such as fd:http"
+    )]
+    Name,
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return match path {
+                "" => Err(AddressError::NoPath),
+                path if path.starts_with('@') => Err(AddressError::Abstract),
+                path if path.len() > LONGEST_PATH => Err(AddressError::LongPath),
+                path => Ok(Self::Unix(path.into())),
+            };
+        }
+        if let Some(name) = text.strip_prefix("fd:") {
+            let fits = |byte: u8| matches!(byte, b' '..=b'~') && byte != b':';
+            return match (1..=255).contains(&name.len()) && name.bytes().all(fits) {
+                true => Ok(Self::Passed(name.into())),
+                false => Err(AddressError::Name),
+            };
+        }
+        let address = text.parse().map_err(|_| AddressError::Unknown)?;
+        Ok(Self::Ip(address))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        for text in [
+            "127.0.0.1:7878",
+            "[::1]:80",
+            "unix:/run/a.sock",
+            "unix:relative",
+            "unix:./@name",
+            "fd:http",
+            "fd:a, b=c",
+            "fd:3",
+        ] {
+            let address: Address = text.parse().unwrap();
+            assert_eq!(address.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_told() {
+        let long = format!("unix:/{}", "a".repeat(LONGEST_PATH));
+        let name = format!("fd:{}", "a".repeat(256));
+        for (text, error) in [
+            ("localhost:80", AddressError::Unknown),
+            ("/run/a.sock", AddressError::Unknown),
+            ("unix:", AddressError::NoPath),
+            ("unix:@abstract", AddressError::Abstract),
+            (&long, AddressError::LongPath),
+            ("fd:", AddressError::Name),
+            ("fd:a:b", AddressError::Name),
+            ("fd:a\nb", AddressError::Name),
+            (&name, AddressError::Name),
+        ] {
+            assert_eq!(text.parse::<Address>(), Err(error), "{text}");
+        }
+    }
+}

@@ -1,0 +1,450 @@
+//! Sockets that listen, of all kinds, and the clients that they accept.
+
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use nix::sys::socket::{getsockopt, sockopt};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, acceptfrom_with, recv, send};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+
+use super::Address;
+use crate::Error;
+use crate::peer::Peer;
+use crate::unix::{self, Permissions, SocketFile};
+
+/// How sockets are to listen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// The clients that the kernel keeps for us while we are full or busy, at each socket. It lowers this
+    /// to `net.core.somaxconn`.
+    pub backlog: u32,
+    /// Other processes of this user may listen at the same TCP ports: the kernel spreads clients over them.
+    pub reuse_port: bool,
+    /// TCP clients from whom nothing comes for this long are asked by the kernel whether they are still
+    /// there. One that is gone has its connection ended in twice that.
+    pub keepalive: Option<Duration>,
+    /// Who may connect to Unix sockets.
+    pub permissions: Permissions,
+}
+
+impl Default for Settings {
+    /// The backlog is the default of `net.core.somaxconn`.
+    fn default() -> Self {
+        Self {
+            backlog: 4096,
+            reuse_port: false,
+            keepalive: None,
+            permissions: Permissions::default(),
+        }
+    }
+}
+
+/// An address that is ours. Clients are not answered before [`Bound::listen`].
+pub struct Bound {
+    asked: Address,
+    sockets: Vec<Socket>,
+    /// None for sockets that listen already, and are not ours to change.
+    backlog: Option<i32>,
+    /// Of a Unix socket that is ours.
+    file: Option<SocketFile>,
+}
+
+impl Bound {
+    /// Takes an address. A TCP port has a socket for each of `shards`: the kernel spreads clients over
+    /// them. A path has one, for all.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Listen`] when it cannot be had, [`Error::Passed`] for sockets that only
+    /// [`Bound::passed`] can take.
+    pub fn new(address: &Address, shards: usize, settings: &Settings) -> Result<Self, Error> {
+        let (sockets, file) = match address {
+            Address::Ip(at) => bind_all(*at, shards, settings)
+                .map(|sockets| (sockets, None))
+                .map_err(|error| {
+                    let fix = fix(&error);
+                    (error, fix)
+                }),
+            Address::Unix(path) => unix::bind(path, &settings.permissions)
+                .map(|(socket, file)| (vec![socket], Some(file))),
+            Address::Passed(_) => return Err(Error::passed(address, "no socket was passed")),
+        }
+        .map_err(|(source, fix)| cannot_listen(address, source, fix))?;
+        Ok(Self {
+            asked: address.clone(),
+            sockets,
+            backlog: Some(backlog(settings)),
+            file,
+        })
+    }
+
+    /// Goes on with `sockets` that another process of ours has handed over, at `address` as it was asked
+    /// for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Passed`] when they are not what they were.
+    pub fn adopt(
+        address: &Address,
+        sockets: Vec<OwnedFd>,
+        settings: &Settings,
+    ) -> Result<Vec<Self>, Error> {
+        let mut bound = group(address, sockets)?;
+        for one in &mut bound {
+            one.file = match address {
+                // Where it is gone there is nothing to remove.
+                Address::Unix(path) => SocketFile::adopt(path).ok(),
+                _ => None,
+            };
+            one.backlog = match address {
+                Address::Passed(_) => None,
+                _ => Some(backlog(settings)),
+            };
+        }
+        Ok(bound)
+    }
+
+    /// Goes on with `sockets` that whoever started this process has passed to it, for `address`. They
+    /// are not ours alone: whoever passed them has them open, and they go on when we are gone.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Passed`] when one is not a stream socket that listens.
+    pub fn passed(
+        address: &Address,
+        sockets: Vec<OwnedFd>,
+        settings: &Settings,
+    ) -> Result<Vec<Self>, Error> {
+        let bound = group(address, sockets)?;
+        for socket in bound.iter().flat_map(|one| &one.sockets) {
+            prepare(socket, settings)
+                .map_err(|error| Error::passed(address, format!("it cannot be set up: {error}")))?;
+        }
+        Ok(bound)
+    }
+
+    /// Lets clients connect.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Listen`] when another server listens there.
+    pub fn listen(self) -> Result<Listening, Error> {
+        let listening = || {
+            if let Some(backlog) = self.backlog {
+                let mut sockets = self.sockets.iter();
+                sockets.try_for_each(|socket| socket.listen(backlog))?;
+            }
+            local_address(&self.sockets[0])
+        };
+        match listening() {
+            Ok(address) => Ok(Listening {
+                address,
+                shared: matches!(self.asked, Address::Passed(_)),
+                asked: self.asked,
+                sockets: self.sockets,
+                file: self.file.map(Arc::new),
+            }),
+            Err(error) => {
+                let fix = fix(&error);
+                Err(cannot_listen(&self.asked, error, fix))
+            }
+        }
+    }
+}
+
+/// An address that clients can connect to.
+pub struct Listening {
+    /// With the port that was found where any was asked for, and where a socket is that was passed.
+    pub address: Address,
+    asked: Address,
+    /// One for each shard, or fewer.
+    sockets: Vec<Socket>,
+    shared: bool,
+    file: Option<Arc<SocketFile>>,
+}
+
+impl Listening {
+    /// The sockets once more, spread over `shards` so that each has one. Where there are fewer, as of a path,
+    /// several shards ask the same one: each client wakes those that are idle, and the first gets it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Internal`] when the process has no more files.
+    pub fn by_shard(&self, shards: usize) -> Result<Vec<Vec<Listener>>, Error> {
+        let mut spread: Vec<Vec<Listener>> = (0..shards).map(|_| Vec::new()).collect();
+        let port = match &self.address {
+            Address::Ip(address) => Some(address.port()),
+            _ => None,
+        };
+        for n in 0..self.sockets.len().max(shards) {
+            let socket = self.sockets[n % self.sockets.len()].try_clone();
+            let socket = socket.map_err(|error| Error::internal("sharing a listener", error))?;
+            spread[n % shards].push(Listener {
+                socket: socket.into(),
+                port,
+                shared: self.shared,
+                file: self.file.clone(),
+            });
+        }
+        Ok(spread)
+    }
+
+    /// The same sockets once more, to be handed over, each with the address that a successor asks for.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the process has no more files.
+    pub fn try_clone_sockets(&self) -> io::Result<Vec<(Address, OwnedFd)>> {
+        let address = match self.shared {
+            true => &self.asked,
+            false => &self.address,
+        };
+        let sockets = self.sockets.iter();
+        sockets
+            .map(|socket| Ok((address.clone(), socket.try_clone()?.into())))
+            .collect()
+    }
+}
+
+/// A socket that listens, for one shard.
+pub struct Listener {
+    socket: OwnedFd,
+    /// None at a Unix socket.
+    port: Option<u16>,
+    shared: bool,
+    file: Option<Arc<SocketFile>>,
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl Listener {
+    /// The TCP port, if it is no Unix socket.
+    pub(super) fn port(&self) -> Option<u16> {
+        self.port
+    }
+
+    /// Whether others have it open, and go on with it when we end.
+    pub(super) fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    /// Its file, if it has one that may be ours.
+    pub(super) fn file(&self) -> Option<Arc<SocketFile>> {
+        self.file.clone()
+    }
+
+    /// Accepts a client that waits. Pending, without a waker, when there is none.
+    pub(super) fn accept(&self) -> Poll<io::Result<(StreamSocket, Peer)>> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        if self.port.is_none() {
+            return match accept_with(self, flags) {
+                Ok(socket) => Poll::Ready(of_user(UnixStream::from(socket))),
+                Err(Errno::WOULDBLOCK) => Poll::Pending,
+                Err(error) => Poll::Ready(Err(error.into())),
+            };
+        }
+        match acceptfrom_with(self, flags) {
+            Ok((socket, peer)) => {
+                let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
+                Poll::Ready(match peer {
+                    Some(peer) => Ok((StreamSocket::Tcp(socket.into()), peer.into())),
+                    None => Err(io::ErrorKind::ConnectionAborted.into()),
+                })
+            }
+            Err(Errno::WOULDBLOCK) => Poll::Pending,
+            Err(error) => Poll::Ready(Err(error.into())),
+        }
+    }
+}
+
+/// With the user that the client was when it connected.
+fn of_user(socket: UnixStream) -> io::Result<(StreamSocket, Peer)> {
+    let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
+    let peer = Peer::Unix {
+        uid: credentials.uid(),
+        pid: credentials.pid(),
+    };
+    Ok((StreamSocket::Unix(socket), peer))
+}
+
+/// The socket of a client, which does not block, and which no runtime knows of.
+#[derive(Debug)]
+pub enum StreamSocket {
+    /// TCP.
+    Tcp(TcpStream),
+    /// A Unix socket.
+    Unix(UnixStream),
+}
+
+impl AsFd for StreamSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(socket) => socket.as_fd(),
+            Self::Unix(socket) => socket.as_fd(),
+        }
+    }
+}
+
+impl StreamSocket {
+    /// Sends a text that is to be the last, without waiting for anything.
+    pub(super) fn answer(&self, text: &[u8]) {
+        // What the client has sent is taken: closing a socket with something unread resets it,
+        // and the text with it. A client that sends on may miss it.
+        let _ = recv(self, &mut [0; 4096], RecvFlags::DONTWAIT);
+        let _ = send(self, text, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        let _ = SockRef::from(self).shutdown(Shutdown::Write);
+    }
+
+    /// Makes the end of the connection a reset. It fails for no socket that is open. At a Unix socket
+    /// it is one if the client has sent anything.
+    pub(super) fn reset_when_dropped(&self) {
+        if let Self::Tcp(socket) = self {
+            let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+        }
+    }
+}
+
+fn backlog(settings: &Settings) -> i32 {
+    i32::try_from(settings.backlog).unwrap_or(i32::MAX)
+}
+
+fn bind_all(address: SocketAddr, shards: usize, settings: &Settings) -> io::Result<Vec<Socket>> {
+    // Sockets that share a port by SO_REUSEPORT would share it with those of another server of ours
+    // that was started by mistake. The first one is bound without, and so meets any other.
+    let first = bind(address, settings.reuse_port, settings)?;
+    if shards == 1 {
+        return Ok(vec![first]);
+    }
+    let address = first.local_addr()?.as_socket().unwrap_or(address);
+    (0..shards).map(|_| bind(address, true, settings)).collect()
+}
+
+fn bind(address: SocketAddr, share_port: bool, settings: &Settings) -> io::Result<Socket> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    // A restart must not wait for the connections of its predecessor to be forgotten.
+    socket.set_reuse_address(true)?;
+    if share_port {
+        socket.set_reuse_port(true)?;
+    }
+    if address.is_ipv6() {
+        // Otherwise [::] would take the IPv4 addresses too, and 0.0.0.0 beside it would be refused.
+        socket.set_only_v6(true)?;
+    }
+    prepare(&socket, settings)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+/// How often a client that does not answer is asked whether it is there.
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// Sets what Linux hands down to accepted sockets.
+fn prepare(socket: &Socket, settings: &Settings) -> io::Result<()> {
+    socket.set_nonblocking(true)?;
+    if socket.domain()? == Domain::UNIX {
+        return Ok(());
+    }
+    // Guests write whole messages; waiting for more (Nagle, RFC 896) only delays them.
+    socket.set_tcp_nodelay(true)?;
+    if let Some(time) = settings.keepalive {
+        // The kernel counts in whole seconds (tcp(7)).
+        let pause = Duration::from_secs((time / KEEPALIVE_PROBES).as_secs().max(1));
+        let keepalive = TcpKeepalive::new()
+            .with_time(time)
+            .with_interval(pause)
+            .with_retries(KEEPALIVE_PROBES);
+        socket.set_tcp_keepalive(&keepalive)?;
+    }
+    Ok(())
+}
+
+/// Sockets that listen already, those with the same address together.
+fn group(asked: &Address, sockets: Vec<OwnedFd>) -> Result<Vec<Bound>, Error> {
+    let mut groups: Vec<(Address, Bound)> = Vec::new();
+    for socket in sockets {
+        let number = socket.as_raw_fd();
+        let wrong = |what: &str| {
+            Error::passed(
+                asked,
+                format!("descriptor {number} {what}; pass a stream socket that listens"),
+            )
+        };
+        let socket = Socket::from(socket);
+        match socket.r#type() {
+            Ok(Type::STREAM) => {}
+            Ok(_) => return Err(wrong("is not a stream socket (systemd: ListenStream=)")),
+            Err(_) => return Err(wrong("is not a socket")),
+        }
+        if !socket.is_listener().unwrap_or(false) {
+            return Err(wrong("does not listen (systemd: Accept=no)"));
+        }
+        let Ok(address) = local_address(&socket) else {
+            return Err(wrong("has neither an IP address nor a path"));
+        };
+        match groups.iter_mut().find(|(at, _)| *at == address) {
+            Some((_, bound)) => bound.sockets.push(socket),
+            None => {
+                let bound = Bound {
+                    asked: asked.clone(),
+                    sockets: vec![socket],
+                    backlog: None,
+                    file: None,
+                };
+                groups.push((address, bound));
+            }
+        }
+    }
+    Ok(groups.into_iter().map(|(_, bound)| bound).collect())
+}
+
+/// Where a socket is.
+fn local_address(socket: &Socket) -> io::Result<Address> {
+    let address = socket.local_addr()?;
+    let ip = address.as_socket().map(Address::Ip);
+    let path = || address.as_pathname().map(|path| Address::Unix(path.into()));
+    ip.or_else(path)
+        .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+}
+
+fn fix(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            "stop the server that holds the port, or choose another one (port 0 takes any that is free)"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "choose a port above 1023, or grant CAP_NET_BIND_SERVICE"
+        }
+        io::ErrorKind::AddrNotAvailable => {
+            "use an address of this machine, or 0.0.0.0 or [::] for all"
+        }
+        _ => "choose another address",
+    }
+}
+
+fn cannot_listen(address: &Address, source: io::Error, fix: &'static str) -> Error {
+    Error::Listen {
+        address: address.clone(),
+        source,
+        fix,
+    }
+}
