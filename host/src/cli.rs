@@ -1,5 +1,7 @@
 //! The command line.
 
+mod front;
+
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -15,6 +17,8 @@ use wasinetd::listener::{self, Prefix, Rules};
 use wasinetd::network::Network;
 use wasinetd::sandbox::{self, Access, Destination, DirGrant};
 use wasinetd::service::Probe;
+
+use front::FrontArgs;
 
 /// The exit code for a mistake on the command line (BSD `sysexits.h`).
 pub(crate) const EX_USAGE: u8 = 64;
@@ -106,6 +110,9 @@ pub(crate) struct ServeArgs {
     pub(crate) connection_limits: ConnectionLimits,
 
     #[command(flatten)]
+    pub(crate) front: FrontArgs,
+
+    #[command(flatten)]
     pub(crate) swap: SwapArgs,
 
     #[command(flatten)]
@@ -173,6 +180,7 @@ impl ServeArgs {
                     Limit::MaxCallSize => size_text(guest.call_size),
                     Limit::MaxOutput => size_text(guest.output),
                     Limit::AllowConnect => format!("{connect} destinations"),
+                    Limit::HandshakeTimeout => time(self.front.handshake_timeout),
                     Limit::IdleTimeout => time_or_off(connection.idle_timeout),
                     Limit::FirstByteTimeout => time_or_off(connection.first_byte_timeout),
                     Limit::WriteTimeout => time_or_off(connection.write_timeout),
@@ -386,6 +394,7 @@ impl AdmissionArgs {
                 .and_then(NonZeroU32::new)
         };
         Rules {
+            proxies: Vec::new(),
             allow: self.allow.clone(),
             deny: self.deny.clone(),
             prefix: self.source_prefix,

@@ -1,14 +1,16 @@
 //! One connection, from `accept` to its line in the log.
 
 mod counts;
+mod front;
 mod limits;
 mod open;
+mod proxy;
 mod socket;
 
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -24,10 +26,13 @@ use crate::sandbox::{self, Guest, Transport};
 use crate::spans::{Ended, Spans};
 use counts::Kind;
 pub use counts::{Counts, KINDS, Measures};
+use front::Client;
+pub use front::{Front, register};
 pub use limits::Limits;
 use limits::{Timer, Times};
 use open::Order;
 pub use open::{Entry, Open, Used};
+pub use proxy::Proxy;
 use socket::Socket;
 
 /// How long after the last byte of an answer the client may take to close its side, and how much
@@ -58,19 +63,58 @@ pub struct Version {
     pub spans: Option<Arc<Spans>>,
 }
 
-/// Serves one accepted connection in a fresh sandbox, and logs how it went.
+/// Does with an accepted connection what `front` says, then serves it in a fresh sandbox, and logs
+/// how it went.
+///
+/// `version` is what it is served with, once all that is to be known for that is known: for the name
+/// that the client has for the server, if it has said one.
+pub fn handle<V>(
+    accepted: Accepted,
+    front: &Arc<Front>,
+    version: &V,
+) -> impl Future<Output = ()> + Send + use<V>
+where
+    V: Fn(Option<&str>) -> Arc<Version> + Clone + Send + 'static,
+{
+    // Boxed, and only where there is something to do: what others have is not to be larger for it.
+    let concerns = front.concerns(accepted.peer);
+    let begun = match concerns {
+        false => Ok((Client::from(accepted), version(None))),
+        true => {
+            let (front, version) = (front.clone(), version.clone());
+            Err(Box::pin(async move {
+                let client = front.meet(accepted).await?;
+                let version = version(None);
+                Some((client, version))
+            }))
+        }
+    };
+    async move {
+        let begun = match begun {
+            Ok(begun) => Some(begun),
+            Err(meeting) => meeting.await,
+        };
+        if let Some((client, version)) = begun {
+            serve(client, version).await;
+        }
+    }
+}
+
+/// Serves a client in a fresh sandbox.
 ///
 /// The connection is reset when it meets one of its limits, or when it is told to end before the
 /// guest is done.
-pub async fn handle(accepted: Accepted, version: Arc<Version>) {
-    let Accepted {
-        stream,
+async fn serve(client: Client, version: Arc<Version>) {
+    let Client {
+        socket,
         peer,
+        via,
+        local,
         place,
-    } = accepted;
+    } = client;
     let _counted = version.counts.begin();
-    let entry = version.open.add(Entry::new(peer, version.clone()));
-    let connection = Connection::new(stream, entry.clone());
+    let entry = version.open.add(Entry::new(peer, via, version.clone()));
+    let connection = Connection::new(socket, local, entry.clone());
     let connection = Arc::new(Mutex::new(connection));
     let outcome = {
         let mut call = Box::pin(version.guest.handle(connection.clone()));
@@ -192,6 +236,8 @@ impl fmt::Display for Outcome {
 struct Connection {
     entry: Arc<Entry>,
     socket: Socket,
+    /// Where the client connected to, if that is not where the socket is.
+    local: Option<SocketAddr>,
     limits: Limits,
     times: Times,
     /// A limit of bytes that the guest or the client wants to go beyond.
@@ -210,9 +256,10 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(stream: TcpStream, entry: Arc<Entry>) -> Self {
+    fn new(socket: Socket, local: Option<SocketAddr>, entry: Arc<Entry>) -> Self {
         Self {
-            socket: Socket::new(stream),
+            socket,
+            local,
             limits: entry.version.limits,
             times: Times::new(entry.began),
             entry,
@@ -304,6 +351,7 @@ impl Connection {
         info!(
             id = self.entry.id,
             peer = %self.entry.peer,
+            via = self.entry.via.map(tracing::field::display),
             version = self.entry.version.guest.digest().short(),
             duration = ?duration,
             bytes_in = self.entry.used.received(),
@@ -377,7 +425,7 @@ impl Transport for Connection {
     }
 
     fn local_address(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()
+        self.local.map_or_else(|| self.socket.local_addr(), Ok)
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {

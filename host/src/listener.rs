@@ -4,7 +4,7 @@ mod admission;
 mod closing;
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock};
@@ -219,8 +219,20 @@ pub struct Accepted {
 ///
 /// The source's is given back first: whoever comes by the other is not to be refused for it.
 pub struct Place {
-    _of_source: SourcePlace,
+    of_source: SourcePlace,
     _among_all: OwnedSemaphorePermit,
+}
+
+impl Place {
+    /// Lets in the client that a proxy speaks for, or says which limit is in its way. To be called for
+    /// the connections of proxies (see [`Rules::proxies`]) when it is known whom they are for.
+    ///
+    /// # Errors
+    ///
+    /// The limit. The connection is to be reset.
+    pub fn admit(&mut self, client: IpAddr) -> Result<(), Limit> {
+        self.of_source.admit(client)
+    }
 }
 
 /// What becomes of clients while the server is full.
@@ -455,7 +467,7 @@ impl Stream for Incoming {
                                 stream,
                                 peer,
                                 place: Place {
-                                    _of_source: of_source,
+                                    of_source,
                                     _among_all: among_all,
                                 },
                             }));

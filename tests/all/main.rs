@@ -22,6 +22,7 @@ mod load;
 mod network;
 mod otlp;
 mod output;
+mod proxy;
 mod restart;
 mod shutdown;
 mod splits;

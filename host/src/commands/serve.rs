@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use wasinetd::Error;
 use wasinetd::admin::{Address, Admin, Logs, Operated};
 use wasinetd::capacity::{self, Plan};
-use wasinetd::connection::{self, Open};
+use wasinetd::connection::{self, Front, Open};
 use wasinetd::lifecycle::Controller;
 use wasinetd::limit;
 use wasinetd::listener::{self, Admission, Bound, Incoming, Listening, Places};
@@ -116,7 +116,14 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let controller = Controller::default();
     let lifecycle = controller.lifecycle();
     let places = Places::new(max_connections);
-    let admission = Admission::new(args.admission.rules(max_connections));
+    let admission = Admission::new(listener::Rules {
+        proxies: args.front.proxy_from.clone(),
+        ..args.admission.rules(max_connections)
+    });
+    let front = Arc::new(Front {
+        lifecycle: Some(lifecycle.clone()),
+        ..args.front.front()
+    });
     let when_full = args.admission.when_full();
     let pulse = shards.pulse();
     let listeners = Listening::by_shard(listening, shards.count());
@@ -130,7 +137,9 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         .collect::<Result<_, _>>()?;
     let handler = {
         let service = service.clone();
-        move |accepted| connection::handle(accepted, service.current())
+        // The name that clients have for the server says nothing yet: there is one service.
+        let version = move |_: Option<&str>| service.current();
+        move |accepted| connection::handle(accepted, &front, &version)
     };
     let (restarts, restart) = mpsc::channel(1);
     let (drain, drains) = mpsc::channel(1);
@@ -260,6 +269,7 @@ fn registry(engine: &Engine, service: &Arc<Service>) -> Registry {
     registry.register("build", "The wasinetd that serves", build);
     limit::register(&mut registry);
     listener::register(&mut registry);
+    connection::register(&mut registry);
     engine.register(&mut registry);
     service::register(vec![service.clone()], &mut registry);
     registry

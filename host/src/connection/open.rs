@@ -91,6 +91,8 @@ pub struct Entry {
     pub id: u64,
     /// The client.
     pub peer: SocketAddr,
+    /// The proxy that speaks for it, if one does.
+    pub via: Option<SocketAddr>,
     /// What it is served with.
     pub version: Arc<Version>,
     /// When it began.
@@ -103,11 +105,12 @@ pub struct Entry {
 
 impl Entry {
     /// A connection that begins now.
-    pub(super) fn new(peer: SocketAddr, version: Arc<Version>) -> Self {
+    pub(super) fn new(peer: SocketAddr, via: Option<SocketAddr>, version: Arc<Version>) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             peer,
+            via,
             version,
             began: Instant::now(),
             used: Used::default(),

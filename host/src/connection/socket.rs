@@ -2,6 +2,7 @@
 //! do.
 
 use std::ffi::c_int;
+use std::future::poll_fn;
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::ioctl::{Getter, Opcode, ioctl};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
 /// A socket that does not block.
@@ -86,6 +87,48 @@ impl Socket {
         // spares the system call that would find nothing.
         ready!(Pin::new(self.watched()?).poll_read(cx, &mut buf))?;
         Poll::Ready(Ok(buf.filled().len()))
+    }
+
+    /// Looks at what is received next, and leaves it there. Zero bytes are the end.
+    pub(super) fn poll_peek(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        if let State::Fresh(_) = self.state {
+            match self.try_peek(buf) {
+                Err(error) if is_for_later(&error) => {}
+                result => return Poll::Ready(result),
+            }
+        }
+        loop {
+            let stream = self.watched()?;
+            ready!(stream.poll_read_ready(cx))?;
+            // The reactor tells of what comes after this has found nothing.
+            let peeked = stream.try_io(Interest::READABLE, || peek(stream.as_fd(), buf));
+            match peeked {
+                Err(error) if is_for_later(&error) => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+
+    /// Takes what was looked at before.
+    pub(super) fn take(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        let mut taken = 0;
+        while taken < buf.len() {
+            match self.try_receive(&mut buf[taken..])? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => taken += n,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether what comes next is the end of what is received. Waits until something comes.
+    pub(super) async fn ends_now(&mut self) -> bool {
+        let next = poll_fn(|cx| self.poll_peek(cx, &mut [0])).await;
+        !matches!(next, Ok(1..))
     }
 
     /// Ready when something can be received.
@@ -210,6 +253,10 @@ impl Socket {
         Ok(n)
     }
 
+    fn try_peek(&self, buf: &mut [u8]) -> io::Result<usize> {
+        peek(self.fd()?, buf)
+    }
+
     /// The socket as the reactor has it.
     fn watched(&mut self) -> io::Result<&mut TcpStream> {
         if let State::Fresh(_) = self.state
@@ -230,6 +277,11 @@ impl Socket {
             State::Closed => Err(io::ErrorKind::NotConnected.into()),
         }
     }
+}
+
+fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<usize> {
+    let (n, _) = recv(fd, buf, RecvFlags::DONTWAIT | RecvFlags::PEEK)?;
+    Ok(n)
 }
 
 /// Whether an operation that does not wait is to be tried again.
