@@ -84,6 +84,8 @@ test-tools:
 	@command -v curl >/dev/null || { echo 'make: curl is missing: apt-get install curl' >&2; exit 1; }
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || test -n "$$CHROMIUM" || \
 		echo 'make: without Chromium the tests of the dashboard are left out: apt-get install chromium' >&2
+	@command -v openssl >/dev/null || { echo 'make: openssl is missing: apt-get install openssl' >&2; exit 1; }
+	@command -v sslscan >/dev/null || echo 'make: without sslscan a test of TLS is left out: apt-get install sslscan' >&2
 	@command -v haproxy >/dev/null || echo 'make: without haproxy the tests behind one are left out: apt-get install haproxy' >&2
 
 # What is missing beside wrk is left out of the report by name.

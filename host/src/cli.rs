@@ -18,6 +18,7 @@ use wasinetd::network::Network;
 use wasinetd::sandbox::{self, Access, Destination, DirGrant};
 use wasinetd::service::Probe;
 
+pub(crate) use front::CertArgs;
 use front::FrontArgs;
 
 /// The exit code for a mistake on the command line (BSD `sysexits.h`).
@@ -48,6 +49,8 @@ pub(crate) enum Command {
     Compile(CompileArgs),
     /// See and steer a server that runs
     Ctl(CtlArgs),
+    /// Make a certificate for trying out TLS, which nobody else vouches for, and its key
+    Cert(CertArgs),
     /// Write the manual pages into a directory
     Man {
         /// The directory, which has to be there
@@ -181,6 +184,7 @@ impl ServeArgs {
                     Limit::MaxOutput => size_text(guest.output),
                     Limit::AllowConnect => format!("{connect} destinations"),
                     Limit::HandshakeTimeout => time(self.front.handshake_timeout),
+                    Limit::MaxHandshakes => self.front.max_handshakes.to_string(),
                     Limit::IdleTimeout => time_or_off(connection.idle_timeout),
                     Limit::FirstByteTimeout => time_or_off(connection.first_byte_timeout),
                     Limit::WriteTimeout => time_or_off(connection.write_timeout),

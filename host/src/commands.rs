@@ -1,5 +1,6 @@
 //! What the subcommands do.
 
+mod cert;
 mod check;
 mod man;
 mod operator;
@@ -18,6 +19,7 @@ use tracing::warn;
 use wasinetd::Error;
 use wasinetd::sandbox::{Cache, Refusal};
 
+pub(crate) use cert::cert;
 pub(crate) use check::{check, compile};
 pub(crate) use man::man;
 pub(crate) use serve::serve;

@@ -1,11 +1,13 @@
 //! One connection, from `accept` to its line in the log.
 
+mod channel;
 mod counts;
 mod front;
 mod limits;
 mod open;
 mod proxy;
 mod socket;
+pub mod tls;
 
 use std::fmt;
 use std::future::poll_fn;
@@ -22,8 +24,9 @@ use tracing::info;
 use crate::lifecycle::Lifecycle;
 use crate::limit::{Limit, Met};
 use crate::listener::Accepted;
-use crate::sandbox::{self, Guest, Transport};
+use crate::sandbox::{self, Guest, TlsInfo, Transport};
 use crate::spans::{Ended, Spans};
+use channel::Channel;
 use counts::Kind;
 pub use counts::{Counts, KINDS, Measures};
 use front::Client;
@@ -33,7 +36,6 @@ use limits::{Timer, Times};
 use open::Order;
 pub use open::{Entry, Open, Used};
 pub use proxy::Proxy;
-use socket::Socket;
 
 /// How long after the last byte of an answer the client may take to close its side, and how much
 /// it may still send meanwhile.
@@ -84,7 +86,11 @@ where
             let (front, version) = (front.clone(), version.clone());
             Err(Box::pin(async move {
                 let client = front.meet(accepted).await?;
-                let version = version(None);
+                let name = client
+                    .channel
+                    .tls()
+                    .and_then(|tls| tls.server_name.as_deref());
+                let version = version(name);
                 Some((client, version))
             }))
         }
@@ -106,7 +112,7 @@ where
 /// guest is done.
 async fn serve(client: Client, version: Arc<Version>) {
     let Client {
-        socket,
+        channel,
         peer,
         via,
         local,
@@ -114,9 +120,9 @@ async fn serve(client: Client, version: Arc<Version>) {
     } = client;
     let _counted = version.counts.begin();
     let entry = version.open.add(Entry::new(peer, via, version.clone()));
-    let connection = Connection::new(socket, local, entry.clone());
+    let connection = Connection::new(channel, local, entry.clone());
     let connection = Arc::new(Mutex::new(connection));
-    let outcome = {
+    let mut outcome = {
         let mut call = Box::pin(version.guest.handle(connection.clone()));
         let mut timer = Timer::default();
         let ending = poll_fn(|cx| {
@@ -124,14 +130,15 @@ async fn serve(client: Client, version: Arc<Version>) {
                 return Poll::Ready(Ending::Guest(result));
             }
             let mut connection = lock(&connection);
-            connection.socket.push();
+            connection.push(cx);
             if let Poll::Ready(limit) = connection.poll_limit(cx, &mut timer) {
                 return Poll::Ready(Ending::Limit(limit));
             }
             entry.poll_order(cx).map(Ending::Order)
         })
         .await;
-        Outcome::new(ending, lock(&connection).lost)
+        let connection = lock(&connection);
+        Outcome::new(ending, connection.lost || connection.channel.is_truncated())
         // The sandbox is gone after this block: none is held by a client that takes its time to
         // close.
     };
@@ -139,11 +146,16 @@ async fn serve(client: Client, version: Arc<Version>) {
         .expect("the sandbox that shared it is gone")
         .into_inner()
         .unwrap_or_else(PoisonError::into_inner);
+    if outcome == Outcome::Ok
+        && let Some(ending) = connection.finish().await
+    {
+        outcome = Outcome::new(ending, connection.lost);
+    }
     let duration = entry.began.elapsed();
     match outcome {
         Outcome::Ok => connection.close().await,
         // The client is not to take what it got for all.
-        _ => connection.socket.reset_when_dropped(),
+        _ => connection.channel.socket().reset_when_dropped(),
     }
     if let Outcome::Limit(limit) = outcome {
         connection.met.add(limit);
@@ -235,7 +247,7 @@ impl fmt::Display for Outcome {
 /// A socket with what is counted and remembered about it.
 struct Connection {
     entry: Arc<Entry>,
-    socket: Socket,
+    channel: Channel,
     /// Where the client connected to, if that is not where the socket is.
     local: Option<SocketAddr>,
     limits: Limits,
@@ -256,9 +268,9 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(socket: Socket, local: Option<SocketAddr>, entry: Arc<Entry>) -> Self {
+    fn new(channel: Channel, local: Option<SocketAddr>, entry: Arc<Entry>) -> Self {
         Self {
-            socket,
+            channel,
             local,
             limits: entry.version.limits,
             times: Times::new(entry.began),
@@ -273,23 +285,64 @@ impl Connection {
         }
     }
 
-    /// Closes in order: what was sent is delivered, then FIN.
-    async fn close(&mut self) {
+    /// Sends what is held back. To be called when the guest waits.
+    fn push(&mut self, cx: &mut Context<'_>) {
+        let (moved, pushed) = self.channel.poll_push(cx);
+        if moved {
+            self.times.sent(Instant::now());
+        }
+        match pushed {
+            Poll::Ready(result) => {
+                // The guest's next write finds out as well.
+                let _ = self.note(result);
+            }
+            Poll::Pending => self.waits_to_send(),
+        }
+    }
+
+    fn waits_to_send(&mut self) {
+        if self.times.waits_to_send() {
+            self.held = Some(self.channel.unsent());
+        }
+    }
+
+    /// Sends the end, with TLS after what the kernel has yet to take: some when it does not come to that.
+    async fn finish(&mut self) -> Option<Ending> {
         if self.lost {
-            return;
+            return None;
         }
         self.shutdown_sending();
-        if self.received_end {
+        if !self.channel.is_pushing() {
+            return None;
+        }
+        let entry = self.entry.clone();
+        let mut timer = Timer::default();
+        poll_fn(|cx| {
+            self.push(cx);
+            if self.lost || !self.channel.is_pushing() {
+                return Poll::Ready(None);
+            }
+            if let Poll::Ready(limit) = self.poll_limit(cx, &mut timer) {
+                return Poll::Ready(Some(Ending::Limit(limit)));
+            }
+            entry.poll_order(cx).map(|order| Some(Ending::Order(order)))
+        })
+        .await
+    }
+
+    /// Closes in order: FIN was sent, and what the client still sends is waited for.
+    async fn close(&mut self) {
+        if self.lost || self.received_end {
             return;
         }
         // A client that has its answer mostly closes its side at once. When everyone else has had a
         // turn that is known, and nothing has to be set up to wait for it.
         tokio::task::yield_now().await;
-        if self.socket.is_at_end() {
+        if self.channel.socket().is_at_end() {
             return;
         }
         tokio::select! {
-            _ = self.socket.drain(LINGER.1) => {}
+            _ = self.channel.socket().drain(LINGER.1) => {}
             () = tokio::time::sleep(LINGER.0) => {}
             _ = poll_fn(|cx| self.entry.poll_order(cx)) => {}
         }
@@ -317,9 +370,9 @@ impl Connection {
     fn is_met(&mut self, limit: Limit) -> bool {
         match limit {
             // The guest may have given up to read, or not have begun again.
-            Limit::FirstByteTimeout if self.socket.can_receive() => self.times.can_receive(),
+            Limit::FirstByteTimeout if self.channel.can_receive() => self.times.can_receive(),
             // The guest may have given up a write that was stuck.
-            Limit::WriteTimeout if self.socket.can_send() => self.times.can_send(),
+            Limit::WriteTimeout if self.channel.can_send() => self.times.can_send(),
             // A slow client takes what the kernel holds for it long after the guest has written it.
             Limit::WriteTimeout | Limit::IdleTimeout if self.client_takes() => {
                 self.times.taken(Instant::now());
@@ -332,14 +385,14 @@ impl Connection {
     /// Whether the kernel holds less for the client than when it was last asked. The first time,
     /// whether it holds anything.
     fn client_takes(&mut self) -> bool {
-        let held = self.socket.unsent();
+        let held = self.channel.unsent();
         let before = self.held.replace(held);
         before.map_or(held > 0, |before| held < before)
     }
 
     fn shutdown_sending(&mut self) {
         if !std::mem::replace(&mut self.sent_end, true) {
-            self.socket.shutdown_sending();
+            self.channel.shutdown_sending();
         }
     }
 
@@ -353,6 +406,7 @@ impl Connection {
             peer = %self.entry.peer,
             via = self.entry.via.map(tracing::field::display),
             version = self.entry.version.guest.digest().short(),
+            tls = self.channel.tls().map(tracing::field::display),
             duration = ?duration,
             bytes_in = self.entry.used.received(),
             bytes_out = self.entry.used.sent(),
@@ -381,6 +435,13 @@ impl Connection {
             KeyValue::new("wasinetd.cpu", used.computed().as_secs_f64()),
             KeyValue::new("wasinetd.memory", used.memory() as i64),
         ];
+        if let Some(tls) = self.channel.tls() {
+            attributes.push(KeyValue::new("tls.protocol.version", tls.version.clone()));
+            let name = tls.server_name.clone();
+            attributes.extend(name.map(|name| KeyValue::new("tls.client.server_name", name)));
+        }
+        let via = self.entry.via.map(|via| via.ip().to_string());
+        attributes.extend(via.map(|via| KeyValue::new("network.peer.address", via)));
         attributes.extend(
             self.met
                 .names()
@@ -425,14 +486,18 @@ impl Transport for Connection {
     }
 
     fn local_address(&self) -> io::Result<SocketAddr> {
-        self.local.map_or_else(|| self.socket.local_addr(), Ok)
+        self.local.map_or_else(|| self.channel.local_addr(), Ok)
+    }
+
+    fn tls(&self) -> Option<&TlsInfo> {
+        self.channel.tls()
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         let left = left(self.limits.bytes_in, self.entry.used.received());
         // With nothing left, the end may still come.
         let most = left.max(1).min(buf.len());
-        match self.socket.poll_receive(cx, &mut buf[..most]) {
+        match self.channel.poll_receive(cx, &mut buf[..most]) {
             Poll::Ready(Ok(1..)) if left == 0 => {
                 self.exceeded = Some(Limit::MaxBytesIn);
                 Poll::Pending
@@ -446,7 +511,7 @@ impl Transport for Connection {
     }
 
     fn poll_receivable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let receivable = self.socket.poll_receivable(cx);
+        let receivable = self.channel.poll_receivable(cx);
         if receivable.is_pending() {
             self.times.waits_to_receive();
         }
@@ -459,10 +524,8 @@ impl Transport for Connection {
             self.exceeded = Some(Limit::MaxBytesOut);
             return Poll::Pending;
         }
-        let Poll::Ready(result) = self.socket.poll_send(cx, &bytes[..most]) else {
-            if self.times.waits_to_send() {
-                self.held = Some(self.socket.unsent());
-            }
+        let Poll::Ready(result) = self.channel.poll_send(cx, &bytes[..most]) else {
+            self.waits_to_send();
             return Poll::Pending;
         };
         if let Ok(n) = result {
@@ -473,7 +536,7 @@ impl Transport for Connection {
     }
 
     fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.socket.poll_sendable(cx).map(|_| ())
+        self.channel.poll_sendable(cx).map(|_| ())
     }
 
     fn close_sending(&mut self) {

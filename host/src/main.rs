@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         Command::Check(args) => commands::check(&args),
         Command::Compile(args) => commands::compile(&args),
         Command::Ctl(args) => return ctl::run(args),
+        Command::Cert(args) => commands::cert(&args),
         Command::Man { directory } => commands::man(&directory),
     };
     result.unwrap_or_else(|error| {

@@ -28,3 +28,4 @@ mod shutdown;
 mod splits;
 mod start;
 mod swap;
+mod tls;

@@ -9,6 +9,7 @@ use futures::{Stream, StreamExt};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 use wasinetd::admin::{Admin, Obeyed};
+use wasinetd::connection::tls::Tls;
 use wasinetd::lifecycle::Controller;
 use wasinetd::service::Service;
 
@@ -21,18 +22,21 @@ pub(super) struct Operator<'a> {
     pub(super) supervisor: &'a Supervisor,
     pub(super) service: &'a Arc<Service>,
     pub(super) guest: &'a Path,
+    pub(super) tls: Option<&'a Arc<Tls>>,
     pub(super) controller: &'a Controller,
     pub(super) admin: Option<&'a Admin>,
     pub(super) drain: mpsc::Sender<()>,
 }
 
 impl Operator<'_> {
-    /// Swaps to what the guest's file has, at each item, until the server drains.
+    /// Swaps to what the guest's file has, at each item, and to what those of TLS have, until the server
+    /// drains.
     pub(super) async fn reload(&self, reloads: impl Stream<Item = ()>) {
         let reloading = async {
             let mut reloads = pin!(reloads);
             while let Some(()) = reloads.next().await {
                 self.supervisor.reloading();
+                self.read_certificates().await;
                 self.read_and_swap().await;
                 self.supervisor.ready();
             }
@@ -56,6 +60,25 @@ impl Operator<'_> {
             }
             Ok(Err(error)) => warn!(%error, "nothing has changed"),
             Err(error) => warn!(%error, "reading the guest's file failed"),
+        }
+    }
+
+    /// Reads the files of TLS again at each item.
+    pub(super) async fn renew(&self, changes: impl Stream<Item = ()>) {
+        let mut changes = pin!(changes);
+        while let Some(()) = changes.next().await {
+            self.read_certificates().await;
+        }
+    }
+
+    async fn read_certificates(&self) {
+        let Some(tls) = self.tls.cloned() else {
+            return;
+        };
+        match tokio::task::spawn_blocking(move || tls.reload()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(%error, "TLS is spoken as before"),
+            Err(error) => warn!(%error, "reading the files of TLS failed"),
         }
     }
 

@@ -17,6 +17,7 @@ use tracing::{info, warn};
 use wasinetd::Error;
 use wasinetd::admin::{Address, Admin, Logs, Operated};
 use wasinetd::capacity::{self, Plan};
+use wasinetd::connection::tls::Tls;
 use wasinetd::connection::{self, Front, Open};
 use wasinetd::lifecycle::Controller;
 use wasinetd::limit;
@@ -81,6 +82,11 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         .collect::<Result<_, _>>()?;
     let logs = Logs::default();
     let _log = logging::start(args.log_format, args.log_level, logs.clone());
+    let tls = args.front.tls()?.map(Tls::new).transpose()?.map(Arc::new);
+    let certificates = match &tls {
+        Some(tls) => watch::all_changes(&tls.files())?.left_stream(),
+        None => stream::pending().right_stream(),
+    };
     let cache = cache(&args.cache)?;
     let engine = Engine::new(plan.room(max_connections), &needs, limits, cache)?;
     let open = Arc::new(Open::default());
@@ -122,7 +128,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     });
     let front = Arc::new(Front {
         lifecycle: Some(lifecycle.clone()),
-        ..args.front.front()
+        ..args.front.front(tls.clone())
     });
     let when_full = args.admission.when_full();
     let pulse = shards.pulse();
@@ -169,6 +175,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         supervisor: &supervisor,
         service: &service,
         guest: &args.guest,
+        tls: tls.as_ref(),
         controller: &controller,
         admin: admin.as_ref(),
         drain,
@@ -192,6 +199,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
             tokio::join!(
                 service.tend(&lifecycle),
                 operator.reload(stream::select(signals.reload, changes)),
+                operator.renew(certificates),
                 operator.restart(restarts, handover),
                 operator.say_that_it_stops(),
                 supervisor.watchdog(&pulse),

@@ -41,6 +41,17 @@ pub(super) fn changes(path: &Path) -> Result<impl Stream<Item = ()> + use<>, Err
     }))
 }
 
+/// An item each time that one of the files has changed and is whole.
+///
+/// # Errors
+///
+/// [`Error::Watch`] when the system has no more watches for us.
+pub(super) fn all_changes(paths: &[PathBuf]) -> Result<impl Stream<Item = ()> + use<>, Error> {
+    let each = paths.iter().map(|path| Ok(Box::pin(changes(path)?)));
+    let each: Vec<_> = each.collect::<Result<_, Error>>()?;
+    Ok(stream::select_all(each))
+}
+
 struct Watch {
     path: PathBuf,
     known: Identity,

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use prometheus_client::collector::Collector;
@@ -17,17 +17,21 @@ use prometheus_client::registry::Registry;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use super::channel::Channel;
 use super::proxy::{self, Header, NoHeader, Proxy};
 use super::socket::Socket;
+use super::tls::{Refused, Tls};
 use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
 use crate::listener::{Accepted, Place};
 
 /// What is done with a connection before a guest has it. By default nothing is, which costs nothing.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Front {
     /// Whose connections begin with a header that says whom they are for.
     pub proxy: Option<Proxy>,
+    /// How TLS is spoken with clients, if it is.
+    pub tls: Option<Arc<Tls>>,
     /// How long all of this may take.
     pub timeout: Duration,
     /// When the server ends, so does what is under way here.
@@ -39,6 +43,7 @@ impl Default for Front {
     fn default() -> Self {
         Self {
             proxy: None,
+            tls: None,
             timeout: Duration::from_secs(10),
             lifecycle: None,
         }
@@ -47,7 +52,7 @@ impl Default for Front {
 
 /// A client that a guest can have.
 pub(super) struct Client {
-    pub(super) socket: Socket,
+    pub(super) channel: Channel,
     pub(super) peer: SocketAddr,
     /// The proxy that speaks for it.
     pub(super) via: Option<SocketAddr>,
@@ -60,7 +65,7 @@ impl From<Accepted> for Client {
     /// As it is when nothing is done before.
     fn from(accepted: Accepted) -> Self {
         Self {
-            socket: Socket::new(accepted.stream),
+            channel: Channel::Plain(Socket::new(accepted.stream)),
             peer: accepted.peer,
             via: None,
             local: None,
@@ -76,7 +81,7 @@ const GRACE: Duration = Duration::from_millis(50);
 impl Front {
     /// Whether anything is to be done with connections of `peer`.
     pub(super) fn concerns(&self, peer: SocketAddr) -> bool {
-        self.is_proxy(peer)
+        self.tls.is_some() || self.is_proxy(peer)
     }
 
     fn is_proxy(&self, peer: SocketAddr) -> bool {
@@ -86,8 +91,9 @@ impl Front {
     /// Does what is to be done. None if nothing came of it, which is counted and logged then.
     pub(super) async fn meet(&self, accepted: Accepted) -> Option<Client> {
         let mut client = Client::from(accepted);
+        let mut stage = Stage::Header;
         let met = {
-            let meeting = timeout(self.timeout, self.try_to_meet(&mut client));
+            let meeting = timeout(self.timeout, self.try_to_meet(&mut client, &mut stage));
             let ended = async {
                 match &self.lifecycle {
                     Some(lifecycle) => lifecycle.clone().ended().await,
@@ -96,31 +102,63 @@ impl Front {
             };
             tokio::select! {
                 biased;
-                met = meeting => met.unwrap_or_else(|_| Err(Failure::timeout())),
-                () = ended => Err(Failure::ended()),
+                met = meeting => met.ok(),
+                () = ended => Some(Err(Failure::ended())),
             }
         };
-        match met {
-            Ok(()) => Some(client),
-            Err(failure) => {
-                client.socket.reset_when_dropped();
-                failure.tell(&client);
-                None
-            }
+        let failure = match met {
+            Some(Ok(())) => return Some(client),
+            Some(Err(failure)) => failure,
+            None => Failure::timeout(stage),
+        };
+        if !failure.told {
+            client.channel.socket().reset_when_dropped();
         }
+        failure.tell(&client);
+        None
     }
 
-    async fn try_to_meet(&self, client: &mut Client) -> Result<(), Failure> {
+    async fn try_to_meet(&self, client: &mut Client, stage: &mut Stage) -> Result<(), Failure> {
         if self.is_proxy(client.peer) {
             introduce(client).await?;
         }
-        Ok(())
+        *stage = Stage::Handshake;
+        let Some(tls) = &self.tls else {
+            return Ok(());
+        };
+        match tls.shake_hands(&mut client.channel).await {
+            Ok(()) => {
+                HANDSHAKES.count(HandshakeOutcome::Ok as usize);
+                Ok(())
+            }
+            Err(refused) => {
+                let failure = Failure::handshake(refused);
+                if failure.told {
+                    // To close what has something unread would be a reset, which can destroy what the
+                    // client is told.
+                    let (time, most) = FAREWELL;
+                    let _ = timeout(time, client.channel.socket().drain(most)).await;
+                }
+                Err(failure)
+            }
+        }
     }
 }
 
+/// How far it has come.
+#[derive(Clone, Copy)]
+enum Stage {
+    Header,
+    Handshake,
+}
+
+/// How long a client that is told why there is no handshake may take to close, and what it may still
+/// send: what it had on its way.
+const FAREWELL: (Duration, usize) = (Duration::from_secs(1), 64 << 10);
+
 /// Learns from the proxy at the other end whom it speaks for.
 async fn introduce(client: &mut Client) -> Result<(), Failure> {
-    let header = proxy::receive(&mut client.socket).await;
+    let header = proxy::receive(client.channel.socket()).await;
     let header = header.map_err(|none| match none {
         NoHeader::Nothing => Failure::health_check(),
         NoHeader::Gone => Failure::header(HeaderOutcome::Gone, "the proxy is gone".into()),
@@ -135,7 +173,7 @@ async fn introduce(client: &mut Client) -> Result<(), Failure> {
             HEADERS.count(HeaderOutcome::Client as usize);
             client.place.admit(peer.ip()).map_err(Failure::refused)
         }
-        _ if timeout(GRACE, client.socket.ends_now()).await == Ok(true) => {
+        _ if timeout(GRACE, client.channel.socket().ends_now()).await == Ok(true) => {
             Err(Failure::health_check())
         }
         _ => {
@@ -152,15 +190,33 @@ struct Failure {
     /// In the words of the metrics.
     outcome: &'static str,
     reason: String,
+    /// The client was told so, and may read it.
+    told: bool,
 }
 
 impl Failure {
+    fn handshake(refused: Refused) -> Self {
+        let Refused {
+            outcome,
+            reason,
+            told,
+        } = refused;
+        HANDSHAKES.count(outcome as usize);
+        Self {
+            said: Some(&NO_HANDSHAKE),
+            outcome: HandshakeOutcome::NAMES[outcome as usize],
+            reason,
+            told,
+        }
+    }
+
     fn header(outcome: HeaderOutcome, reason: String) -> Self {
         HEADERS.count(outcome as usize);
         Self {
             said: Some(&NO_HEADER),
             outcome: HeaderOutcome::NAMES[outcome as usize],
             reason,
+            told: false,
         }
     }
 
@@ -170,12 +226,21 @@ impl Failure {
             said: None,
             outcome: HeaderOutcome::NAMES[HeaderOutcome::HealthCheck as usize],
             reason: "the proxy asked whether we are there".into(),
+            told: false,
         }
     }
 
-    fn timeout() -> Self {
+    fn timeout(stage: Stage) -> Self {
         Limit::HandshakeTimeout.count();
-        Self::header(HeaderOutcome::Timeout, "it took too long".into())
+        let reason = "it took too long".into();
+        match stage {
+            Stage::Header => Self::header(HeaderOutcome::Timeout, reason),
+            Stage::Handshake => Self::handshake(Refused {
+                outcome: HandshakeOutcome::Timeout,
+                reason,
+                told: false,
+            }),
+        }
     }
 
     fn refused(limit: Limit) -> Self {
@@ -184,6 +249,7 @@ impl Failure {
             said: Some(&REFUSED),
             outcome: limit.name(),
             reason: "it may not connect".into(),
+            told: false,
         }
     }
 
@@ -192,6 +258,7 @@ impl Failure {
             said: None,
             outcome: "ended",
             reason: "the server ended first".into(),
+            told: false,
         }
     }
 
@@ -246,6 +313,9 @@ impl Said {
 static NO_HEADER: Said =
     Said::new("a proxy sent no good header, the last of so many since the last such line");
 
+static NO_HANDSHAKE: Said =
+    Said::new("a TLS handshake came to nothing, the last of so many since the last such line");
+
 static REFUSED: Said =
     Said::new("refused a client of a proxy, the last of so many since the last such line");
 
@@ -270,6 +340,44 @@ impl HeaderOutcome {
         "gone",
     ];
 }
+
+/// What came of a TLS handshake.
+#[derive(Clone, Copy)]
+pub(super) enum HandshakeOutcome {
+    Ok,
+    Timeout,
+    ClientGone,
+    /// What came first is text.
+    PlainText,
+    Bad,
+    /// There is no version, cipher or protocol that both sides have.
+    Incompatible,
+    /// The client sent an alert: it does not like the certificate, mostly.
+    RefusedByClient,
+    NoClientCertificate,
+    BadClientCertificate,
+}
+
+impl HandshakeOutcome {
+    const NAMES: [&str; 9] = [
+        "ok",
+        "timeout",
+        "client_gone",
+        "plain_text",
+        "bad",
+        "incompatible",
+        "refused_by_client",
+        "no_client_certificate",
+        "bad_client_certificate",
+    ];
+}
+
+static HANDSHAKES: Tally<{ HandshakeOutcome::NAMES.len() }> = Tally {
+    name: "handshakes",
+    help: "TLS handshakes, and what came of them",
+    outcomes: HandshakeOutcome::NAMES,
+    counts: [const { AtomicU64::new(0) }; HandshakeOutcome::NAMES.len()],
+};
 
 static HEADERS: Tally<{ HeaderOutcome::NAMES.len() }> = Tally {
     name: "proxy_headers",
@@ -312,7 +420,8 @@ struct Tallies;
 
 impl Collector for Tallies {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
-        HEADERS.encode(&mut encoder)
+        HEADERS.encode(&mut encoder)?;
+        HANDSHAKES.encode(&mut encoder)
     }
 }
 

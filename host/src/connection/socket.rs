@@ -62,6 +62,15 @@ impl Socket {
         }
     }
 
+    /// None at all.
+    pub(super) fn closed() -> Self {
+        Self {
+            state: State::Closed,
+            received: true,
+            pushing: Pushing::Now,
+        }
+    }
+
     pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
         match &self.state {
             State::Fresh(stream) => stream.local_addr(),
@@ -125,10 +134,16 @@ impl Socket {
         Ok(())
     }
 
+    /// What comes next, which stays there. Waits until something, or the end, comes.
+    pub(super) async fn first_byte(&mut self) -> io::Result<Option<u8>> {
+        let mut first = [0];
+        let n = poll_fn(|cx| self.poll_peek(cx, &mut first)).await?;
+        Ok((n > 0).then_some(first[0]))
+    }
+
     /// Whether what comes next is the end of what is received. Waits until something comes.
     pub(super) async fn ends_now(&mut self) -> bool {
-        let next = poll_fn(|cx| self.poll_peek(cx, &mut [0])).await;
-        !matches!(next, Ok(1..))
+        !matches!(self.first_byte().await, Ok(Some(_)))
     }
 
     /// Ready when something can be received.
@@ -248,7 +263,8 @@ impl Socket {
         Ok(())
     }
 
-    fn try_receive(&self, buf: &mut [u8]) -> io::Result<usize> {
+    /// Receives what is there.
+    pub(super) fn try_receive(&self, buf: &mut [u8]) -> io::Result<usize> {
         let (n, _) = recv(self.fd()?, buf, RecvFlags::DONTWAIT)?;
         Ok(n)
     }
