@@ -101,6 +101,9 @@ test-tools:
 		echo "make: without $$tool a part of the tests of sockets is left out: apt-get install socat iproute2 systemd" >&2; done
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || test -n "$$CHROMIUM" || \
 		echo 'make: without Chromium the tests of the dashboard are left out: apt-get install chromium' >&2
+	@command -v openssl >/dev/null || { echo 'make: openssl is missing: apt-get install openssl' >&2; exit 1; }
+	@command -v sslscan >/dev/null || echo 'make: without sslscan a test of TLS is left out: apt-get install sslscan' >&2
+	@command -v haproxy >/dev/null || echo 'make: without haproxy the tests behind one are left out: apt-get install haproxy' >&2
 
 # What is missing beside wrk is left out of the report by name.
 bench-tools: toolchain

@@ -1,5 +1,7 @@
 //! The command line.
 
+mod front;
+
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,6 +17,9 @@ use wasinetd::network::Network;
 use wasinetd::sandbox::{self, Access, Destination, DirGrant};
 use wasinetd::service::Probe;
 use wasinetd::unix::{Mode, Owner, Permissions};
+
+pub(crate) use front::CertArgs;
+use front::FrontArgs;
 
 /// The exit code for a mistake on the command line (BSD `sysexits.h`).
 pub(crate) const EX_USAGE: u8 = 64;
@@ -49,6 +54,8 @@ pub(crate) enum Command {
     Schema,
     /// Begin a guest: a crate in Rust which builds, tests itself, and can be served as it is
     New(NewArgs),
+    /// Make a certificate for trying out TLS, which nobody else vouches for, and its key
+    Cert(CertArgs),
     /// Write the manual pages into a directory
     Man {
         /// The directory, which has to be there
@@ -142,6 +149,9 @@ pub(crate) struct ServiceArgs {
     pub(crate) connection_limits: ConnectionLimits,
 
     #[command(flatten)]
+    pub(crate) front: FrontArgs,
+
+    #[command(flatten)]
     pub(crate) swap: SwapArgs,
 }
 
@@ -211,6 +221,16 @@ pub(crate) struct ServiceTable {
     #[arg(long, value_name = "GUEST.wasm", value_hint = ValueHint::FilePath)]
     pub(crate) guest: PathBuf,
 
+    /// Serve those clients of another service, instead of listening, that ask for one of the server-name
+    /// in TLS. Who may connect, and TLS itself, are as that service has them
+    #[arg(long, value_name = "SERVICE", conflicts_with = "listen", requires = "server_name", value_parser = service_name)]
+    pub(crate) behind: Option<String>,
+
+    /// The names for the server that are this service's, with behind: chat.example, or *.example for all
+    /// that have one label more
+    #[arg(long, value_name = "NAME", requires = "behind", value_parser = server_name)]
+    pub(crate) server_name: Vec<String>,
+
     #[command(flatten)]
     pub(crate) service: ServiceArgs,
 }
@@ -252,6 +272,8 @@ impl ServiceArgs {
                     Limit::MaxCallSize => size_text(guest.call_size),
                     Limit::MaxOutput => size_text(guest.output),
                     Limit::AllowConnect => format!("{connect} destinations"),
+                    Limit::HandshakeTimeout => time(self.front.handshake_timeout),
+                    Limit::MaxHandshakes => self.front.max_handshakes.to_string(),
                     Limit::IdleTimeout => time_or_off(connection.idle_timeout),
                     Limit::FirstByteTimeout => time_or_off(connection.first_byte_timeout),
                     Limit::WriteTimeout => time_or_off(connection.write_timeout),
@@ -522,6 +544,7 @@ impl AdmissionArgs {
                 .and_then(NonZeroU32::new)
         };
         Rules {
+            proxies: Vec::new(),
             allow: self.allow.clone(),
             deny: self.deny.clone(),
             prefix: self.source_prefix,
@@ -889,6 +912,17 @@ fn service_name(value: &str) -> Result<String, String> {
         Err(format!(
             "not a name of 1 to {NAME_LETTERS} letters, digits, - and _, such as smtp-in"
         ))
+    }
+}
+
+fn server_name(value: &str) -> Result<String, String> {
+    let rest = value.strip_prefix("*.").unwrap_or(value);
+    let is_fine = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    let is_label = |label: &str| !label.is_empty() && label.bytes().all(is_fine);
+    if rest.split('.').all(is_label) {
+        Ok(value.into())
+    } else {
+        Err("not a name such as chat.example, or *.example".into())
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the subcommands do.
 
 mod activation;
+mod cert;
 mod check;
 mod completions;
 mod configured;
@@ -24,6 +25,7 @@ use tracing::warn;
 use wasinetd::Error;
 use wasinetd::sandbox::{Cache, Refusal};
 
+pub(crate) use cert::cert;
 pub(crate) use check::{check, compile};
 pub(crate) use completions::completions;
 pub(crate) use man::man;

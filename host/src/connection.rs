@@ -1,13 +1,18 @@
 //! One connection, from `accept` to its line in the log.
 
+mod channel;
 mod counts;
+mod front;
 mod limits;
 mod open;
+mod proxy;
 mod socket;
+pub mod tls;
 
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -18,17 +23,20 @@ use tracing::info;
 
 use crate::lifecycle::Lifecycle;
 use crate::limit::{Limit, Met};
-use crate::listener::{Accepted, StreamSocket};
+use crate::listener::Accepted;
 use crate::peer::Peer;
-use crate::sandbox::{self, Address, Guest, Transport};
+use crate::sandbox::{self, Address, Guest, TlsInfo, Transport};
 use crate::spans::{Ended, Spans};
+use channel::Channel;
 use counts::Kind;
 pub use counts::{Counts, KINDS, Measures};
+use front::Client;
+pub use front::{Front, register};
 pub use limits::Limits;
 use limits::{Timer, Times};
 use open::Order;
 pub use open::{Cutoff, Entry, Open, Used};
-use socket::Socket;
+pub use proxy::Proxy;
 
 /// How long after the last byte of an answer the client may take to close its side, and how much
 /// it may still send meanwhile.
@@ -60,22 +68,60 @@ pub struct Version {
     pub spans: Option<Arc<Spans>>,
 }
 
-/// Serves one accepted connection in a fresh sandbox, and logs how it went.
+/// Leads the clients of a listener to what they are served with.
+pub trait Route: Send + Sync + 'static {
+    /// What is done with a connection before a guest has it.
+    fn front(&self) -> &Front;
+
+    /// What it is served with, by the name that the client has for the server, if it has said one.
+    fn version(&self, server_name: Option<&str>) -> Arc<Version>;
+}
+
+/// Does with an accepted connection what is to be done before a guest has it, then serves it in a fresh
+/// sandbox, and logs how it went.
+pub fn handle<R: Route>(accepted: Accepted<Arc<R>>) -> impl Future<Output = ()> + Send + use<R> {
+    // Boxed, and only where there is something to do: what others have is not to be larger for it.
+    let begun = match accepted.to.front().concerns(accepted.peer) {
+        false => {
+            let version = accepted.to.version(None);
+            Ok((Client::from(accepted), version))
+        }
+        true => Err(Box::pin(async move {
+            let route = accepted.to.clone();
+            let client = route.front().meet(accepted).await?;
+            let tls = client.channel.tls();
+            let version = route.version(tls.and_then(|tls| tls.server_name.as_deref()));
+            Some((client, version))
+        })),
+    };
+    async move {
+        let begun = match begun {
+            Ok(begun) => Some(begun),
+            Err(meeting) => meeting.await,
+        };
+        if let Some((client, version)) = begun {
+            serve(client, version).await;
+        }
+    }
+}
+
+/// Serves a client in a fresh sandbox.
 ///
 /// The connection is reset when it meets one of its limits, or when it is told to end before the
 /// guest is done.
-pub async fn handle<T>(accepted: Accepted<T>, version: Arc<Version>) {
-    let Accepted {
-        stream,
+async fn serve(client: Client, version: Arc<Version>) {
+    let Client {
+        channel,
         peer,
+        via,
+        local,
         place,
-        ..
-    } = accepted;
+    } = client;
     let _counted = version.counts.begin();
-    let entry = version.open.add(Entry::new(peer, version.clone()));
-    let connection = Connection::new(stream, entry.clone());
+    let entry = version.open.add(Entry::new(peer, via, version.clone()));
+    let connection = Connection::new(channel, local, entry.clone());
     let connection = Arc::new(Mutex::new(connection));
-    let outcome = {
+    let mut outcome = {
         let mut call = Box::pin(version.guest.handle(connection.clone()));
         let mut timer = Timer::default();
         let ending = poll_fn(|cx| {
@@ -83,14 +129,15 @@ pub async fn handle<T>(accepted: Accepted<T>, version: Arc<Version>) {
                 return Poll::Ready(Ending::Guest(result));
             }
             let mut connection = lock(&connection);
-            connection.socket.push();
+            connection.push(cx);
             if let Poll::Ready(limit) = connection.poll_limit(cx, &mut timer) {
                 return Poll::Ready(Ending::Limit(limit));
             }
             entry.poll_order(cx).map(Ending::Order)
         })
         .await;
-        Outcome::new(ending, lock(&connection).lost)
+        let connection = lock(&connection);
+        Outcome::new(ending, connection.lost || connection.channel.is_truncated())
         // The sandbox is gone after this block: none is held by a client that takes its time to
         // close.
     };
@@ -98,11 +145,16 @@ pub async fn handle<T>(accepted: Accepted<T>, version: Arc<Version>) {
         .expect("the sandbox that shared it is gone")
         .into_inner()
         .unwrap_or_else(PoisonError::into_inner);
+    if outcome == Outcome::Ok
+        && let Some(ending) = connection.finish().await
+    {
+        outcome = Outcome::new(ending, connection.lost);
+    }
     let duration = entry.began.elapsed();
     match outcome {
         Outcome::Ok => connection.close().await,
         // The client is not to take what it got for all.
-        _ => connection.socket.reset_when_dropped(),
+        _ => connection.channel.socket().reset_when_dropped(),
     }
     if let Outcome::Limit(limit) = outcome {
         connection.met.add(limit);
@@ -194,7 +246,9 @@ impl fmt::Display for Outcome {
 /// A socket with what is counted and remembered about it.
 struct Connection {
     entry: Arc<Entry>,
-    socket: Socket,
+    channel: Channel,
+    /// Where the client connected to, if that is not where the socket is.
+    local: Option<SocketAddr>,
     limits: Limits,
     times: Times,
     /// A limit of bytes that the guest or the client wants to go beyond.
@@ -213,9 +267,10 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(stream: StreamSocket, entry: Arc<Entry>) -> Self {
+    fn new(channel: Channel, local: Option<SocketAddr>, entry: Arc<Entry>) -> Self {
         Self {
-            socket: Socket::new(stream),
+            channel,
+            local,
             limits: entry.version.limits,
             times: Times::new(entry.began),
             entry,
@@ -229,24 +284,65 @@ impl Connection {
         }
     }
 
-    /// Closes in order: what was sent is delivered, then FIN.
-    async fn close(&mut self) {
-        if self.lost {
-            return;
+    /// Sends what is held back. To be called when the guest waits.
+    fn push(&mut self, cx: &mut Context<'_>) {
+        let (moved, pushed) = self.channel.poll_push(cx);
+        if moved {
+            self.times.sent(Instant::now());
         }
-        self.socket.end_in_order();
+        match pushed {
+            Poll::Ready(result) => {
+                // The guest's next write finds out as well.
+                let _ = self.note(result);
+            }
+            Poll::Pending => self.waits_to_send(),
+        }
+    }
+
+    fn waits_to_send(&mut self) {
+        if self.times.waits_to_send() {
+            self.held = Some(self.channel.unsent());
+        }
+    }
+
+    /// Sends the end, with TLS after what the kernel has yet to take: some when it does not come to that.
+    async fn finish(&mut self) -> Option<Ending> {
+        if self.lost {
+            return None;
+        }
+        self.channel.end_in_order();
         self.shutdown_sending();
-        if self.received_end {
+        if !self.channel.is_pushing() {
+            return None;
+        }
+        let entry = self.entry.clone();
+        let mut timer = Timer::default();
+        poll_fn(|cx| {
+            self.push(cx);
+            if self.lost || !self.channel.is_pushing() {
+                return Poll::Ready(None);
+            }
+            if let Poll::Ready(limit) = self.poll_limit(cx, &mut timer) {
+                return Poll::Ready(Some(Ending::Limit(limit)));
+            }
+            entry.poll_order(cx).map(|order| Some(Ending::Order(order)))
+        })
+        .await
+    }
+
+    /// Closes in order: FIN was sent, and what the client still sends is waited for.
+    async fn close(&mut self) {
+        if self.lost || self.received_end {
             return;
         }
         // A client that has its answer mostly closes its side at once. When everyone else has had a
         // turn that is known, and nothing has to be set up to wait for it.
         tokio::task::yield_now().await;
-        if self.socket.is_at_end() {
+        if self.channel.socket().is_at_end() {
             return;
         }
         tokio::select! {
-            _ = self.socket.drain(LINGER.1) => {}
+            _ = self.channel.socket().drain(LINGER.1) => {}
             () = tokio::time::sleep(LINGER.0) => {}
             _ = poll_fn(|cx| self.entry.poll_order(cx)) => {}
         }
@@ -274,9 +370,9 @@ impl Connection {
     fn is_met(&mut self, limit: Limit) -> bool {
         match limit {
             // The guest may have given up to read, or not have begun again.
-            Limit::FirstByteTimeout if self.socket.can_receive() => self.times.can_receive(),
+            Limit::FirstByteTimeout if self.channel.can_receive() => self.times.can_receive(),
             // The guest may have given up a write that was stuck.
-            Limit::WriteTimeout if self.socket.can_send() => self.times.can_send(),
+            Limit::WriteTimeout if self.channel.can_send() => self.times.can_send(),
             // A slow client takes what the kernel holds for it long after the guest has written it.
             Limit::WriteTimeout | Limit::IdleTimeout if self.client_takes() => {
                 self.times.taken(Instant::now());
@@ -289,14 +385,14 @@ impl Connection {
     /// Whether the kernel holds less for the client than when it was last asked. The first time,
     /// whether it holds anything.
     fn client_takes(&mut self) -> bool {
-        let held = self.socket.unsent();
+        let held = self.channel.unsent();
         let before = self.held.replace(held);
         before.map_or(held > 0, |before| held < before)
     }
 
     fn shutdown_sending(&mut self) {
         if !std::mem::replace(&mut self.sent_end, true) {
-            self.socket.shutdown_sending();
+            self.channel.shutdown_sending();
         }
     }
 
@@ -308,8 +404,10 @@ impl Connection {
         info!(
             id = self.entry.id,
             peer = %self.entry.peer,
+            via = self.entry.via.map(tracing::field::display),
             service = &*self.entry.version.service,
             version = self.entry.version.guest.digest().short(),
+            tls = self.channel.tls().map(tracing::field::display),
             duration = ?duration,
             bytes_in = self.entry.used.received(),
             bytes_out = self.entry.used.sent(),
@@ -347,6 +445,13 @@ impl Connection {
             KeyValue::new("wasinetd.cpu", used.computed().as_secs_f64()),
             KeyValue::new("wasinetd.memory", used.memory() as i64),
         ]);
+        if let Some(tls) = self.channel.tls() {
+            attributes.push(KeyValue::new("tls.protocol.version", tls.version.clone()));
+            let name = tls.server_name.clone();
+            attributes.extend(name.map(|name| KeyValue::new("tls.client.server_name", name)));
+        }
+        let via = self.entry.via.map(|via| via.ip().to_string());
+        attributes.extend(via.map(|via| KeyValue::new("network.peer.address", via)));
         attributes.extend(
             self.met
                 .names()
@@ -390,19 +495,26 @@ impl Transport for Connection {
         match self.entry.peer {
             Peer::Ip(address) => address.into(),
             // One that is gone has no path either.
-            Peer::Unix { .. } => self.socket.remote_address().unwrap_or(Address::Unix(None)),
+            Peer::Unix { .. } => self.channel.remote_address().unwrap_or(Address::Unix(None)),
         }
     }
 
     fn local_address(&self) -> io::Result<Address> {
-        self.socket.local_address()
+        match self.local {
+            Some(local) => Ok(local.into()),
+            None => self.channel.local_address(),
+        }
+    }
+
+    fn tls(&self) -> Option<&TlsInfo> {
+        self.channel.tls()
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         let left = left(self.limits.bytes_in, self.entry.used.received());
         // With nothing left, the end may still come.
         let most = left.max(1).min(buf.len());
-        match self.socket.poll_receive(cx, &mut buf[..most]) {
+        match self.channel.poll_receive(cx, &mut buf[..most]) {
             Poll::Ready(Ok(1..)) if left == 0 => {
                 self.exceeded = Some(Limit::MaxBytesIn);
                 Poll::Pending
@@ -416,7 +528,7 @@ impl Transport for Connection {
     }
 
     fn poll_receivable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let receivable = self.socket.poll_receivable(cx);
+        let receivable = self.channel.poll_receivable(cx);
         if receivable.is_pending() {
             self.times.waits_to_receive();
         }
@@ -429,10 +541,8 @@ impl Transport for Connection {
             self.exceeded = Some(Limit::MaxBytesOut);
             return Poll::Pending;
         }
-        let Poll::Ready(result) = self.socket.poll_send(cx, &bytes[..most]) else {
-            if self.times.waits_to_send() {
-                self.held = Some(self.socket.unsent());
-            }
+        let Poll::Ready(result) = self.channel.poll_send(cx, &bytes[..most]) else {
+            self.waits_to_send();
             return Poll::Pending;
         };
         if let Ok(n) = result {
@@ -443,7 +553,7 @@ impl Transport for Connection {
     }
 
     fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.socket.poll_sendable(cx).map(|_| ())
+        self.channel.poll_sendable(cx).map(|_| ())
     }
 
     fn close_sending(&mut self) {

@@ -127,6 +127,39 @@ pub enum Error {
         reason: String,
     },
 
+    /// A file of TLS is not what it has to be.
+    #[error("cannot use {path:?} given to {flag}: {reason}")]
+    Tls {
+        /// The flag that names it.
+        flag: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and the fix.
+        reason: String,
+    },
+
+    /// There are not as many keys as certificates.
+    #[error(
+        "--tls-cert is there {certificates} times, --tls-key {keys} times and --tls-ocsp {ocsp} times; give each certificate its key, in the same order, and no more answers than certificates"
+    )]
+    TlsPairs {
+        /// The certificates.
+        certificates: usize,
+        /// The keys.
+        keys: usize,
+        /// The answers of OCSP.
+        ocsp: usize,
+    },
+
+    /// A certificate cannot be made.
+    #[error("cannot make {path:?}: {reason}")]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+        /// Why, and the fix.
+        reason: String,
+    },
+
     /// The guest's file cannot be watched.
     #[error(
         "cannot watch {path:?}, as --watch asks for: {reason}; name a file in a directory that can be read, or send SIGHUP instead when it has changed"
@@ -207,8 +240,10 @@ impl Error {
             | Self::Cache { .. }
             | Self::Man { .. }
             | Self::Passed { .. }
+            | Self::Tls { .. }
+            | Self::Certificate { .. }
             | Self::Token { .. } => 78,
-            Self::NoToken | Self::Taken { .. } | Self::Sdk { .. } => 64,
+            Self::NoToken | Self::TlsPairs { .. } | Self::Taken { .. } | Self::Sdk { .. } => 64,
             Self::Create { .. } => 73,
             Self::Watch { .. } | Self::Listen { .. } | Self::Admin { .. } => 69,
             Self::Internal { .. } => 70,

@@ -30,6 +30,10 @@ pub enum Limit {
     MaxOutput,
     /// Where a guest may connect to.
     AllowConnect,
+    /// How long it takes until a guest can have a connection.
+    HandshakeTimeout,
+    /// TLS handshakes at once.
+    MaxHandshakes,
     /// How long no byte is moved either way.
     IdleTimeout,
     /// How long a guest waits for the first byte.
@@ -65,7 +69,7 @@ static MET: [AtomicU64; Limit::ALL.len()] = [const { AtomicU64::new(0) }; Limit:
 
 impl Limit {
     /// All there are.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::MaxMemory,
         Self::MaxTotalMemory,
         Self::CpuTime,
@@ -75,6 +79,8 @@ impl Limit {
         Self::MaxCallSize,
         Self::MaxOutput,
         Self::AllowConnect,
+        Self::HandshakeTimeout,
+        Self::MaxHandshakes,
         Self::IdleTimeout,
         Self::FirstByteTimeout,
         Self::WriteTimeout,
@@ -103,6 +109,8 @@ impl Limit {
             Self::MaxCallSize => "max-call-size",
             Self::MaxOutput => "max-output",
             Self::AllowConnect => "allow-connect",
+            Self::HandshakeTimeout => "handshake-timeout",
+            Self::MaxHandshakes => "max-handshakes",
             Self::IdleTimeout => "idle-timeout",
             Self::FirstByteTimeout => "first-byte-timeout",
             Self::WriteTimeout => "write-timeout",

@@ -28,7 +28,8 @@ use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
 use crate::peer::Peer;
 pub use address::{Address, AddressError};
-pub use admission::{Admission, Prefix, PrefixError, Rules, SourcePlace};
+use admission::SourcePlace;
+pub use admission::{Admission, Prefix, PrefixError, Rules};
 pub use bind::{Bound, Listener, Listening, Settings, StreamSocket};
 pub use gathered::{Gathered, Joining};
 
@@ -92,8 +93,20 @@ pub struct Accepted<T> {
 ///
 /// The source's is given back first: whoever comes by the other is not to be refused for it.
 pub struct Place {
-    _of_source: SourcePlace,
+    of_source: SourcePlace,
     _among_all: (Permit, Option<Permit>),
+}
+
+impl Place {
+    /// Lets in the client that a proxy speaks for, or says which limit is in its way. To be called for
+    /// the connections of proxies (see [`Rules::proxies`]) when it is known whom they are for.
+    ///
+    /// # Errors
+    ///
+    /// The limit. The connection is to be reset.
+    pub fn admit(&mut self, client: Peer) -> Result<(), Limit> {
+        self.of_source.admit(client)
+    }
 }
 
 /// What becomes of clients while the server is full.
@@ -366,7 +379,7 @@ impl<T: Clone + Unpin> Stream for Incoming<T> {
                                 stream,
                                 peer,
                                 place: Place {
-                                    _of_source: of_source,
+                                    of_source,
                                     _among_all: among_all,
                                 },
                             }));

@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         Command::Ctl(args) => return ctl::run(args),
         Command::Schema => commands::schema(),
         Command::New(args) => commands::new(&args),
+        Command::Cert(args) => commands::cert(&args),
         Command::Man { directory } => commands::man(&directory),
         Command::Completions { shell } => commands::completions(shell),
     };

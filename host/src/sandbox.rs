@@ -17,6 +17,7 @@ mod trap;
 mod turns;
 mod wasi;
 
+use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
@@ -79,6 +80,11 @@ pub trait Transport: Send + 'static {
     /// Fails when the system cannot tell any more.
     fn local_address(&self) -> io::Result<Address>;
 
+    /// What is known of TLS, where it is spoken with the peer.
+    fn tls(&self) -> Option<&TlsInfo> {
+        None
+    }
+
     /// Receives into `buf`, which is not empty. Zero bytes are the end of the stream.
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>>;
 
@@ -128,6 +134,40 @@ pub trait Transport: Send + 'static {
     fn has_memory(&mut self, bytes: usize) {
         let _ = bytes;
     }
+}
+
+/// What is known of TLS on a connection.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TlsInfo {
+    /// The name that the peer has asked for (SNI, RFC 6066).
+    pub server_name: Option<String>,
+    /// The protocol that was agreed on (ALPN, RFC 7301).
+    pub alpn: Option<String>,
+    /// The version: `TLSv1.2` or `TLSv1.3`.
+    pub version: String,
+    /// The certificate that the peer has shown, which was checked.
+    pub client_certificate: Option<ClientCertificate>,
+}
+
+/// For the log: the version, and the name.
+impl fmt::Display for TlsInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.version)?;
+        match &self.server_name {
+            Some(name) => write!(f, " {name}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A certificate that a peer has shown.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClientCertificate {
+    /// Whom it is for, as RFC 4514 writes it. Empty where it is for nobody by name, or by one of more
+    /// than 4 KiB.
+    pub subject: String,
+    /// The SHA-256 of the certificate, in hexadecimal digits.
+    pub fingerprint: String,
 }
 
 /// A transport shared by the sandbox and by its owner, who ends it.

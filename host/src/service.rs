@@ -6,6 +6,7 @@
 mod figures;
 mod load;
 mod probe;
+mod route;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,7 @@ use crate::lifecycle::{Controller, Lifecycle};
 use crate::sandbox::{self, Digest, Engine, Grants, Guest};
 use crate::spans::Spans;
 pub use probe::Probe;
+pub use route::{Named, Route};
 
 /// What a service is, beside its guest.
 pub struct Settings {

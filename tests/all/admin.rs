@@ -110,7 +110,7 @@ fn each_limit_is_counted_when_it_is_met() {
             .filter_map(|line| line.split('"').next())
             .collect();
         // Those of `--help`, but for what is no limit by itself.
-        assert_eq!(counted.len(), 23, "{all}");
+        assert_eq!(counted.len(), 25, "{all}");
         for flag in counted {
             assert_eq!(met(flag), 0.0, "{flag}");
         }

@@ -440,6 +440,70 @@ fn the_schema_knows_every_key() {
     assert!(known > 40, "{known} flags in\n{help}");
 }
 
+/// Certificate and key in a new directory beside the config file.
+fn certificate(config: &Config, name: &str) -> [PathBuf; 2] {
+    let directory = config.admin.beside(name);
+    fs::create_dir(&directory).unwrap();
+    let mut command = wasinetd();
+    command.arg("cert").arg(&directory).args(["--name", name]);
+    assert!(crate::harness::output(&mut command).status.success());
+    ["cert.pem", "key.pem"].map(|file| directory.join(file))
+}
+
+#[test]
+fn a_service_has_those_who_ask_for_its_name() {
+    let config = Config::new("");
+    let [cert_a, key_a] = certificate(&config, "a.example");
+    let [cert_b, key_b] = certificate(&config, "b.example");
+    for name in ["first", "behind"] {
+        fs::create_dir(config.admin.beside(name)).unwrap();
+        fs::write(config.admin.beside(name).join("hello.html"), name).unwrap();
+    }
+    let tls = format!(
+        "dir = 'first::/static'\ntls-cert = [{cert_a:?}, {cert_b:?}]\ntls-key = [{key_a:?}, {key_b:?}]"
+    );
+    let first = service("first", guest("hello"), &tls);
+    let behind = |name: &str| {
+        format!(
+            "[[service]]\nname = 'behind'\nbehind = 'first'\nserver-name = '{name}'\nguest = {:?}\ndir = 'behind::/static'\n",
+            guest("hello")
+        )
+    };
+    config.write(&format!("{first}{}", behind("b.example")));
+    let server = Server::start_config(&config.path, 1);
+    let ask = |name: &str, certificate: &PathBuf| {
+        let address = server.address();
+        let mut curl = std::process::Command::new("curl");
+        curl.args(["--silent", "--show-error", "--max-time", "20", "--cacert"])
+            .arg(certificate)
+            .args(["--resolve", &format!("{name}:{}:127.0.0.1", address.port())])
+            .arg(format!("https://{name}:{}/", address.port()));
+        let output = crate::harness::output(&mut curl);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}\n{server:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(ask("a.example", &cert_a), "first");
+    assert_eq!(ask("b.example", &cert_b), "behind");
+    server.wait_for_log(&["connection ended", "service=\"behind\"", "b.example"]);
+    // A reload leads them elsewhere, with the certificates that there are.
+    config.write(&format!("{first}{}", behind("a.example")));
+    assert_eq!(config.reload(), "changed: behind");
+    assert_eq!(ask("a.example", &cert_a), "behind");
+    assert_eq!(ask("b.example", &cert_b), "first");
+    // What the listener decides is not for those behind it to say.
+    config.write(&format!(
+        "{first}{}max-connections = 3\n",
+        behind("a.example")
+    ));
+    let said = config.admin.ctl(&["reload"]).stderr;
+    let said = String::from_utf8(said).unwrap();
+    assert!(
+        said.contains("max-connections: it is for the service \"first\" to say"),
+        "{said}"
+    );
+}
+
 #[test]
 fn services_drain_together() {
     for stop in [Signal::TERM, Signal::INT] {

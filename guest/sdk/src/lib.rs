@@ -73,11 +73,13 @@
 pub mod fs;
 mod half;
 mod stream;
+mod tls;
 
 use std::time::Duration;
 
 pub use half::{ReadHalf, WriteHalf};
 pub use stream::{Address, Drain, TcpStream};
+pub use tls::{ClientCertificate, TlsInfo};
 
 /// What the [`export!`] macro expands to. Not a public interface.
 #[doc(hidden)]

@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 
 use futures::io::{AsyncBufRead, AsyncRead, AsyncWrite};
 
+use crate::TlsInfo;
 use crate::half::{ReadHalf, WriteHalf};
 use crate::rt::Connection;
 use crate::rt::bindings::wasinetd::tcp::types::SocketAddress;
@@ -76,6 +77,23 @@ impl TcpStream {
     /// [`io::ErrorKind::Unsupported`] when the client did not connect over IP.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.local().ip()
+    }
+
+    /// What is known of TLS, if the host speaks it with the client (`--tls-cert`). What is read and
+    /// written here is within.
+    ///
+    /// Reading ends in order only if the client said by TLS that it is at its end. If it just closed, or
+    /// somebody on the way did, the last read is an error, for what came may be cut short.
+    ///
+    /// ```no_run
+    /// # fn example(stream: &wasinetd_guest::TcpStream) {
+    /// if let Some(client) = stream.tls().and_then(|tls| tls.client_certificate) {
+    ///     println!("this is {}", client.subject);
+    /// }
+    /// # }
+    /// ```
+    pub fn tls(&self) -> Option<TlsInfo> {
+        self.connection.tls().map(Into::into)
     }
 
     /// How to learn that the host is draining, for as long as the stream itself is in use.

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use clap::builder::Command;
@@ -10,6 +11,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, CommandFactory, Parser, ValueHint};
 use wasinetd::Error;
 use wasinetd::config::{self, Key, Mistake, Mistakes, Setting, Table, Takes};
+use wasinetd::connection::tls::Tls;
 use wasinetd::listener::Address;
 use wasinetd::sandbox::{Access, Grants, Needs};
 
@@ -33,6 +35,8 @@ pub(super) struct Configured {
 pub(super) struct Spec {
     pub(super) name: String,
     pub(super) guest: PathBuf,
+    /// The service whose clients it has, of these names for the server.
+    pub(super) behind: Option<(String, Vec<String>)>,
     pub(super) args: ServiceArgs,
     /// What the config file says of it.
     pub(super) table: Table,
@@ -52,6 +56,7 @@ pub(super) struct Checked {
     pub(super) component: Bytes,
     pub(super) needs: Needs,
     pub(super) grants: Grants,
+    pub(super) tls: Option<Arc<Tls>>,
 }
 
 impl Configured {
@@ -72,6 +77,7 @@ impl Configured {
                     services: vec![Spec {
                         name: ONLY_SERVICE.into(),
                         guest,
+                        behind: None,
                         args: service,
                         table: Table::default(),
                     }],
@@ -102,6 +108,7 @@ impl Configured {
                 Some(Spec {
                     name: parsed.name,
                     guest: parsed.guest,
+                    behind: parsed.behind.map(|other| (other, parsed.server_name)),
                     args: parsed.service,
                     table,
                 })
@@ -139,16 +146,21 @@ pub(super) fn check_all(
     for spec in services {
         let guest = guest(&spec, known.remove(&spec.name)).map_err(|error| ("guest", error));
         let grants = grants(&spec);
-        match (guest, grants, config) {
-            (Ok((component, needs)), Ok(grants), _) => checked.push(Checked {
+        let tls = tls(&spec).map_err(|error| ("tls-cert", error));
+        match (guest, grants, tls) {
+            (Ok((component, needs)), Ok(grants), Ok(tls)) => checked.push(Checked {
                 spec,
                 component,
                 needs,
                 grants,
+                tls,
             }),
-            (Err((_, error)), _, None) | (Ok(_), Err((_, error)), None) => return Err(error),
-            (guest, grants, Some(_)) => {
-                for (key, error) in guest.err().into_iter().chain(grants.err()) {
+            (guest, grants, tls) => {
+                let wrong = guest.err().into_iter().chain(grants.err()).chain(tls.err());
+                for (key, error) in wrong {
+                    if config.is_none() {
+                        return Err(error);
+                    }
                     mistakes.push(Mistake {
                         line: spec.line(key),
                         text: format!("{key}: {error}"),
@@ -174,6 +186,11 @@ fn guest(spec: &Spec, component: Option<Vec<u8>>) -> Result<(Bytes, Needs), Erro
     Ok((component.into(), needs))
 }
 
+fn tls(spec: &Spec) -> Result<Option<Arc<Tls>>, Error> {
+    let settings = spec.args.front.tls()?;
+    Ok(settings.map(Tls::new).transpose()?.map(Arc::new))
+}
+
 /// Fails with the key that is wrong.
 fn grants(spec: &Spec) -> Result<Grants, (&'static str, Error)> {
     let grants = Grants::new(&spec.args.directories(), spec.args.env.clone());
@@ -196,6 +213,35 @@ fn wrong(path: &Path, mut mistakes: Vec<Mistake>) -> Error {
     })
 }
 
+/// What a service that is behind another one has no say in.
+const OF_THE_LISTENER: [&str; 25] = [
+    "dispatch",
+    "max-connections",
+    "allow",
+    "deny",
+    "max-connections-per-source",
+    "source-prefix",
+    "accept-rate",
+    "accept-rate-per-source",
+    "when-full",
+    "full-banner",
+    "keepalive",
+    "backlog",
+    "reuse-port",
+    "unix-mode",
+    "unix-owner",
+    "proxy-from",
+    "tls-cert",
+    "tls-key",
+    "tls-ocsp",
+    "tls-alpn",
+    "tls-min-version",
+    "tls-client-ca",
+    "tls-client-auth",
+    "handshake-timeout",
+    "max-handshakes",
+];
+
 /// Services have names of their own, and addresses of their own.
 fn agree(services: &[Spec], mistakes: &mut Vec<Mistake>) {
     let mut names: HashSet<&str> = HashSet::new();
@@ -214,7 +260,31 @@ fn agree(services: &[Spec], mistakes: &mut Vec<Mistake>) {
             );
             wrong("name", text);
         }
-        if spec.args.listen.is_empty() {
+        if let Some((other, _)) = &spec.behind {
+            for key in OF_THE_LISTENER {
+                if spec.table.get(key).is_some() {
+                    wrong(
+                        key,
+                        format!("{key}: it is for the service {other:?} to say"),
+                    );
+                }
+            }
+            let mut others = services.iter();
+            let of_name = others.find(|one| one.name == *other);
+            match of_name {
+                None => wrong("behind", format!("behind: there is no service {other:?}")),
+                Some(one) if one.behind.is_some() => {
+                    let text = format!("behind: {other:?} is behind another one itself");
+                    wrong("behind", text);
+                }
+                Some(one) if !one.args.front.speaks_tls() => {
+                    let text =
+                        format!("behind: {other:?} speaks no TLS; give it tls-cert and tls-key");
+                    wrong("behind", text);
+                }
+                Some(_) => {}
+            }
+        } else if spec.args.listen.is_empty() {
             let text =
                 "listen is missing; write listen = \"127.0.0.1:7878\", or several in an array";
             wrong("listen", text.into());

@@ -8,12 +8,13 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tracing::{info, warn};
 use wasinetd::Error;
-use wasinetd::connection::Open;
+use wasinetd::connection::tls::Tls;
+use wasinetd::connection::{Front, Open};
 use wasinetd::lifecycle::{Controller, Lifecycle};
 use wasinetd::limit::Limit;
-use wasinetd::listener::{Address, Admission, Bound, Incoming, Joining, Listening, Places};
+use wasinetd::listener::{Address, Admission, Bound, Incoming, Joining, Listening, Places, Rules};
 use wasinetd::sandbox::{Engine, Grants, SharedLimits};
-use wasinetd::service::{Prepared, Service, Services, Settings};
+use wasinetd::service::{Named, Prepared, Route, Service, Services, Settings};
 use wasinetd::spans::Spans;
 
 use super::activation::Passed;
@@ -25,7 +26,7 @@ use crate::cli::{Dispatch, ServiceArgs};
 pub(super) struct Threads {
     pub(super) dispatch: Dispatch,
     pub(super) handles: Vec<Handle>,
-    pub(super) joining: Vec<Joining<Incoming<Arc<Service>>>>,
+    pub(super) joining: Vec<Joining<Incoming<Arc<Route>>>>,
 }
 
 /// What all services share.
@@ -61,6 +62,9 @@ struct State {
 struct Running {
     spec: Spec,
     service: Arc<Service>,
+    /// What its clients are led by.
+    route: Arc<Route>,
+    tls: Option<Arc<Tls>>,
     controller: Arc<Controller>,
     ports: Vec<Port>,
 }
@@ -78,6 +82,7 @@ struct Port {
 pub(super) struct Ready {
     spec: Spec,
     service: Arc<Service>,
+    tls: Option<Arc<Tls>>,
     listening: Vec<(Address, Listening)>,
 }
 
@@ -100,6 +105,25 @@ pub(super) fn bind(
         all.extend(bound.into_iter().map(|bound| (address.clone(), bound)));
     }
     Ok(all)
+}
+
+/// What has changed of a service.
+#[derive(Clone, Debug)]
+pub(super) enum Change {
+    /// Its guest's file.
+    Guest(String),
+    /// A file of TLS.
+    Tls(String),
+}
+
+/// The files of a service that are to be watched. Those of TLS always are: certificates expire.
+pub(super) fn watched(spec: &Spec, tls: Option<&Tls>) -> Vec<(Change, PathBuf)> {
+    let guest = || (Change::Guest(spec.name.clone()), spec.guest.clone());
+    let mut watched: Vec<_> = spec.args.swap.watch.then(guest).into_iter().collect();
+    for file in tls.into_iter().flat_map(Tls::files) {
+        watched.push((Change::Tls(spec.name.clone()), file));
+    }
+    watched
 }
 
 /// What a service is made within.
@@ -135,6 +159,7 @@ impl Ready {
             .collect::<Result<_, Error>>()?;
         Ok(Self {
             service: Arc::new(service),
+            tls: checked.tls,
             listening,
             spec: checked.spec,
         })
@@ -180,6 +205,7 @@ impl Fleet {
             let running = fleet.begin(&state, one)?;
             state.running.push(running);
         }
+        lead_by_name(&state.running);
         fleet.publish(&state);
         drop(state);
         Ok(fleet)
@@ -200,16 +226,17 @@ impl Fleet {
         let (tended, lifecycle) = (ready.service.clone(), controller.lifecycle());
         tokio::spawn(async move { tended.tend(&lifecycle).await });
         let accepting = Accepting::new(&self.shared, &ready.spec.args);
+        let route = route(&ready.spec.args, &ready.tls, &controller, &ready.service);
         let ports = ready
             .listening
             .into_iter()
-            .map(|(asked, listening)| {
-                self.accept(state, &accepting, &ready.service, asked, listening)
-            })
+            .map(|(asked, listening)| self.accept(state, &accepting, &route, asked, listening))
             .collect::<Result<_, _>>()?;
         Ok(Running {
             spec: ready.spec,
             service: ready.service,
+            route,
+            tls: ready.tls,
             controller,
             ports,
         })
@@ -220,7 +247,7 @@ impl Fleet {
         &self,
         state: &State,
         accepting: &Accepting,
-        service: &Arc<Service>,
+        route: &Arc<Route>,
         asked: Address,
         listening: Listening,
     ) -> Result<Port, Error> {
@@ -233,7 +260,7 @@ impl Fleet {
                 let _context = handle.enter();
                 joining.add(Incoming::new(
                     listeners,
-                    service.clone(),
+                    route.clone(),
                     accepting.places.clone(),
                     accepting.when_full.clone(),
                     accepting.admission.clone(),
@@ -277,13 +304,21 @@ impl Fleet {
         Some((running.service.clone(), running.spec.guest.clone()))
     }
 
-    /// The names of the services, and the files of guests that are to be watched.
-    pub(super) fn watched(&self) -> Vec<(String, PathBuf)> {
+    /// The files that are to be watched.
+    pub(super) fn watched(&self) -> Vec<(Change, PathBuf)> {
         let state = self.state();
-        let watched = state.running.iter().filter(|one| one.spec.args.swap.watch);
-        watched
-            .map(|one| (one.spec.name.clone(), one.spec.guest.clone()))
+        let services = state.running.iter();
+        services
+            .flat_map(|one| watched(&one.spec, one.tls.as_deref()))
             .collect()
+    }
+
+    /// How TLS is spoken by the service of this name, or by all of them.
+    pub(super) fn tls_of(&self, name: Option<&str>) -> Vec<Arc<Tls>> {
+        let state = self.state();
+        let running = state.running.iter();
+        let of_name = running.filter(|one| name.is_none_or(|name| one.spec.name == name));
+        of_name.filter_map(|one| one.tls.clone()).collect()
     }
 
     /// What each limit is set to, for each service.
@@ -394,6 +429,7 @@ impl Fleet {
             spec,
             component,
             grants,
+            tls,
             ..
         } = plan.checked;
         let refused = |reason: String| Error::GuestRefused {
@@ -427,6 +463,7 @@ impl Fleet {
         Ok(ToCommit {
             spec,
             service,
+            tls,
             prepared,
             is_other: plan.is_other,
             listening,
@@ -463,6 +500,7 @@ impl Fleet {
             let ToCommit {
                 spec,
                 service,
+                tls,
                 prepared,
                 is_other,
                 mut listening,
@@ -486,6 +524,7 @@ impl Fleet {
                     let ready = Ready {
                         spec,
                         service,
+                        tls,
                         listening,
                     };
                     all.push(self.begin(&state, ready)?);
@@ -501,9 +540,14 @@ impl Fleet {
                         changes.changed.push(spec.name.clone());
                     }
                     let accepting = Accepting::new(&self.shared, &spec.args);
+                    if is_other {
+                        running.route = route(&spec.args, &tls, &running.controller, &service);
+                        running.tls = tls;
+                    }
                     announce(&spec, &listening);
                     for (asked, listening) in listening {
-                        let port = self.accept(&state, &accepting, &service, asked, listening)?;
+                        let port =
+                            self.accept(&state, &accepting, &running.route, asked, listening)?;
                         running.ports.push(port);
                     }
                     running.spec = spec;
@@ -526,9 +570,38 @@ impl Fleet {
             let (service, patience) = (running.service, self.shared.drain_timeout);
             tokio::spawn(leave(service, running.controller, patience));
         }
+        lead_by_name(&all);
         state.running = all;
         self.publish(&state);
         Ok(changes)
+    }
+}
+
+/// What leads clients to a service, before others may have some of them.
+fn route(
+    args: &ServiceArgs,
+    tls: &Option<Arc<Tls>>,
+    controller: &Controller,
+    service: &Arc<Service>,
+) -> Arc<Route> {
+    let front = Front {
+        lifecycle: Some(controller.lifecycle()),
+        ..args.front.front(tls.clone())
+    };
+    Arc::new(Route::new(front, service.clone()))
+}
+
+/// Has the clients of services led to those behind them.
+fn lead_by_name(services: &[Running]) {
+    for one in services {
+        let behind = services.iter().filter_map(|other| {
+            let (before, names) = other.spec.behind.as_ref()?;
+            (*before == one.spec.name).then(|| Named {
+                names: names.clone(),
+                service: other.service.clone(),
+            })
+        });
+        one.route.set_named(behind.collect());
     }
 }
 
@@ -574,6 +647,7 @@ struct Plan {
 struct ToCommit {
     spec: Spec,
     service: Arc<Service>,
+    tls: Option<Arc<Tls>>,
     prepared: Option<Prepared>,
     is_other: bool,
     listening: Vec<(Address, Listening)>,
@@ -606,7 +680,10 @@ impl Accepting {
             dispatch: args.dispatch,
             places,
             when_full: args.admission.when_full(),
-            admission: Admission::new(args.admission.rules(most)),
+            admission: Admission::new(Rules {
+                proxies: args.front.proxy_from.clone(),
+                ..args.admission.rules(most)
+            }),
         }
     }
 }

@@ -17,12 +17,13 @@ macro_rules! files {
 }
 
 /// What there is of the SDK beside its manifest, which belongs to our workspace.
-const SDK: [(&str, &str); 5] = files!("../../../guest/sdk/":
+const SDK: [(&str, &str); 6] = files!("../../../guest/sdk/":
     "src/fs.rs",
     "src/half.rs",
     "src/lib.rs",
     "src/rt.rs",
     "src/stream.rs",
+    "src/tls.rs",
 );
 
 /// What the SDK is generated from, and its licence.

@@ -14,7 +14,7 @@ use wasinetd::config::Table;
 use wasinetd::lifecycle::Controller;
 
 use super::configured::{Checked, Configured, check_all};
-use super::fleet::{Changes, Fleet};
+use super::fleet::{Change, Changes, Fleet};
 use super::successor::Handover;
 use super::supervisor::Supervisor;
 use super::{read, watch};
@@ -32,13 +32,13 @@ pub(super) struct Operator<'a> {
     pub(super) reloaded: Notify,
 }
 
-/// The names of services whose guests' files have changed.
-pub(super) type Watched = SelectAll<Pin<Box<dyn Stream<Item = String>>>>;
+/// What has changed in files.
+pub(super) type Watched = SelectAll<Pin<Box<dyn Stream<Item = Change>>>>;
 
-/// Watches the files of guests, by the names of their services.
-pub(super) fn watch(files: Vec<(String, PathBuf)>) -> Result<Watched, Error> {
-    let watched = files.into_iter().map(|(name, file)| {
-        let changes = watch::changes(&file)?.map(move |()| name.clone());
+/// Watches files for what their changes mean.
+pub(super) fn watch(files: Vec<(Change, PathBuf)>) -> Result<Watched, Error> {
+    let watched = files.into_iter().map(|(change, file)| {
+        let changes = watch::changes(&file)?.map(move |()| change.clone());
         Ok(Box::pin(changes) as Pin<Box<dyn Stream<Item = _>>>)
     });
     Ok(select_all(watched.collect::<Result<Vec<_>, Error>>()?))
@@ -69,12 +69,16 @@ impl Operator<'_> {
         self.until_draining(reloading).await;
     }
 
-    /// Swaps to what the files of guests have that are to be watched, when they have changed.
+    /// Swaps to what the files of guests have, and speaks TLS with what those of certificates have, when
+    /// they have changed that are to be watched.
     pub(super) async fn follow_files(&self, mut watched: Watched) {
         let following = async {
             loop {
                 tokio::select! {
-                    Some(name) = watched.next() => self.swap_from_file(&name).await,
+                    Some(change) = watched.next() => match change {
+                        Change::Guest(name) => self.swap_from_file(&name).await,
+                        Change::Tls(name) => self.read_certificates(Some(&name)).await,
+                    },
                     () = self.reloaded.notified() => match watch(self.fleet.watched()) {
                         Ok(others) => watched = others,
                         Err(error) => warn!(%error, "files are watched as before"),
@@ -95,6 +99,7 @@ impl Operator<'_> {
     }
 
     async fn read_again(&self) -> Reloaded {
+        self.read_certificates(None).await;
         match &self.config {
             Some((path, table)) => {
                 let changes = self.follow_config(path.clone(), table).await;
@@ -122,6 +127,17 @@ impl Operator<'_> {
             text += "; what is set for the server itself needs a restart (ctl restart)";
         }
         Ok(text)
+    }
+
+    /// Reads the files of TLS again, of one service or all.
+    async fn read_certificates(&self, of: Option<&str>) {
+        for tls in self.fleet.tls_of(of) {
+            match tokio::task::spawn_blocking(move || tls.reload()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => warn!(%error, "TLS is spoken as before"),
+                Err(error) => warn!(%error, "reading the files of TLS failed"),
+            }
+        }
     }
 
     async fn swap_from_file(&self, name: &str) {

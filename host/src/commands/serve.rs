@@ -19,15 +19,15 @@ use wasinetd::capacity::{self, Plan};
 use wasinetd::connection;
 use wasinetd::lifecycle::Controller;
 use wasinetd::limit;
-use wasinetd::listener::{self, Accepted, Address, Gathered, Incoming, Places};
+use wasinetd::listener::{self, Address, Gathered, Incoming, Places};
 use wasinetd::sandbox::Engine;
 use wasinetd::server::{self, Ended, Pulse, Shards, Stop};
-use wasinetd::service::{self, Service, Services};
+use wasinetd::service::{self, Route, Services};
 use wasinetd::spans::Spans;
 
 use super::activation::Passed;
 use super::configured::{Checked, Configured, check_all, needs};
-use super::fleet::{self, Fleet, Ready, Shared, Threads};
+use super::fleet::{self, Change, Fleet, Ready, Shared, Threads};
 use super::operator::{self, Operator};
 use super::successor::{self, Handover, Inherited};
 use super::supervisor::Supervisor;
@@ -51,16 +51,24 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let server = configured.server;
     // Before there are threads.
     let admin = admin(&server, &mut inherited)?;
-    // Before the files are read, so that no change of them is missed.
-    let watched = configured
-        .services
-        .iter()
-        .filter(|spec| spec.args.swap.watch);
-    let watched = watched.map(|spec| (spec.name.clone(), spec.guest.clone()));
-    let watched = operator::watch(watched.collect())?;
     let known = inherited.guests();
     let known = known.map_err(internal("taking over the guests"))?;
+    let logs = Logs::default();
+    let _log = logging::start(server.log_format, server.log_level, logs.clone());
+    // Before the files are read, so that no change of them is missed.
+    let guests = configured.services.iter();
+    let watched = guests.flat_map(|spec| fleet::watched(spec, None)).collect();
+    let mut watched = operator::watch(watched)?;
     let checked = check_all(configured.services, config.as_deref(), known)?;
+    let certificates = checked.iter().flat_map(|one| {
+        let files = one.tls.as_ref().map(|tls| tls.files());
+        let change = Change::Tls(one.spec.name.clone());
+        files
+            .into_iter()
+            .flatten()
+            .map(move |file| (change.clone(), file))
+    });
+    watched.extend(operator::watch(certificates.collect())?);
     let limits = checked.iter().map(|one| &one.spec.args.guest_limits);
     let limits = server.shared_limits.limits(capacity::memory(), limits);
     let (needs, files) = needs(&checked);
@@ -80,8 +88,6 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
             Ok((one, bound))
         })
         .collect::<Result<Vec<_>, Error>>()?;
-    let logs = Logs::default();
-    let _log = logging::start(server.log_format, server.log_level, logs.clone());
     let cache = cache(&server.cache)?;
     let room = plan.room(max_connections);
     let engine = Engine::new(room, &needs, limits.clone(), cache)?;
@@ -136,10 +142,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let wishes = received(drains).map(|()| Stop::Drain);
     let serving = server::serve(
         connections,
-        |accepted: Accepted<Arc<Service>>| {
-            let version = accepted.to.current();
-            connection::handle(accepted, version)
-        },
+        connection::handle::<Route>,
         &controller,
         stream::select(signals.stop.map(|()| Stop::Now), wishes),
         server.drain_timeout,
@@ -253,7 +256,7 @@ fn shards(
         .collect()
 }
 
-type Connections = Gathered<Incoming<Arc<Service>>>;
+type Connections = Gathered<Incoming<Arc<Route>>>;
 
 /// Where connections are added that such threads are to handle.
 fn gather(dispatch: Dispatch, shards: Shards) -> (Threads, (Shards, Vec<Connections>)) {
@@ -292,6 +295,7 @@ fn registry(engine: &Engine, services: Services) -> Registry {
     registry.register("build", "The wasinetd that serves", build);
     limit::register(&mut registry);
     listener::register(&mut registry);
+    connection::register(&mut registry);
     engine.register(&mut registry);
     service::register(services, &mut registry);
     registry

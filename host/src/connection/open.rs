@@ -1,6 +1,7 @@
 //! The connections that are open, for an operator to see and to end.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -95,6 +96,8 @@ pub struct Entry {
     pub id: u64,
     /// The client.
     pub peer: Peer,
+    /// The proxy that speaks for it, if one does.
+    pub via: Option<SocketAddr>,
     /// What it is served with.
     pub version: Arc<Version>,
     /// When it began.
@@ -107,11 +110,12 @@ pub struct Entry {
 
 impl Entry {
     /// A connection that begins now.
-    pub(super) fn new(peer: Peer, version: Arc<Version>) -> Self {
+    pub(super) fn new(peer: Peer, via: Option<SocketAddr>, version: Arc<Version>) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             peer,
+            via,
             version,
             began: Instant::now(),
             used: Used::default(),

@@ -2,6 +2,7 @@
 //! do.
 
 use std::ffi::c_int;
+use std::future::poll_fn;
 use std::io::{self, IoSliceMut};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -37,6 +38,8 @@ pub(super) struct Socket {
     keeps: bool,
     /// How much of it is.
     kept: usize,
+    /// Whether it may be: not beneath what can tell by itself that something is missing.
+    may_keep: bool,
 }
 
 enum State {
@@ -83,7 +86,25 @@ impl Socket {
             pushing: Pushing::Later,
             keeps: false,
             kept: 0,
+            may_keep: true,
         }
+    }
+
+    /// None at all.
+    pub(super) fn closed() -> Self {
+        Self {
+            state: State::Closed,
+            received: true,
+            pushing: Pushing::Now,
+            keeps: false,
+            kept: 0,
+            may_keep: false,
+        }
+    }
+
+    /// Leaves nothing of what was received in the kernel. To be called before anything is.
+    pub(super) fn keep_nothing(&mut self) {
+        self.may_keep = false;
     }
 
     fn is_unix(&self) -> bool {
@@ -125,13 +146,63 @@ impl Socket {
         Poll::Ready(Ok(buf.filled().len()))
     }
 
+    /// Looks at what is received next, and leaves it there. Zero bytes are the end. Not at a Unix socket of
+    /// which something was received.
+    pub(super) fn poll_peek(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        if let State::Fresh(_) = self.state {
+            match self.fd().and_then(|fd| peek(fd, buf)) {
+                Err(error) if is_for_later(&error) => {}
+                result => return Poll::Ready(result),
+            }
+        }
+        loop {
+            let peeked = watched!(self, stream => {
+                ready!(stream.poll_read_ready(cx))?;
+                // The reactor tells of what comes after this has found nothing.
+                stream.try_io(Interest::READABLE, || peek(stream.as_fd(), buf))
+            });
+            match peeked {
+                Err(error) if is_for_later(&error) => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+
+    /// Takes what was looked at before.
+    pub(super) fn take(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        let mut taken = 0;
+        while taken < buf.len() {
+            match self.try_receive(&mut buf[taken..])? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => taken += n,
+            }
+        }
+        Ok(())
+    }
+
+    /// What comes next, which stays there. Waits until something, or the end, comes.
+    pub(super) async fn first_byte(&mut self) -> io::Result<Option<u8>> {
+        let mut first = [0];
+        let n = poll_fn(|cx| self.poll_peek(cx, &mut first)).await?;
+        Ok((n > 0).then_some(first[0]))
+    }
+
+    /// Whether what comes next is the end of what is received. Waits until something comes.
+    pub(super) async fn ends_now(&mut self) -> bool {
+        !matches!(self.first_byte().await, Ok(Some(_)))
+    }
+
     fn poll_receive_and_keep(
         &mut self,
         cx: &mut Context<'_>,
         buf: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         if !std::mem::replace(&mut self.received, true) {
-            self.keeps = remember_peeks(self.fd()?);
+            self.keeps = self.may_keep && remember_peeks(self.fd()?);
             match self.receive_and_keep(buf) {
                 Err(error) if is_for_later(&error) => {}
                 result => return Poll::Ready(result),
@@ -326,7 +397,8 @@ impl Socket {
         })
     }
 
-    fn try_receive(&self, buf: &mut [u8]) -> io::Result<usize> {
+    /// Receives what is there.
+    pub(super) fn try_receive(&self, buf: &mut [u8]) -> io::Result<usize> {
         let (n, _) = recv(self.fd()?, buf, RecvFlags::DONTWAIT)?;
         Ok(n)
     }
@@ -352,6 +424,11 @@ impl Socket {
             State::Closed => Err(io::ErrorKind::NotConnected.into()),
         }
     }
+}
+
+fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<usize> {
+    let (n, _) = recv(fd, buf, RecvFlags::DONTWAIT | RecvFlags::PEEK)?;
+    Ok(n)
 }
 
 /// Has the kernel remember how much of what is received with `MSG_PEEK` was looked at (socket(7),

@@ -25,6 +25,8 @@ pub struct Rules {
     /// Sources that may not connect, whether allowed or not. Neither concerns the clients of Unix sockets,
     /// whom the permissions of a file let in.
     pub deny: Vec<Network>,
+    /// Proxies: they are let in, and it is their clients of whom all of this is asked.
+    pub proxies: Vec<Network>,
     /// What counts as one source.
     pub prefix: Prefix,
     /// Connections at once from one source.
@@ -96,7 +98,7 @@ impl Prefix {
 
 /// Those who count as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Source {
+pub(super) enum Source {
     Network(IpNet),
     /// A user of this machine.
     User(u32),
@@ -142,9 +144,19 @@ impl Admission {
             .map_err(|not_until| not_until.wait_time_from(DefaultClock::default().now()))
     }
 
-    /// Lets a client in, and counts it until the place is dropped. Or says which limit is in its
-    /// way.
+    /// Lets in who has connected, and counts it until the place is dropped. Or says which limit is in
+    /// its way.
     pub(super) fn admit(&self, peer: Peer) -> Result<SourcePlace, Limit> {
+        if let Peer::Ip(address) = peer {
+            let mut proxies = self.0.rules.proxies.iter();
+            if proxies.any(|proxy| proxy.contains(address.ip())) {
+                return Ok(SourcePlace::OfProxy(self.clone()));
+            }
+        }
+        self.admit_client(peer)
+    }
+
+    fn admit_client(&self, peer: Peer) -> Result<SourcePlace, Limit> {
         let Rules {
             allow,
             deny,
@@ -164,7 +176,7 @@ impl Admission {
         let source = prefix.source(peer);
         let place = match connections_per_source {
             Some(most) => self.place(source, *most)?,
-            None => SourcePlace(None),
+            None => SourcePlace::Uncounted,
         };
         if let Some(rate) = &self.0.rate_per_source {
             if self.0.since_sweep.fetch_add(1, Ordering::Relaxed) == SWEEP {
@@ -184,7 +196,7 @@ impl Admission {
             return Err(Limit::MaxConnectionsPerSource);
         }
         *count += 1;
-        Ok(SourcePlace(Some((self.clone(), source))))
+        Ok(SourcePlace::Counted(self.clone(), source))
     }
 }
 
@@ -195,14 +207,31 @@ impl Shared {
 }
 
 /// A client's place among those of its source. Given back when it is dropped.
-pub struct SourcePlace(Option<(Admission, Source)>);
+pub(super) enum SourcePlace {
+    /// Nobody counts.
+    Uncounted,
+    /// One of those of this source.
+    Counted(Admission, Source),
+    /// A proxy's: it is not known yet whose it is.
+    OfProxy(Admission),
+}
+
+impl SourcePlace {
+    /// Lets in the client that a proxy speaks for.
+    pub(super) fn admit(&mut self, client: Peer) -> Result<(), Limit> {
+        if let Self::OfProxy(admission) = self {
+            *self = admission.admit_client(client)?;
+        }
+        Ok(())
+    }
+}
 
 impl Drop for SourcePlace {
     fn drop(&mut self) {
-        let Some((admission, source)) = self.0.take() else {
+        let Self::Counted(admission, source) = self else {
             return;
         };
-        if let Entry::Occupied(mut count) = admission.0.open().entry(source) {
+        if let Entry::Occupied(mut count) = admission.0.open().entry(*source) {
             *count.get_mut() -= 1;
             if *count.get() == 0 {
                 count.remove();
@@ -311,6 +340,32 @@ mod tests {
         );
         assert!(admission.admit(address("192.0.2.2")).is_ok());
         // Who was refused has no place.
+        assert!(admission.0.open().is_empty());
+    }
+
+    #[test]
+    fn it_is_the_clients_of_a_proxy_who_are_let_in_or_not() {
+        let admission = admission(Rules {
+            proxies: networks(&["10.0.0.0/8"]),
+            deny: networks(&["10.0.0.0/8", "192.0.2.7"]),
+            connections_per_source: Some(1),
+            ..Rules::default()
+        });
+        let mut places: Vec<_> = (0..3)
+            .map(|_| admission.admit(address("10.0.0.1")).unwrap())
+            .collect();
+        assert!(admission.0.open().is_empty());
+        assert_eq!(places[0].admit(address("192.0.2.1")), Ok(()));
+        assert_eq!(
+            places[1].admit(address("192.0.2.1")),
+            Err(Limit::MaxConnectionsPerSource)
+        );
+        assert_eq!(places[1].admit(address("192.0.2.7")), Err(Limit::Deny));
+        // What a proxy says of itself is not believed of another: this is a client.
+        assert_eq!(places[1].admit(address("10.0.0.1")), Err(Limit::Deny));
+        assert_eq!(places[2].admit(address("192.0.2.2")), Ok(()));
+        assert_eq!(admission.0.open().len(), 2);
+        drop(places);
         assert!(admission.0.open().is_empty());
     }
 

@@ -15,10 +15,10 @@ use wasmtime::component::{
 };
 use wasmtime::{AsContextMut, StoreContextMut};
 
-use super::{Address, SharedTransport, State, lock, turns};
+use super::{Address, ClientCertificate, SharedTransport, State, TlsInfo, lock, turns};
 use bindings::wasinetd::tcp::types::{
-    ErrorCode, Host, HostConnection, HostConnectionWithStore, Ipv4SocketAddress, Ipv6SocketAddress,
-    SocketAddress,
+    self, ErrorCode, Host, HostConnection, HostConnectionWithStore, Ipv4SocketAddress,
+    Ipv6SocketAddress, SocketAddress,
 };
 
 /// Generated from `wit/`, the same files that the guest SDK generates its side from.
@@ -120,6 +120,10 @@ impl HostConnection for State {
 
     fn local_address(&mut self, _: Resource<Connection>) -> wasmtime::Result<SocketAddress> {
         Ok(lock(&self.transport).local_address()?.into())
+    }
+
+    fn tls(&mut self, _: Resource<Connection>) -> wasmtime::Result<Option<types::TlsInfo>> {
+        Ok(lock(&self.transport).tls().cloned().map(Into::into))
     }
 
     fn is_draining(&mut self, _: Resource<Connection>) -> wasmtime::Result<bool> {
@@ -363,6 +367,21 @@ impl From<io::Error> for ErrorCode {
             io::ErrorKind::ConnectionAborted => Self::ConnectionAborted,
             io::ErrorKind::TimedOut => Self::Timeout,
             _ => Self::Other(Some(error.to_string())),
+        }
+    }
+}
+
+impl From<TlsInfo> for types::TlsInfo {
+    fn from(tls: TlsInfo) -> Self {
+        let certificate = |shown: ClientCertificate| types::ClientCertificate {
+            subject: shown.subject,
+            fingerprint: shown.fingerprint,
+        };
+        Self {
+            server_name: tls.server_name,
+            alpn: tls.alpn,
+            version: tls.version,
+            client_certificate: tls.client_certificate.map(certificate),
         }
     }
 }

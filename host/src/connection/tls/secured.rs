@@ -1,0 +1,344 @@
+//! TLS on the socket of a connection.
+
+use std::future::poll_fn;
+use std::io::{self, BufRead, Read, Write};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
+
+use rustls::{ServerConfig, ServerConnection};
+
+use super::super::socket::Socket;
+use super::certificates::describe_client;
+use crate::sandbox::{Address, TlsInfo};
+
+/// A TLS session and its socket.
+///
+/// The library holds what was received in part, and at most [`MOST_UNSENT`] of what is to be sent: the
+/// next write waits until the kernel has that. So it takes someone to go on with it when the guest writes
+/// no more, which is [`Self::poll_push`], called by the connection whenever it has been polled. It is that
+/// call that the reactor wakes for writing, since it comes last; a write that waits is woken from there.
+pub(in super::super) struct Secured {
+    socket: Socket,
+    session: ServerConnection,
+    /// Known when the handshake is over.
+    info: Option<TlsInfo>,
+    /// A write of the guest that waits.
+    writer: Option<Waker>,
+    closing: Closing,
+    /// What the client has sent is not TLS from here on. What came before is read first.
+    broken: Option<rustls::Error>,
+    /// The client's side ended, and not as TLS ends.
+    truncated: bool,
+}
+
+/// How much of what is to be sent is held beside the kernel, in bytes: what fits into one record of TLS.
+const MOST_UNSENT: usize = 16 << 10;
+
+/// How often the kernel is asked in one turn for what makes up something to read, of 4 KiB each time: the
+/// largest record takes five.
+const READS: usize = 16;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Closing {
+    No,
+    /// When all that was written is with the kernel.
+    Due,
+    Done,
+}
+
+/// What goes wrong on TLS, as an error of a stream.
+fn broken(error: &rustls::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {error}"))
+}
+
+impl Secured {
+    /// With the handshake still to come.
+    pub(in super::super) fn new(
+        socket: Socket,
+        config: Arc<ServerConfig>,
+    ) -> Result<Self, rustls::Error> {
+        let mut session = ServerConnection::new(config)?;
+        session.set_buffer_limit(Some(MOST_UNSENT));
+        Ok(Self {
+            socket,
+            session,
+            info: None,
+            writer: None,
+            closing: Closing::No,
+            broken: None,
+            truncated: false,
+        })
+    }
+
+    pub(in super::super) fn socket(&mut self) -> &mut Socket {
+        &mut self.socket
+    }
+
+    pub(in super::super) fn info(&self) -> Option<&TlsInfo> {
+        self.info.as_ref()
+    }
+
+    /// Goes through the handshake. When it fails for what the client has sent, the client has been
+    /// told so by an alert and the end of the stream, if it takes them at once.
+    pub(super) async fn shake_hands(&mut self) -> Result<(), Failed> {
+        poll_fn(|cx| self.poll_handshake(cx)).await?;
+        self.info = Some(self.describe());
+        Ok(())
+    }
+
+    fn poll_handshake(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failed>> {
+        loop {
+            let flushed = self.poll_flush(cx).1;
+            // The first flight is held by the kernel otherwise, to go with what follows.
+            self.socket.push();
+            ready!(flushed).map_err(Failed::Gone)?;
+            if !self.session.is_handshaking() {
+                return Poll::Ready(Ok(()));
+            }
+            if ready!(self.poll_read_tls(Some(&mut *cx))).map_err(Failed::Gone)? == 0 {
+                return Poll::Ready(Err(Failed::Gone(io::ErrorKind::UnexpectedEof.into())));
+            }
+            if let Err(error) = self.session.process_new_packets() {
+                if !self.session.is_handshaking() {
+                    self.broken = Some(error);
+                    return Poll::Ready(Ok(()));
+                }
+                // The alert.
+                let _ = self.poll_flush(cx);
+                self.socket.push();
+                self.socket.shutdown_sending();
+                return Poll::Ready(Err(Failed::Refused(error)));
+            }
+        }
+    }
+
+    fn describe(&self) -> TlsInfo {
+        let session = &self.session;
+        let version = session
+            .protocol_version()
+            .and_then(|version| version.as_str());
+        let alpn = session.alpn_protocol();
+        let client = session.peer_certificates().and_then(<[_]>::first);
+        TlsInfo {
+            server_name: session.server_name().map(Into::into),
+            alpn: alpn.map(|name| String::from_utf8_lossy(name).into_owned()),
+            version: version.unwrap_or("unknown").replace('_', "."),
+            client_certificate: client.map(describe_client),
+        }
+    }
+
+    pub(in super::super) fn local_address(&self) -> io::Result<Address> {
+        self.socket.local_address()
+    }
+
+    pub(in super::super) fn remote_address(&self) -> io::Result<Address> {
+        self.socket.remote_address()
+    }
+
+    pub(in super::super) fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_fill(Some(cx)))?;
+        Poll::Ready(self.session.reader().read(buf))
+    }
+
+    pub(in super::super) fn poll_receivable(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.poll_fill(Some(cx))
+    }
+
+    /// Ready when something can be read of the session, or its end can. Without a context nobody is
+    /// woken when it is pending, nor is anyone else's waking lost.
+    fn poll_fill(&mut self, mut cx: Option<&mut Context<'_>>) -> Poll<io::Result<()>> {
+        for _ in 0..READS {
+            match self.session.reader().fill_buf() {
+                Ok(_) => return Poll::Ready(Ok(())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    self.truncated = true;
+                    let text = "the client closed its side without saying so by TLS (close_notify): what came may be cut short";
+                    return Poll::Ready(Err(io::Error::new(error.kind(), text)));
+                }
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+            if let Some(error) = &self.broken {
+                return Poll::Ready(Err(broken(error)));
+            }
+            ready!(self.poll_read_tls(cx.as_deref_mut()))?;
+            // What it has to say about this, an alert or new keys, is sent by the next push.
+            self.broken = self.session.process_new_packets().err();
+        }
+        // Records with nothing in them have no end.
+        if let Some(cx) = cx {
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
+    }
+
+    /// Receives for the session.
+    fn poll_read_tls(&mut self, cx: Option<&mut Context<'_>>) -> Poll<io::Result<usize>> {
+        let (socket, session) = (&mut self.socket, &mut self.session);
+        later(session.read_tls(&mut Io { socket, cx }))
+    }
+
+    pub(in super::super) fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if self.closing != Closing::No {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        ready!(self.poll_flushed(cx))?;
+        let n = self.session.writer().write(bytes)?;
+        // What does not go now goes by the next push.
+        let (_, flushed) = self.poll_flush(cx);
+        match flushed {
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            _ => Poll::Ready(Ok(n)),
+        }
+    }
+
+    pub(in super::super) fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_flushed(cx))?;
+        let sendable = self.socket.poll_sendable(cx);
+        if sendable.is_pending() {
+            self.writer = Some(cx.waker().clone());
+        }
+        sendable
+    }
+
+    /// Ready when the kernel has all. Otherwise `cx` is woken by the push after which it has.
+    fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let (_, flushed) = self.poll_flush(cx);
+        if flushed.is_pending() {
+            self.writer = Some(cx.waker().clone());
+        }
+        flushed
+    }
+
+    /// Hands the kernel what is to be sent. Whether it took any, and whether it took all.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> (bool, Poll<io::Result<()>>) {
+        let mut moved = false;
+        while self.session.wants_write() {
+            let (socket, session) = (&mut self.socket, &mut self.session);
+            let cx = Some(&mut *cx);
+            match later(session.write_tls(&mut Io { socket, cx })) {
+                Poll::Ready(Ok(_)) => moved = true,
+                Poll::Ready(Err(error)) => return (moved, Poll::Ready(Err(error))),
+                Poll::Pending => return (moved, Poll::Pending),
+            }
+        }
+        if self.closing == Closing::Due {
+            self.closing = Closing::Done;
+            self.socket.shutdown_sending();
+        }
+        (moved, Poll::Ready(Ok(())))
+    }
+
+    pub(in super::super) fn is_pushing(&self) -> bool {
+        // Once the end was sent nothing can be.
+        match self.closing {
+            Closing::No => self.session.wants_write(),
+            Closing::Due => true,
+            Closing::Done => false,
+        }
+    }
+
+    pub(in super::super) fn poll_push(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> (bool, Poll<io::Result<()>>) {
+        if !self.is_pushing() {
+            self.socket.push();
+            return (false, Poll::Ready(Ok(())));
+        }
+        let (moved, pushed) = self.poll_flush(cx);
+        self.socket.push();
+        if pushed.is_ready()
+            && let Some(writer) = self.writer.take()
+        {
+            writer.wake();
+        }
+        (moved, pushed)
+    }
+
+    pub(in super::super) fn can_send(&self) -> bool {
+        !self.session.wants_write() && self.socket.can_send()
+    }
+
+    pub(in super::super) fn can_receive(&mut self) -> bool {
+        self.poll_fill(None).is_ready()
+    }
+
+    pub(in super::super) fn unsent(&self) -> usize {
+        self.socket.unsent()
+    }
+
+    /// Says by TLS that this is the end, and closes the socket for writing after that.
+    pub(in super::super) fn shutdown_sending(&mut self) {
+        if self.closing == Closing::No {
+            self.session.send_close_notify();
+            self.closing = Closing::Due;
+        }
+    }
+
+    pub(in super::super) fn is_truncated(&self) -> bool {
+        self.truncated
+    }
+}
+
+/// Why a handshake came to nothing.
+pub(super) enum Failed {
+    /// The client, or its connection, was gone.
+    Gone(io::Error),
+    /// What it sent could not be agreed to.
+    Refused(rustls::Error),
+}
+
+/// The socket as the library reads and writes it: by what is there.
+struct Io<'a, 'b> {
+    socket: &'a mut Socket,
+    cx: Option<&'a mut Context<'b>>,
+}
+
+impl Read for Io<'_, '_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match &mut self.cx {
+            Some(cx) => now(self.socket.poll_receive(cx, buf)),
+            None => self.socket.try_receive(buf),
+        }
+    }
+}
+
+impl Write for Io<'_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.cx {
+            Some(cx) => now(self.socket.poll_send(cx, bytes)),
+            None => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn now<T>(polled: Poll<io::Result<T>>) -> io::Result<T> {
+    match polled {
+        Poll::Ready(result) => result,
+        Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
+/// The other way round.
+fn later<T>(result: io::Result<T>) -> Poll<io::Result<T>> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
+        result => Poll::Ready(result),
+    }
+}
