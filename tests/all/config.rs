@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::harness::{
-    AdminSocket, Client, Server, fixture, guest, run, text_fixture, wasinetd, write_version,
+    AdminSocket, Client, Server, fixture, guest, root, run, text_fixture, wasinetd, write_version,
 };
 use crate::swap::{Load, answer};
 
@@ -438,6 +438,48 @@ fn the_schema_knows_every_key() {
         known += 1;
     }
     assert!(known > 40, "{known} flags in\n{help}");
+}
+
+#[test]
+fn the_example_is_served_as_a_whole() {
+    let example = root().join("host/wasinetd.example.toml");
+    let output = run(wasinetd().args(["check", "--config"]).arg(&example));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    // On ports of its own.
+    let text = fs::read_to_string(&example).unwrap();
+    let mut rest = &*text;
+    let mut moved = String::new();
+    while let Some(at) = rest.find("127.0.0.1:") {
+        let (before, after) = rest.split_at(at);
+        moved += before;
+        moved += "127.0.0.1:0";
+        let after = &after["127.0.0.1:".len()..];
+        rest = after.trim_start_matches(|c: char| c.is_ascii_digit());
+    }
+    moved += rest;
+    let top = root().display().to_string();
+    let config = Config::new(&moved.replace("\"../", &format!("\"{top}/")));
+    let server = Server::start_config(&config.path, 8);
+    let [hello, echo, discard, daytime, qotd, chargen, ident, _] = server.addresses() else {
+        panic!("{server:?}")
+    };
+    assert_eq!(connect(*hello).get("/").status(), "HTTP/1.1 200 OK");
+    echoes(*echo);
+    let mut client = connect(*discard);
+    client.send("into the void");
+    client.finish();
+    assert_eq!(client.read_to_end(), "");
+    assert!(connect(*daytime).read_to_end().contains("20"));
+    assert!(connect(*qotd).read_to_end().len() > 10);
+    assert_eq!(connect(*chargen).read(74).len(), 74);
+    let mut client = connect(*ident);
+    client.send("6193, 23\r\n");
+    assert!(client.read(9).starts_with("6193"));
+    let mut command = std::process::Command::new("redis-cli");
+    let port = server.addresses()[7].port().to_string();
+    let output = crate::harness::output(command.args(["-p", &port, "PING"]));
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "PONG\n");
 }
 
 /// Certificate and key in a new directory beside the config file.
