@@ -92,18 +92,19 @@ toolchain:
 	@$(CARGO) --version >/dev/null 2>&1 || rustup toolchain install
 	@test -d "$$(rustc --print target-libdir --target $(GUEST_TARGET))" || rustup target add $(GUEST_TARGET)
 
-# Without Chromium the tests of the dashboard are left out by name, for it is no small thing to install.
+# Peers of the server in tests. Where this is root's machine, such as a container of CI, those that are small and missing are
+# installed; where they are not to be had, the tests that need them are left out by name.
+TEST_PACKAGES := nc:netcat-openbsd redis-benchmark:redis-tools socat:socat haproxy:haproxy sslscan:sslscan
 test-tools:
-	@command -v curl >/dev/null || { echo 'make: curl is missing: apt-get install curl' >&2; exit 1; }
-	@command -v redis-benchmark >/dev/null || { echo 'make: redis-cli and redis-benchmark are missing: apt-get install redis-tools' >&2; exit 1; }
-	@nc -h 2>&1 | grep -q OpenBSD || { echo "make: OpenBSD's nc is missing: apt-get install netcat-openbsd" >&2; exit 1; }
-	@for tool in socat ss systemd-socket-activate; do command -v $$tool >/dev/null || \
-		echo "make: without $$tool a part of the tests of sockets is left out: apt-get install socat iproute2 systemd" >&2; done
+	@missing=$$(for tool in $(TEST_PACKAGES); do command -v $${tool%%:*} >/dev/null || echo $${tool#*:}; done); \
+	if test -n "$$missing" && test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+		echo "make: installing for the tests:" $$missing; \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $$missing; } >/dev/null 2>&1 || true; fi
+	@for tool in $(TEST_PACKAGES) systemd-socket-activate:systemd ss:iproute2; do command -v $${tool%%:*} >/dev/null || \
+		echo "make: without $${tool%%:*} some tests are left out: apt-get install $${tool#*:}" >&2; done
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || test -n "$$CHROMIUM" || \
 		echo 'make: without Chromium the tests of the dashboard are left out: apt-get install chromium' >&2
-	@command -v openssl >/dev/null || { echo 'make: openssl is missing: apt-get install openssl' >&2; exit 1; }
-	@command -v sslscan >/dev/null || echo 'make: without sslscan a test of TLS is left out: apt-get install sslscan' >&2
-	@command -v haproxy >/dev/null || echo 'make: without haproxy the tests behind one are left out: apt-get install haproxy' >&2
+	@for tool in curl openssl; do command -v $$tool >/dev/null || { echo "make: $$tool is missing: apt-get install $$tool" >&2; exit 1; }; done
 
 # What is missing beside wrk is left out of the report by name.
 bench-tools: toolchain

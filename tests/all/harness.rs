@@ -99,6 +99,16 @@ pub(crate) fn output(command: &mut Command) -> Output {
         .expect("the command starts")
 }
 
+/// Whether a program is there. If not it says which package has it: a test is left out for it.
+pub(crate) fn has_program(name: &str, package: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let is = std::env::split_paths(&path).any(|directory| directory.join(name).is_file());
+    if !is {
+        eprintln!("left out: there is no {name} here; apt-get install {package}");
+    }
+    is
+}
+
 /// Runs curl against a server and returns all that it prints.
 pub(crate) fn curl(server: &Server, path: &str, arguments: &[&str]) -> String {
     let mut command = Command::new("curl");
