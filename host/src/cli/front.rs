@@ -10,7 +10,7 @@ use wasinetd::connection::tls::{self, ClientAuth, Pair, Tls};
 use wasinetd::connection::{Front, Proxy};
 use wasinetd::network::Network;
 
-use super::{positive, some_duration};
+use super::values::{positive, some_duration};
 
 /// What is done with a connection before a guest has it. What a guest may take counts from there.
 #[derive(Args)]
@@ -43,7 +43,7 @@ pub(crate) struct FrontArgs {
     tls_alpn: Vec<String>,
 
     /// The oldest version of TLS to speak. 1.2: some that are left speak no newer one
-    #[arg(long, value_enum, default_value_t = MinVersion::V1_2)]
+    #[arg(long, value_enum, default_value_t = MinVersion::V1_2, requires = "tls_cert")]
     tls_min_version: MinVersion,
 
     /// Ask clients for a certificate that leads to one in this file. PEM. Whether it was revoked is not
@@ -52,7 +52,7 @@ pub(crate) struct FrontArgs {
     tls_client_ca: Option<PathBuf>,
 
     /// Whether clients without a certificate are refused, with --tls-client-ca
-    #[arg(long, value_enum, default_value_t = ClientAuthMode::Required)]
+    #[arg(long, value_enum, default_value_t = ClientAuthMode::Required, requires = "tls_client_ca")]
     tls_client_auth: ClientAuthMode,
 
     /// Time from the beginning of a connection until a guest can have it: for the header of a proxy and
@@ -60,9 +60,9 @@ pub(crate) struct FrontArgs {
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = some_duration)]
     pub(crate) handshake_timeout: Duration,
 
-    /// TLS handshakes at once, of clients that have begun to speak; further ones wait for as long as
-    /// theirs may take. Each takes some tens of KiB, and some 0.2 ms of a core, or 0.6 ms with an RSA key
-    #[arg(long, value_name = "N", default_value = "1000", value_parser = positive, allow_hyphen_values = true)]
+    /// TLS handshakes at once, of clients that have begun to speak, half of them of one source at most, unless
+    /// --max-connections-per-source is off; further ones wait for as long as theirs may take. Each takes some tens of KiB, and some 0.2 ms of a core, or 0.6 ms with an RSA key
+    #[arg(long, value_name = "N", default_value = "1000", requires = "tls_cert", value_parser = positive, allow_hyphen_values = true)]
     pub(crate) max_handshakes: usize,
 }
 
