@@ -19,12 +19,13 @@ use std::time::Duration;
 
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use crate::Error;
-use crate::unix::{self, Failed, Mode, Permissions, SocketFile};
+use crate::unix::{self, Failed, Identity, Mode, Permissions, SocketFile};
 use api::Api;
 pub use api::{LimitsSet, Obeyed, Operated, Reloaded};
 pub use logs::Logs;
@@ -126,41 +127,48 @@ impl Admin {
             .map_err(failed)
     }
 
-    /// Goes on with a socket that listens at `address` already, once it is told that it has taken over.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Admin`] when the socket is not there any more.
-    pub fn adopt(address: &Address, token: Option<String>, socket: OwnedFd) -> Result<Self, Error> {
+    /// Goes on with a socket that another process has handed over, with its file if it has one, once it is
+    /// told that it has taken over. None if it listens elsewhere than at `address`.
+    pub fn adopt(
+        address: &Address,
+        token: Option<String>,
+        socket: OwnedFd,
+        file: Option<Identity>,
+    ) -> Option<Self> {
+        let at = SockRef::from(&socket).local_addr().ok()?;
         let listener = match address {
-            Address::Loopback(_) => Ok(Listener::Tcp(socket.into())),
-            Address::Unix(path) => SocketFile::adopt(path).map(|file| Listener::Unix {
+            Address::Loopback(address) => {
+                let at = at.as_socket()?;
+                let is_there = match address.port() {
+                    0 => at.ip() == address.ip(),
+                    _ => at == *address,
+                };
+                is_there.then(|| Listener::Tcp(socket.into()))?
+            }
+            Address::Unix(path) if at.as_pathname() == Some(path) => Listener::Unix {
                 listener: socket.into(),
-                file,
-            }),
+                file: SocketFile::adopt(path, file?)?,
+            },
+            Address::Unix(_) => return None,
         };
-        listener
-            .map(|listener| Self {
-                token: token.filter(|_| matches!(listener, Listener::Tcp(_))),
-                listener,
-                answering: Arc::new(Semaphore::new(CLIENTS)),
-            })
-            .map_err(|source| Error::Admin {
-                address: address.clone(),
-                source,
-                fix: "start the server anew",
-            })
+        Some(Self {
+            token: token.filter(|_| matches!(listener, Listener::Tcp(_))),
+            listener,
+            answering: Arc::new(Semaphore::new(CLIENTS)),
+        })
     }
 
-    /// The same socket once more, to be handed over.
+    /// The same socket once more, with its file, to be handed over.
     ///
     /// # Errors
     ///
     /// Fails when the process has no more files.
-    pub fn try_clone_socket(&self) -> io::Result<OwnedFd> {
+    pub fn try_clone_socket(&self) -> io::Result<(OwnedFd, Option<Identity>)> {
         Ok(match &self.listener {
-            Listener::Unix { listener, .. } => listener.try_clone()?.into(),
-            Listener::Tcp(listener) => listener.try_clone()?.into(),
+            Listener::Unix { listener, file } => {
+                (listener.try_clone()?.into(), Some(file.identity()))
+            }
+            Listener::Tcp(listener) => (listener.try_clone()?.into(), None),
         })
     }
 
@@ -308,13 +316,8 @@ fn bind_unix(path: &Path) -> Result<Listener, Failed> {
         mode: Mode::PRIVATE,
         ..Permissions::default()
     };
-    let (socket, file) = unix::bind(path, &private)?;
-    socket.listen(BACKLOG).map_err(|error| {
-        (
-            error,
-            "stop the server that listens there, or name another path",
-        )
-    })?;
+    let (socket, file) = unix::bind(path, BACKLOG)?;
+    file.permit(&private)?;
     Ok(Listener::Unix {
         listener: socket.into(),
         file,

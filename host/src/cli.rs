@@ -81,6 +81,9 @@ variable that `serve` was not told to grant.";
 /// Values of this name are pairs: a config file may have them as a table.
 pub(crate) const NAME_VALUE: &str = "NAME[=VALUE]";
 
+/// In what values are called that may be the path of a Unix socket.
+pub(crate) const UNIX_PATH: &str = "unix:PATH";
+
 #[derive(Args)]
 pub(crate) struct ServeArgs {
     /// The guest: a component that exports wasinetd:tcp/handler

@@ -17,8 +17,19 @@ pub struct Key {
     pub name: String,
     /// What values it takes.
     pub takes: Takes,
-    /// Whether they are files: those that are relative are so to the directory of the config file.
-    pub is_path: bool,
+    /// Whether they are files.
+    pub files: Files,
+}
+
+/// Whether values are files: those that are relative are so to the directory of the config file.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Files {
+    /// They are not.
+    None,
+    /// They are.
+    All,
+    /// Those that follow `unix:` are.
+    AfterUnix,
 }
 
 /// What values a setting takes.
@@ -223,13 +234,20 @@ impl Reader<'_> {
 
     /// The values as a flag takes them, or None for a switch that is off; or what is wanted instead.
     fn values(&self, value: &DeValue<'_>, key: &Key) -> Result<Option<Vec<String>>, &'static str> {
-        let path = |value: String| match key.is_path && value != "off" {
-            true => self.base.join(value).display().to_string(),
-            false => value,
+        let beside = |path: &str| self.base.join(path).display().to_string();
+        let path = |value: String| match (key.files, value.strip_prefix("unix:")) {
+            (Files::All, _) if value != "off" => beside(&value),
+            (Files::AfterUnix, Some(path)) if !path.is_empty() && !path.starts_with('@') => {
+                format!("unix:{}", beside(path))
+            }
+            _ => value,
         };
         match (key.takes, value) {
             (Takes::Switch, DeValue::Boolean(on)) => Ok(on.then(Vec::new)),
             (Takes::Switch, _) => Err("write true or false"),
+            // None of them, as if nothing were said.
+            (Takes::Many | Takes::Pairs, DeValue::Array(values)) if values.is_empty() => Ok(None),
+            (Takes::Pairs, DeValue::Table(pairs)) if pairs.is_empty() => Ok(None),
             (Takes::Many | Takes::Pairs, DeValue::Array(values)) => {
                 let values = values.iter().map(|value| one(value.get_ref()).map(path));
                 let values: Option<Vec<_>> = values.collect();
@@ -285,17 +303,17 @@ mod tests {
     use super::*;
 
     fn keys() -> Vec<Key> {
-        let key = |name: &str, takes, is_path| Key {
+        let key = |name: &str, takes, files| Key {
             name: name.into(),
             takes,
-            is_path,
+            files,
         };
         vec![
-            key("guest", Takes::One, true),
-            key("idle-timeout", Takes::One, false),
-            key("listen", Takes::Many, false),
-            key("watch", Takes::Switch, false),
-            key("env", Takes::Pairs, false),
+            key("guest", Takes::One, Files::All),
+            key("idle-timeout", Takes::One, Files::None),
+            key("listen", Takes::Many, Files::AfterUnix),
+            key("watch", Takes::Switch, Files::None),
+            key("env", Takes::Pairs, Files::None),
         ]
     }
 
@@ -308,11 +326,11 @@ mod tests {
     #[test]
     fn values_are_what_a_flag_takes() {
         let (file, mistakes) = read_all(
-            "idle-timeout = 5_0\n[[service]]\nguest = 'g.wasm'\nlisten = ['a', 1]\nwatch = true\n[[service]]\nwatch = false\nguest = '/g'\nlisten = 'b'\nenv = { A = 'b', C = 1 }\n",
+            "idle-timeout = 5_0\n[[service]]\nguest = 'g.wasm'\nlisten = ['a', 1]\nwatch = true\n[[service]]\nwatch = false\nguest = '/g'\nlisten = 'b'\nenv = { A = 'b', C = 1 }\n[[service]]\nlisten = ['unix:a', 'unix:/a', 'unix:@a', 'fd:a']\n[[service]]\nlisten = []\nenv = {}\n",
         );
         assert_eq!(mistakes, [""; 0]);
         assert_eq!(file.server.get("idle-timeout").unwrap().values, ["50"]);
-        let [one, two] = &file.services[..] else {
+        let [one, two, three, four] = &file.services[..] else {
             panic!("{file:?}")
         };
         assert_eq!((one.line, two.line), (2, 6));
@@ -323,6 +341,11 @@ mod tests {
         assert_eq!(two.get("guest").unwrap().values, ["/g"]);
         assert_eq!(two.get("env").unwrap().values, ["A=b", "C=1"]);
         assert_eq!(two.get("env").unwrap().line, 10);
+        assert_eq!(
+            three.get("listen").unwrap().values,
+            ["unix:/etc/w/a", "unix:/a", "unix:@a", "fd:a"]
+        );
+        assert_eq!(four.settings, []);
     }
 
     #[test]

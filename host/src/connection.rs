@@ -472,6 +472,11 @@ impl Connection {
             self.received_end |= n == 0;
             self.times.received(Instant::now());
         }
+        if result.is_err() && self.channel.is_truncated() {
+            // It says no more, and not that this is all; it takes an answer all the same.
+            self.received_end = true;
+            return result;
+        }
         self.note(result)
     }
 

@@ -79,7 +79,7 @@ pub enum Error {
     },
 
     /// An address cannot be listened on.
-    #[error("cannot listen on {address} given to --listen: {source}; {fix}")]
+    #[error("cannot listen on {address} (--listen): {source}; {fix}")]
     Listen {
         /// The address.
         address: crate::listener::Address,
@@ -90,7 +90,7 @@ pub enum Error {
     },
 
     /// A socket that should have been passed to this process was not, or is of no use.
-    #[error("cannot listen at {address} given to --listen: {reason}")]
+    #[error("cannot listen at {address} (--listen): {reason}")]
     Passed {
         /// As it was asked for.
         address: crate::listener::Address,

@@ -5,10 +5,12 @@ mod admission;
 mod bind;
 mod closing;
 mod gathered;
+mod places;
 
+use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -18,9 +20,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
-use tokio_util::sync::PollSemaphore;
 use tracing::{debug, info, warn};
 
 use crate::Error;
@@ -28,53 +28,17 @@ use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
 use crate::peer::Peer;
 pub use address::{Address, AddressError};
+pub(crate) use admission::Source;
 use admission::SourcePlace;
 pub use admission::{Admission, Prefix, PrefixError, Rules};
 pub use bind::{Bound, Listener, Listening, Settings, StreamSocket};
 pub use gathered::{Gathered, Joining};
+pub use places::Places;
+use places::{Line, Taken};
 
 /// How long to wait after a failed `accept`. A failure lasts (EMFILE, ENOBUFS) and would be met
 /// again at once, at the cost of a whole core; the wait doubles up to the second figure.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
-
-/// The places for connections, which all that accept share.
-#[derive(Clone)]
-pub struct Places {
-    /// Of all services.
-    all: Arc<Semaphore>,
-    /// Of one that may have fewer.
-    of_service: Option<Arc<Semaphore>>,
-}
-
-impl Places {
-    /// Places for `max_connections` at once.
-    pub fn new(max_connections: usize) -> Self {
-        Self {
-            all: Arc::new(Semaphore::new(max_connections)),
-            of_service: None,
-        }
-    }
-
-    /// So many of these places, for a service of its own.
-    pub fn of_service(&self, max_connections: usize) -> Self {
-        Self {
-            all: self.all.clone(),
-            of_service: Some(Arc::new(Semaphore::new(max_connections))),
-        }
-    }
-
-    /// A place, if there is one right now.
-    fn try_take(&self) -> Option<(Permit, Option<Permit>)> {
-        let of_service = match &self.of_service {
-            Some(places) => Some(places.clone().try_acquire_owned().ok()?),
-            None => None,
-        };
-        let among_all = self.all.clone().try_acquire_owned().ok()?;
-        Some((among_all, of_service))
-    }
-}
-
-type Permit = OwnedSemaphorePermit;
 
 /// An accepted connection, and its place among those that may be open at once.
 pub struct Accepted<T> {
@@ -94,10 +58,15 @@ pub struct Accepted<T> {
 /// The source's is given back first: whoever comes by the other is not to be refused for it.
 pub struct Place {
     of_source: SourcePlace,
-    _among_all: (Permit, Option<Permit>),
+    _taken: Taken,
 }
 
 impl Place {
+    /// The source that the client is one of, where that counts.
+    pub(crate) fn source(&self) -> Option<Source> {
+        self.of_source.source()
+    }
+
     /// Lets in the client that a proxy speaks for, or says which limit is in its way. To be called for
     /// the connections of proxies (see [`Rules::proxies`]) when it is known whom they are for.
     ///
@@ -120,8 +89,8 @@ pub enum WhenFull {
 
 /// The connections of some listeners, as a stream that outlives every error.
 ///
-/// A permit is taken before `accept`, so that a full server leaves clients in the kernel's backlog.
-/// It is given back when no client waits: an idle listener holds no place that another could use.
+/// Where clients are to wait, a place is taken before `accept`, so that a full server leaves them in the
+/// kernel's backlog. It is given back when no client waits: an idle listener holds no place that another could use.
 ///
 /// Once the server drains, the stream ends: without losing a client whose connection the kernel
 /// has completed for us, because that client may have sent its request already.
@@ -131,9 +100,8 @@ pub struct Incoming<T> {
     next: usize,
     /// Whom all of them are for.
     to: T,
-    permits: PollSemaphore,
-    permits_of_service: Option<PollSemaphore>,
     places: Places,
+    line: Line,
     lifecycle: Lifecycle,
     when_full: WhenFull,
     admission: Admission,
@@ -143,6 +111,8 @@ pub struct Incoming<T> {
     backoff: Option<Pin<Box<Sleep>>>,
     delay: Duration,
     phase: Phase,
+    /// Those who were accepted in the last phase, and have no place yet.
+    waiting: VecDeque<(StreamSocket, Peer)>,
     /// How many more clients are accepted in the last phase at sockets that others go on with.
     left_to_share: usize,
     ended: BoxFuture<'static, ()>,
@@ -151,6 +121,10 @@ pub struct Incoming<T> {
 /// How many clients of a socket that others have open as well are accepted when the server drains: those
 /// who may have waited for it, and not all who come meanwhile.
 const LEFT_TO_SHARE: usize = 4096;
+
+/// How many clients are held in the last phase that have no place: more files than for these are not to be
+/// taken from those who have one.
+const IN_HAND: usize = 64;
 
 /// How often `accept` failed for a reason that lasts, since the process began.
 static ACCEPT_ERRORS: LazyLock<Counter> = LazyLock::new(Counter::default);
@@ -205,8 +179,7 @@ impl<T> Incoming<T> {
             listeners,
             next: 0,
             to,
-            permits: PollSemaphore::new(places.all.clone()),
-            permits_of_service: places.of_service.clone().map(PollSemaphore::new),
+            line: places.line(),
             places,
             lifecycle: lifecycle.clone(),
             when_full,
@@ -220,6 +193,7 @@ impl<T> Incoming<T> {
                 files.iter().for_each(|file| file.take_over());
                 draining.draining().await;
             })),
+            waiting: VecDeque::new(),
             left_to_share: LEFT_TO_SHARE,
             ended: Box::pin(async move { ended.ended().await }),
         })
@@ -248,6 +222,18 @@ impl<T> Incoming<T> {
             }
         }
         None
+    }
+
+    /// Accepts who is left, whether there is a place or not, and closes the sockets when nobody is: nobody
+    /// is to wait for a port that a full server has given up.
+    fn sweep(&mut self, cx: &mut Context<'_>) {
+        while self.waiting.len() < IN_HAND && !self.listeners.is_empty() && self.backoff.is_none() {
+            match self.poll_accept(cx) {
+                Some(Ok(client)) => self.waiting.push_back(client),
+                Some(Err(error)) => self.failed(&error),
+                None => self.listeners.clear(),
+            }
+        }
     }
 
     /// Moves on from the phases that end by themselves. It is asked first, and not only when nobody
@@ -293,16 +279,6 @@ impl<T> Incoming<T> {
         warn!(%error, retry_in = ?self.delay, "cannot accept connections");
         self.backoff = Some(Box::pin(tokio::time::sleep(self.delay)));
         self.delay = (self.delay * 2).min(BACKOFF.1);
-    }
-
-    /// Ready with a place. One of the service's alone is given back: it is not to be held by whoever waits.
-    fn poll_place(&mut self, cx: &mut Context<'_>) -> Poll<(Permit, Option<Permit>)> {
-        let of_service = match &mut self.permits_of_service {
-            Some(permits) => ready!(permits.poll_acquire(cx)),
-            None => None,
-        };
-        let among_all = ready!(self.permits.poll_acquire(cx));
-        Poll::Ready((among_all.expect("it is never closed"), of_service))
     }
 
     /// Ready when the next client may be accepted, as fast as clients are to be.
@@ -358,29 +334,40 @@ impl<T: Clone + Unpin> Stream for Incoming<T> {
                 ready!(backoff.as_mut().poll(cx));
                 this.backoff = None;
             }
-            let permit = match this.when_full {
-                WhenFull::Wait => Some(ready!(this.poll_place(cx))),
-                // Nobody stands in line for a place here: who has none is told so.
-                WhenFull::Close(_) => this.places.try_take(),
+            if matches!(this.phase, Phase::Sweeping) {
+                this.sweep(cx);
+                if this.waiting.is_empty() {
+                    if this.listeners.is_empty() {
+                        this.phase = Phase::Closed;
+                    }
+                    continue;
+                }
+            }
+            let place = match this.when_full {
+                WhenFull::Wait => Some(ready!(this.line.poll_take(cx))),
+                // Nobody stands in line for a place here: who comes and has none is told so.
+                WhenFull::Close(_) => None,
             };
             // The last ones are not held up: they are known, and soon reset.
             if !matches!(this.phase, Phase::Sweeping) {
                 ready!(this.poll_turn(cx));
             }
-            match this.poll_accept(cx) {
+            let waiting = this.waiting.pop_front().map(Ok);
+            match waiting.or_else(|| this.poll_accept(cx)) {
                 Some(Ok((stream, peer))) => {
                     this.accepted();
                     this.has_turn = false;
+                    let place = place.or_else(|| this.places.try_take());
                     let admitted = this.admission.admit(peer);
-                    match (admitted, permit) {
-                        (Ok(of_source), Some(among_all)) => {
+                    match (admitted, place) {
+                        (Ok(of_source), Some(taken)) => {
                             return Poll::Ready(Some(Accepted {
                                 to: this.to.clone(),
                                 stream,
                                 peer,
                                 place: Place {
                                     of_source,
-                                    _among_all: among_all,
+                                    _taken: taken,
                                 },
                             }));
                         }
@@ -392,7 +379,6 @@ impl<T: Clone + Unpin> Stream for Incoming<T> {
                     }
                 }
                 Some(Err(error)) => this.failed(&error),
-                None if matches!(this.phase, Phase::Sweeping) => this.phase = Phase::Closed,
                 None => return Poll::Pending,
             }
         }

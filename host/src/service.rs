@@ -16,7 +16,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use prometheus_client::registry::Registry;
 use tokio::sync::{Notify, OwnedMutexGuard};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::connection::{Counts, Cutoff, KINDS, Limits, Measures, Open, Version};
 use crate::lifecycle::{Controller, Lifecycle};
@@ -181,8 +181,11 @@ pub struct Prepared {
     /// None: it is the one that is served already.
     change: Option<Change>,
     began: Instant,
-    _turn: OwnedMutexGuard<()>,
+    _turn: Turn,
 }
+
+/// The turn to swap the guest of a service. There is one at a time.
+pub struct Turn(#[expect(dead_code, reason = "it is held")] OwnedMutexGuard<()>);
 
 struct Change {
     guest: Arc<Guest>,
@@ -278,6 +281,11 @@ impl Service {
         self.versions().current.component.clone()
     }
 
+    /// Nothing is swapped while this is held, and nothing is being swapped when it is had.
+    pub async fn turn(&self) -> Turn {
+        Turn(self.turn.clone().lock_owned().await)
+    }
+
     /// What its connections took.
     pub fn measures(&self) -> &Measures {
         &self.measures
@@ -306,7 +314,7 @@ impl Service {
         settings: Option<Settings>,
     ) -> Result<Prepared, SwapError> {
         let began = Instant::now();
-        let turn = self.turn.clone().lock_owned().await;
+        let turn = self.turn().await;
         match self.make_ready(component, settings.map(Arc::new)).await {
             Ok(change) => Ok(Prepared {
                 change,
@@ -428,7 +436,8 @@ impl Service {
         versions.older.len() + previous.count()
     }
 
-    fn drain(&self) {
+    /// No other version is served from now on, and connections that are idle may end.
+    pub fn drain(&self) {
         let mut versions = self.versions();
         versions.draining = true;
         let versions = &*versions;
@@ -540,6 +549,13 @@ impl Service {
         self.swaps[attempt as usize].fetch_add(1, Ordering::Relaxed);
         let service = &*self.name;
         match swapped {
+            Ok(Swapped { digest, .. }) if matches!(attempt, Attempt::Unchanged) => {
+                debug!(
+                    service,
+                    version = digest.short(),
+                    "this version is served already"
+                );
+            }
             Ok(Swapped {
                 digest,
                 before,

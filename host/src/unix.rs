@@ -1,15 +1,19 @@
 //! Unix sockets at a path: who may connect, what is replaced there, and what is removed in the end.
 
 use std::fmt;
+use std::fs::{File, Metadata};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
+use std::num::ParseIntError;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use nix::unistd::{Group, User};
-use rustix::fs::{Mode as FileMode, fchmod};
+use nix::unistd::{Group, User, getegid, geteuid};
+use rustix::fs::{FlockOperation, Mode as FileMode, OFlags, fchmod, flock};
+use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 /// What fits into the address of a Unix socket (unix(7), `sun_path`, less its final zero), in bytes.
@@ -99,6 +103,19 @@ impl FromStr for Owner {
     }
 }
 
+impl Owner {
+    /// Whose a file at `path` is to be: by default as the kernel has it for a new one.
+    fn at(self, path: &Path) -> (u32, u32) {
+        /// Files in a directory that has it are of its group (inode(7)).
+        const SET_GROUP: u32 = 0o2000;
+        let directory = std::fs::metadata(directory_of(path)).ok();
+        let directory = directory.filter(|found| found.mode() & SET_GROUP != 0);
+        let group = directory.map_or_else(|| getegid().as_raw(), |found| found.gid());
+        let user = self.user.unwrap_or_else(|| geteuid().as_raw());
+        (user, self.group.unwrap_or(group))
+    }
+}
+
 fn id(
     name: &str,
     kind: &str,
@@ -118,10 +135,12 @@ fn id(
 /// What failed, and what to do about it.
 pub(crate) type Failed = (io::Error, &'static str);
 
-/// Takes a path for a socket that is to listen. What a server that is no more has left there is replaced.
+/// Listens at a path. What a server that is no more has left there is replaced.
 ///
-/// Nobody can connect before the socket listens, and so before its permissions are those.
-pub(crate) fn bind(path: &Path, permissions: &Permissions) -> Result<(Socket, SocketFile), Failed> {
+/// Nobody can connect before [`SocketFile::permit`], but for who needs no permissions. That it listens at
+/// once is for other servers to see that it is there.
+pub(crate) fn bind(path: &Path, backlog: i32) -> Result<(Socket, SocketFile), Failed> {
+    let _lock = Lock::of_directory(path);
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
             let error = io::Error::new(io::ErrorKind::AlreadyExists, "it is not a socket");
@@ -133,13 +152,39 @@ pub(crate) fn bind(path: &Path, permissions: &Permissions) -> Result<(Socket, So
         })?,
         Err(_) => {}
     }
-    let (socket, file) = bind_new(path, permissions.mode)
-        .map_err(|error| (error, "name a path in a directory of your own"))?;
-    permissions
-        .owner
-        .apply(path)
-        .map_err(|error| (error, "name an owner that this user may give files to"))?;
-    Ok((socket, file))
+    bind_new(path, backlog).map_err(|error| (error, "name a path in a directory of your own"))
+}
+
+/// A lock on a directory, as far as it is to be had: two servers that begin at once are not to take each
+/// other's socket for one that was left.
+struct Lock {
+    _directory: Option<File>,
+}
+
+impl Lock {
+    /// Of the directory that `path` is in.
+    fn of_directory(path: &Path) -> Self {
+        /// Whoever may read the directory can lock it: it is not waited for without end.
+        const TRIES: u32 = 100;
+        const BETWEEN: Duration = Duration::from_millis(10);
+        let directory = File::open(directory_of(path)).ok();
+        if let Some(directory) = &directory {
+            for _ in 0..TRIES {
+                match flock(directory, FlockOperation::NonBlockingLockExclusive) {
+                    Err(Errno::WOULDBLOCK) => std::thread::sleep(BETWEEN),
+                    _ => break,
+                }
+            }
+        }
+        Self {
+            _directory: directory,
+        }
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    let parent = path.parent().filter(|parent| *parent != Path::new(""));
+    parent.unwrap_or(Path::new("."))
 }
 
 /// Removes a socket that nobody listens at any more: one that refuses, and no other.
@@ -159,34 +204,20 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Binds at a path where nothing is.
-fn bind_new(path: &Path, mode: Mode) -> io::Result<(Socket, SocketFile)> {
+/// Listens at a path where nothing is, for nobody yet.
+fn bind_new(path: &Path, backlog: i32) -> io::Result<(Socket, SocketFile)> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
-    // Linux makes the file with the mode that the socket has, less the umask. The umask itself belongs to
-    // all threads, and so is left alone.
-    fchmod(&socket, FileMode::from_raw_mode(mode.0))?;
+    // Linux makes the file with the mode that the socket has.
+    fchmod(&socket, FileMode::empty())?;
     socket.bind(&SockAddr::unix(path)?)?;
     let file = SocketFile {
-        identity: Identity::of(path)?,
+        identity: Identity::of(&std::fs::symlink_metadata(path)?),
         path: path.into(),
         ours: AtomicBool::new(true),
     };
-    let metadata = std::fs::symlink_metadata(path)?;
-    if metadata.mode() & 0o777 != mode.0 {
-        std::fs::set_permissions(path, PermissionsExt::from_mode(mode.0))?;
-    }
+    socket.listen(backlog)?;
     Ok((socket, file))
-}
-
-impl Owner {
-    /// The last thing that is done to the file: its new owner may put another one there.
-    fn apply(self, path: &Path) -> io::Result<()> {
-        if self == Self::default() {
-            return Ok(());
-        }
-        lchown(path, self.user, self.group)
-    }
 }
 
 /// The file of a Unix socket that listens. It is removed when this is dropped, as long as it is ours:
@@ -199,17 +230,59 @@ pub(crate) struct SocketFile {
 
 impl SocketFile {
     /// Of a socket that another process has handed over, and may go on with: it is not ours before
-    /// [`Self::take_over`].
-    pub(crate) fn adopt(path: &Path) -> io::Result<Self> {
-        Ok(Self {
+    /// [`Self::take_over`]. None if another file is there by now.
+    pub(crate) fn adopt(path: &Path, identity: Identity) -> Option<Self> {
+        let there = Identity::of(&std::fs::symlink_metadata(path).ok()?);
+        (there == identity).then(|| Self {
             path: path.into(),
-            identity: Identity::of(path)?,
+            identity,
             ours: AtomicBool::new(false),
         })
     }
 
+    /// Which file it is.
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Gives it those permissions, as far as it does not have them: to the file that it is, whatever has
+    /// its name by now.
+    pub(crate) fn permit(&self, permissions: &Permissions) -> Result<(), Failed> {
+        let Permissions {
+            mode: Mode(mode),
+            owner,
+        } = *permissions;
+        let permit = || {
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = File::from(rustix::fs::open(&self.path, flags, FileMode::empty())?);
+            let found = file.metadata()?;
+            if Identity::of(&found) != self.identity {
+                // It is another server's.
+                return Ok(());
+            }
+            // What a path leads to can change; what a descriptor does not. Its own system calls do not take
+            // one that was opened so.
+            let this = format!("/proc/self/fd/{}", file.as_raw_fd());
+            if found.mode() & 0o777 != mode {
+                std::fs::set_permissions(&this, PermissionsExt::from_mode(mode))?;
+            }
+            let (user, group) = owner.at(&self.path);
+            match (user, group) == (found.uid(), found.gid()) {
+                true => Ok(()),
+                false => chown(&this, Some(user), Some(group)),
+            }
+        };
+        match permit() {
+            // Then it is nobody's.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            permitted => permitted.map_err(|error: io::Error| {
+                (error, "name an owner that this user may give files to")
+            }),
+        }
     }
 
     /// The process that it was adopted from leaves it to this one.
@@ -225,8 +298,9 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        let there = std::fs::symlink_metadata(&self.path);
         if self.ours.load(Ordering::Relaxed)
-            && Identity::of(&self.path).is_ok_and(|there| there == self.identity)
+            && there.is_ok_and(|there| Identity::of(&there) == self.identity)
         {
             let _ = std::fs::remove_file(&self.path);
         }
@@ -235,20 +309,42 @@ impl Drop for SocketFile {
 
 /// Tells a file from another one that was made in its place: some file systems give the number of a file
 /// that is gone to the next one.
-#[derive(PartialEq)]
-struct Identity {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Identity {
     device: u64,
     inode: u64,
-    made: Option<SystemTime>,
+    /// In nanoseconds since 1970, where the file system knows.
+    made: u128,
 }
 
 impl Identity {
-    fn of(path: &Path) -> io::Result<Self> {
-        let metadata = std::fs::symlink_metadata(path)?;
-        Ok(Self {
+    fn of(metadata: &Metadata) -> Self {
+        let made = metadata.created().ok();
+        let made = made.and_then(|made| made.duration_since(SystemTime::UNIX_EPOCH).ok());
+        Self {
             device: metadata.dev(),
             inode: metadata.ino(),
-            made: metadata.created().ok(),
+            made: made.map_or(0, |made| made.as_nanos()),
+        }
+    }
+}
+
+/// As one process tells another.
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{},{},{}", self.device, self.inode, self.made)
+    }
+}
+
+impl FromStr for Identity {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut parts = text.split(',').map(str::trim);
+        Ok(Self {
+            device: parts.next().unwrap_or_default().parse()?,
+            inode: parts.next().unwrap_or_default().parse()?,
+            made: parts.next().unwrap_or_default().parse()?,
         })
     }
 }
@@ -287,19 +383,57 @@ mod tests {
     }
 
     #[test]
+    fn permissions_are_for_the_socket_and_for_nothing_in_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let [path, other, elsewhere] =
+            ["socket", "other", "elsewhere"].map(|name| directory.path().join(name));
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+        let (_socket, file) = bind(&path, 1).unwrap();
+        assert_eq!(mode(&path), 0);
+        file.permit(&Permissions::default()).unwrap();
+        assert_eq!(mode(&path), 0o660);
+        std::fs::rename(&path, elsewhere).unwrap();
+        std::fs::write(&other, "theirs").unwrap();
+        let before = mode(&other);
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        let all = Permissions {
+            mode: Mode(0o666),
+            ..Permissions::default()
+        };
+        file.permit(&all).unwrap();
+        assert_eq!(mode(&other), before);
+        std::fs::remove_file(&path).unwrap();
+        file.permit(&all).unwrap();
+    }
+
+    #[test]
+    fn a_file_is_known_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let (_socket, file) = bind(&path, 1).unwrap();
+        let identity: Identity = file.identity().to_string().parse().unwrap();
+        assert_eq!(identity, file.identity());
+        assert!(SocketFile::adopt(&path, identity).is_some());
+        std::fs::rename(&path, directory.path().join("elsewhere")).unwrap();
+        std::fs::write(&path, "theirs").unwrap();
+        assert!(SocketFile::adopt(&path, identity).is_none());
+        assert!("1,2".parse::<Identity>().is_err());
+    }
+
+    #[test]
     fn a_file_that_took_the_place_of_ours_stays() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
-        let (_socket, file) = bind(&path, &Permissions::default()).unwrap();
+        let (_socket, file) = bind(&path, 1).unwrap();
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "theirs").unwrap();
         drop(file);
         assert!(path.exists());
         std::fs::remove_file(&path).unwrap();
-        let (_socket, file) = bind(&path, &Permissions::default()).unwrap();
+        let (_socket, file) = bind(&path, 1).unwrap();
         drop(file);
         assert!(!path.exists());
-        let (_socket, file) = bind(&path, &Permissions::default()).unwrap();
+        let (_socket, file) = bind(&path, 1).unwrap();
         file.hand_over();
         drop(file);
         assert!(path.exists());

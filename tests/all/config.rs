@@ -15,14 +15,14 @@ use crate::harness::{
 use crate::swap::{Load, answer};
 
 /// A config file, in a directory that is gone with it.
-struct Config {
-    admin: AdminSocket,
-    path: PathBuf,
+pub(crate) struct Config {
+    pub(crate) admin: AdminSocket,
+    pub(crate) path: PathBuf,
 }
 
 impl Config {
     /// One with an admin socket, and what else is said in `text`.
-    fn new(text: &str) -> Self {
+    pub(crate) fn new(text: &str) -> Self {
         let admin = AdminSocket::new();
         let config = Self {
             path: admin.beside("wasinetd.toml"),
@@ -32,36 +32,36 @@ impl Config {
         config
     }
 
-    fn write(&self, text: &str) {
+    pub(crate) fn write(&self, text: &str) {
         let admin = &self.admin.flag;
         let text = format!("admin = {admin:?}\nthreads = 2\n{text}");
         fs::write(&self.path, text).unwrap();
     }
 
-    fn reload(&self) -> String {
+    pub(crate) fn reload(&self) -> String {
         self.admin.ctl_text(&["reload"]).trim_end().into()
     }
 }
 
 /// A service of the guest at `path`, on any port.
-fn service(name: &str, path: PathBuf, more: &str) -> String {
+pub(crate) fn service(name: &str, path: PathBuf, more: &str) -> String {
     format!(
         "[[service]]\nname = {name:?}\nlisten = '127.0.0.1:0'\nguest = {path:?}\nmax-connections-per-source = 'off'\n{more}\n"
     )
 }
 
-fn connect(address: SocketAddr) -> Client {
+pub(crate) fn connect(address: SocketAddr) -> Client {
     Client::connect(address).unwrap()
 }
 
-fn echoes(address: SocketAddr) {
+pub(crate) fn echoes(address: SocketAddr) {
     let mut client = connect(address);
     client.send("hello");
     assert_eq!(client.read(5), "hello");
 }
 
 /// Where a service listens since a reload.
-fn listens(server: &Server, service: &str) -> SocketAddr {
+pub(crate) fn listens(server: &Server, service: &str) -> SocketAddr {
     let line = server.wait_for_log(&["listening", &format!("service=\"{service}\"")]);
     let address = line.split("address=").nth(1).unwrap();
     address.split(' ').next().unwrap().parse().unwrap()
@@ -307,7 +307,19 @@ fn a_bad_file_changes_nothing() {
     let bad_guest = service("bad", text_fixture("start_traps"), "");
     for (bad, reason) in [
         (format!("{more}idle = 1"), "idle is no setting"),
-        (format!("{more}{clash}"), "cannot listen on"),
+        (
+            format!("{more}{clash}"),
+            "toml:11: listen: cannot listen on",
+        ),
+        // One mistake does not hide another.
+        (
+            format!("{more}{clash}{bad_guest}"),
+            "toml:11: listen: cannot listen on",
+        ),
+        (
+            format!("{more}{clash}{bad_guest}"),
+            "toml:16: guest: the guest",
+        ),
         (
             format!("{more}{bad_guest}"),
             "no instance of it can be made",

@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use socket2::{Domain, Socket, Type};
 
 /// How long anything may take that should happen at once, on a machine that is busy.
@@ -174,6 +175,14 @@ impl AdminSocket {
         versions.expect("they are listed").len()
     }
 
+    /// Waits until no connection is open.
+    pub(crate) fn wait_for_none_open(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.ctl_json(&["status"])["open"] != 0 {
+            assert!(Instant::now() < deadline, "some stay open");
+        }
+    }
+
     /// All figures.
     pub(crate) fn metrics(&self) -> String {
         let mut curl = Command::new("curl");
@@ -330,10 +339,14 @@ impl Server {
 
     /// Serves what a config file says, which has so many addresses.
     pub(crate) fn start_config(config: &Path, listeners: usize) -> Self {
+        Self::start_config_by(wasinetd(), config, listeners)
+    }
+
+    /// The same, by a command that runs one.
+    pub(crate) fn start_config_by(mut command: Command, config: &Path, listeners: usize) -> Self {
         let turn = ALONE
             .read()
             .unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut command = wasinetd();
         command.args(["serve", "--config"]).arg(config);
         Self::begin(command, listeners, Turn::Shared(turn))
     }
@@ -739,5 +752,22 @@ impl Response {
             .next()
             .and_then(|line| line.strip_prefix("HTTP/1.1 "))
             .unwrap_or("")
+    }
+}
+
+/// Ends a server that was started by another one.
+pub(crate) struct Successor(pub(crate) Pid);
+
+impl Successor {
+    /// The one that answers operators.
+    pub(crate) fn of(admin: &AdminSocket) -> Self {
+        let pid = admin.ctl_json(&["status"])["pid"].as_i64().unwrap();
+        Self(Pid::from_raw(pid as i32).unwrap())
+    }
+}
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::KILL);
     }
 }

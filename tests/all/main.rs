@@ -27,6 +27,7 @@ mod otlp;
 mod output;
 mod packaging;
 mod proxy;
+mod reload;
 mod restart;
 mod shutdown;
 mod sockets;

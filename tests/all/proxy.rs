@@ -189,7 +189,9 @@ fn a_proxy_that_asks_whether_we_are_there_is_no_connection() {
             "addresses",
             &["--admin", &admin.flag, "--log-level", "debug"],
         );
-        for header in [&b""[..], LOCAL, b"PROXY UNKNOWN\r\n", b"itself"] {
+        // Of a family that says nothing here, with what is none of its addresses.
+        let odd = b"\r\n\r\n\0\r\nQUIT\n\x20\x41\0\x03abc";
+        for header in [&b""[..], LOCAL, odd, b"PROXY UNKNOWN\r\n", b"itself"] {
             let mut client = server.connect();
             // As haproxy does it with version 1.
             let itself = client.0.local_addr().unwrap().port();
@@ -201,7 +203,7 @@ fn a_proxy_that_asks_whether_we_are_there_is_no_connection() {
             client.finish();
             is_reset(&mut client);
         }
-        assert_eq!(headers(&admin, "health_check"), 4);
+        assert_eq!(headers(&admin, "health_check"), 5);
         server.wait_for_log(&["DEBUG", "no guest has this client", "health_check"]);
         assert_eq!(server.log_lines("connection ended").len(), 0);
         // One that goes on is served, as what it is.

@@ -6,18 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal};
 
-use crate::harness::{AdminSocket, MODES, PATIENCE, Server, guest, page, request, root};
-
-/// Ends a server that was started by another one.
-struct Successor(Pid);
-
-impl Drop for Successor {
-    fn drop(&mut self) {
-        let _ = kill_process(self.0, Signal::KILL);
-    }
-}
+use crate::harness::{AdminSocket, MODES, PATIENCE, Server, Successor, guest, page, request, root};
 
 /// A copy of the program, which can be replaced.
 fn installed(admin: &AdminSocket) -> std::path::PathBuf {

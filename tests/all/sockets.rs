@@ -11,11 +11,12 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
-use rustix::process::{Pid, Signal, getuid, kill_process};
+use rustix::process::{Signal, getuid};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::harness::{
-    AdminSocket, Client, MODES, Server, fixture, guest, output, page, request, root, run, wasinetd,
+    AdminSocket, Client, MODES, Server, Successor, fixture, guest, output, page, request, root,
+    run, wasinetd,
 };
 
 /// A directory for sockets, which is gone with it.
@@ -458,22 +459,6 @@ fn nobody_is_lost_when_a_unix_socket_closes() {
     }
 }
 
-/// Ends a server that was started by another one.
-struct Successor(Pid);
-
-impl Successor {
-    fn of(admin: &AdminSocket) -> Self {
-        let pid = admin.ctl_json(&["status"])["pid"].as_i64().unwrap();
-        Self(Pid::from_raw(pid as i32).unwrap())
-    }
-}
-
-impl Drop for Successor {
-    fn drop(&mut self) {
-        let _ = kill_process(self.0, Signal::KILL);
-    }
-}
-
 /// What runs a server with these sockets, as systemd does. `program` is what is run.
 fn pass(program: &Path, sockets: &[(&str, OwnedFd)]) -> Command {
     let names: Vec<&str> = sockets.iter().map(|(name, _)| *name).collect();
@@ -736,6 +721,34 @@ fn all_sockets_are_handed_over_under_load() {
         assert!(!place.path().exists(), "{server:?}");
         drop(successors);
     }
+}
+
+#[test]
+fn a_socket_that_was_passed_is_not_taken_for_a_port_of_ours() {
+    let admin = AdminSocket::new();
+    let (address, socket) = tcp();
+    let kept = socket.try_clone().unwrap();
+    let config = admin.beside("wasinetd.toml");
+    let write = |listen: &str| {
+        let (admin, guest) = (&admin.flag, guest("echo"));
+        let text = format!(
+            "admin = {admin:?}\nthreads = 2\n[[service]]\nname = 'echo'\nlisten = '{listen}'\nguest = {guest:?}\n"
+        );
+        std::fs::write(&config, text).unwrap();
+    };
+    write("fd:web");
+    let command = pass(&program(), &[("web", socket)]);
+    let mut server = Server::start_config_by(command, &config, 1);
+    echoes(Client::connect(address).unwrap());
+    write(&address.to_string());
+    let output = admin.ctl(&["restart"]);
+    assert!(!output.status.success(), "{output:?}");
+    echoes(Client::connect(address).unwrap());
+    server.signal(Signal::TERM);
+    server.wait();
+    // Whoever passed it goes on with it.
+    let _waits = Client::connect(address).unwrap();
+    drop(kept);
 }
 
 #[test]

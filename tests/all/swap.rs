@@ -124,7 +124,7 @@ fn a_hangup_swaps_to_what_the_file_has() {
         server.wait_for_log(&["a new version was given", "swapped"]);
         assert_eq!(served(&server), "two");
         server.signal(Signal::HUP);
-        server.wait_for_log(&["a new version was given", "unchanged"]);
+        server.wait_for_log(&["reloaded", "unchanged"]);
         fs::write(&file, "nonsense").unwrap();
         server.signal(Signal::HUP);
         server.wait_for_log(&["a swap failed", "not WebAssembly"]);

@@ -372,29 +372,33 @@ fn a_client_may_show_a_certificate_where_it_is_optional() {
 }
 
 #[test]
-fn a_resumed_session_has_the_certificate_of_the_client() {
+fn a_session_is_resumed_unless_a_client_is_to_show_a_certificate() {
     let authority = Authority::new();
     authority.certify("alice", &["alice.test"]);
     let ca = authority.text("ca.pem");
-    let server = authority.serve("concurrent", &fixture("tls"), &["--tls-client-ca", &ca]);
     let chain = vec![CertificateDer::from_pem_file(authority.path("alice.pem")).unwrap()];
-    let key = PrivateKeyDer::from_pem_file(authority.path("alice.key")).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(authority.roots())
-        .with_client_auth_cert(chain, key)
-        .unwrap();
-    let mut resumed = Vec::new();
-    for _ in 0..2 {
-        let mut tls = authority.try_connect(&server, config.clone()).unwrap();
-        let mut text = String::new();
-        tls.read_to_string(&mut text).unwrap();
-        assert!(text.contains("CN=alice"), "{text}");
-        resumed.push(tls.conn.handshake_kind() == Some(rustls::HandshakeKind::Resumed));
+    for (arguments, resumes) in [(&[][..], true), (&["--tls-client-ca", &*ca], false)] {
+        for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
+            let server = authority.serve("concurrent", &fixture("tls"), arguments);
+            let key = PrivateKeyDer::from_pem_file(authority.path("alice.key")).unwrap();
+            let provider = Arc::new(rustls::crypto::ring::default_provider());
+            let config = ClientConfig::builder_with_provider(provider)
+                .with_protocol_versions(&[version])
+                .unwrap()
+                .with_root_certificates(authority.roots())
+                .with_client_auth_cert(chain.clone(), key)
+                .unwrap();
+            let mut resumed = Vec::new();
+            for _ in 0..2 {
+                let mut tls = authority.try_connect(&server, config.clone()).unwrap();
+                let mut text = String::new();
+                tls.read_to_string(&mut text).unwrap();
+                assert_eq!(text.contains("CN=alice"), !resumes, "{text}");
+                resumed.push(tls.conn.handshake_kind() == Some(rustls::HandshakeKind::Resumed));
+            }
+            assert_eq!(resumed, [false, resumes], "{version:?}");
+        }
     }
-    assert_eq!(resumed, [false, true]);
 }
 
 #[test]
@@ -647,8 +651,7 @@ fn a_broken_answer_is_reset_and_has_no_orderly_end() {
         let authority = Authority::new();
         let server = authority.serve(mode, &fixture("error"), &[]);
         let mut tls = authority.connect(&server);
-        // It may be reset before it has said anything.
-        let _ = tls.write_all(b"x");
+        // It says nothing: what is written to a connection that was reset fails otherwise.
         let error = tls.read_to_end(&mut Vec::new()).unwrap_err();
         let kinds = [ErrorKind::ConnectionReset, ErrorKind::UnexpectedEof];
         assert!(kinds.contains(&error.kind()), "{error}");
@@ -859,15 +862,110 @@ fn who_was_let_in_by_another_authority_is_asked_again() {
 #[test]
 fn an_answer_of_ocsp_is_sent_along() {
     let authority = Authority::new();
-    // What is in it is the business of whoever asks for it.
-    std::fs::write(authority.path("ocsp.der"), [0x30, 0x03, 0x0a, 0x01, 0x06]).unwrap();
+    // What else is in it is the business of whoever asks for it.
     let ocsp = authority.text("ocsp.der");
+    std::fs::write(&ocsp, [0x30, 0x03, 0x0a, 0x01, 0x00]).unwrap();
     let server = authority.serve("concurrent", &guest("echo"), &["--tls-ocsp", &ocsp]);
     let (text, error) = openssl(&server, &["-status"]);
     assert!(
-        text.contains("OCSP Response Status: unauthorized"),
+        text.contains("OCSP Response Status: successful"),
         "{text}{error}"
     );
+    // What is none is not sent, and changes nothing.
+    for bad in [&b""[..], b"<html>502", &[0x30, 0x03, 0x0a, 0x01, 0x06]] {
+        std::fs::write(&ocsp, bad).unwrap();
+        server.signal(Signal::HUP);
+        server.wait_for_log(&["TLS is spoken as before", "--tls-ocsp"]);
+        let (text, error) = openssl(&server, &["-status"]);
+        assert!(
+            text.contains("OCSP Response Status: successful"),
+            "{text}{error}"
+        );
+    }
+}
+
+#[test]
+fn no_source_has_all_handshakes() {
+    for mode in MODES {
+        let authority = Authority::new();
+        let arguments = [
+            "--max-handshakes",
+            "4",
+            "--handshake-timeout",
+            "10m",
+            "--max-connections-per-source",
+            "100",
+        ];
+        let server = authority.serve(mode, &guest("echo"), &arguments);
+        let half: Vec<_> = (0..20)
+            .map(|_| {
+                let mut client = server.connect_from("127.0.0.9").unwrap();
+                client.send([22]);
+                client
+            })
+            .collect();
+        for _ in 0..3 {
+            let mut tls = authority.connect(&server);
+            tls.write_all(b"x").unwrap();
+            assert_eq!(read(&mut tls, 1), "x");
+        }
+        drop(half);
+    }
+}
+
+#[test]
+fn a_client_that_ends_without_saying_so_by_tls_has_the_whole_answer() {
+    for mode in MODES {
+        let authority = Authority::new();
+        let server = authority.serve(mode, &fixture("answers_late"), &[]);
+        let mut tls = authority.connect(&server);
+        tls.write_all(b"x").unwrap();
+        tls.sock.shutdown(Shutdown::Write).unwrap();
+        let mut answer = Vec::new();
+        // With the end that TLS has.
+        tls.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer.len(), 4 << 20);
+    }
+}
+
+#[test]
+fn who_looks_whether_the_port_is_there_makes_no_line() {
+    let authority = Authority::new();
+    let admin = AdminSocket::new();
+    let server = authority.serve("concurrent", &guest("echo"), &["--admin", &admin.flag]);
+    for _ in 0..3 {
+        let client = server.connect();
+        client.finish();
+        let _ = Client(client.0).read_all();
+    }
+    assert_eq!(handshakes(&admin, "client_gone"), 3);
+    // One that has begun does, and its line is the first.
+    let mut client = server.connect();
+    client.send([22, 3, 1]);
+    client.finish();
+    let _ = client.read_all();
+    let line = server.wait_for_log(&["a TLS handshake came to nothing"]);
+    assert!(line.contains("since=1"), "{line}");
+}
+
+#[test]
+fn a_full_server_sends_no_text_to_who_speaks_tls() {
+    let authority = Authority::new();
+    let arguments = [
+        "--max-connections",
+        "1",
+        "--max-connections-per-source",
+        "off",
+        "--when-full",
+        "close",
+        "--full-banner",
+        "full",
+    ];
+    let server = authority.serve("concurrent", &guest("echo"), &arguments);
+    let mut tls = authority.connect(&server);
+    tls.write_all(b"x").unwrap();
+    assert_eq!(read(&mut tls, 1), "x");
+    assert_eq!(server.connect().read_to_end(), "");
 }
 
 #[test]
@@ -1001,6 +1099,14 @@ fn what_cannot_be_served_with_is_refused_with_its_flag() {
             64,
             "--tls-ocsp 2 times",
         ),
+        (plain(&["--tls-min-version", "1.3"]), 64, "--tls-cert"),
+        (plain(&["--max-handshakes", "5"]), 64, "--tls-cert"),
+        (
+            with(&["--tls-client-auth", "required"]),
+            64,
+            "--tls-client-ca",
+        ),
+        (with(&["--tls-ocsp", &one]), 78, "given to --tls-ocsp"),
         (with(&["--tls-min-version", "1.1"]), 64, "--tls-min-version"),
         (with(&["--tls-alpn", ""]), 64, "--tls-alpn"),
         (with(&["--max-handshakes", "0"]), 64, "--max-handshakes"),

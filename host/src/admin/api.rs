@@ -263,7 +263,8 @@ impl Api {
                 true => "draining".into(),
                 false => "serving".into(),
             },
-            open: services.iter().map(|service| service.open).sum(),
+            // Those of services that are gone from the config file among them.
+            open: operated.open.count() as u64,
             max_connections: operated.max_connections as u64,
             accept_errors: listener::accept_errors(),
             services,
@@ -367,6 +368,10 @@ impl Api {
         match reloaded {
             Ok(Ok(changes)) => json(&changes),
             Ok(Err(error)) => failure(StatusCode::UNPROCESSABLE_ENTITY, &error),
+            Err(_) if self.operated.lifecycle.is_handed_over() => failure(
+                StatusCode::CONFLICT,
+                "a new process has taken over meanwhile, which reads the config file again; see its log",
+            ),
             Err(_) => failure(StatusCode::CONFLICT, "the server drains already"),
         }
     }

@@ -36,7 +36,10 @@ pub(crate) fn cert(args: &CertArgs) -> Result<ExitCode, Error> {
         .map_err(|error| failed(error.to_string()))?;
     // The key first: without it the certificate is of no use to anyone.
     write_new(&key, 0o600, &pair.serialize_pem())?;
-    write_new(&certificate, 0o644, &made.pem())?;
+    write_new(&certificate, 0o644, &made.pem()).inspect_err(|_| {
+        // It would be in the way of the next try.
+        let _ = std::fs::remove_file(&key);
+    })?;
     let mut stdout = io::stdout().lock();
     // It was made even where nobody reads this.
     let _ = writeln!(

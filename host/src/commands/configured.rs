@@ -1,5 +1,7 @@
 //! What is to be served: as the command line or a config file says it, read and checked.
 
+mod agree;
+
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -10,13 +12,17 @@ use clap::builder::Command;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, CommandFactory, Parser, ValueHint};
 use wasinetd::Error;
-use wasinetd::config::{self, Key, Mistake, Mistakes, Setting, Table, Takes};
+use wasinetd::config::{self, Files, Key, Mistake, Mistakes, Setting, Table, Takes};
 use wasinetd::connection::tls::Tls;
 use wasinetd::listener::Address;
 use wasinetd::sandbox::{Access, Grants, Needs};
 
+use super::successor::Guest;
 use super::{read, refused};
-use crate::cli::{NAME_VALUE, ServeArgs, ServerArgs, ServerTable, ServiceArgs, ServiceTable};
+use crate::cli::{
+    NAME_VALUE, ServeArgs, ServerArgs, ServerTable, ServiceArgs, ServiceTable, UNIX_PATH,
+};
+use agree::Among;
 
 /// The service of a server that is started without a config file.
 const ONLY_SERVICE: &str = "default";
@@ -101,6 +107,9 @@ impl Configured {
         let (server, service) = (ServerTable::command(), ServiceTable::command());
         let (file, mut mistakes) = config::read(&text, base, &keys(&server), &keys(&service));
         let server = parsed::<ServerTable>(&server, &file.server, &mut mistakes);
+        let tables = file.services.iter();
+        let named = tables.filter_map(|table| table.get("name")?.values.first().cloned());
+        let named: HashSet<String> = named.collect();
         let tables = file.services.into_iter();
         let services: Vec<Spec> = tables
             .filter_map(|table| {
@@ -114,7 +123,12 @@ impl Configured {
                 })
             })
             .collect();
-        agree(&services, &mut mistakes);
+        let among = Among {
+            services: &services,
+            named: &named,
+            server: server.as_ref(),
+        };
+        among.agree(&mut mistakes);
         if mistakes.is_empty() && services.is_empty() {
             mistakes.push(Mistake {
                 line: 1,
@@ -139,12 +153,16 @@ impl Configured {
 pub(super) fn check_all(
     services: Vec<Spec>,
     config: Option<&Path>,
-    mut known: HashMap<String, Vec<u8>>,
+    mut known: HashMap<Guest, Vec<u8>>,
 ) -> Result<Vec<Checked>, Error> {
     let mut checked = Vec::new();
     let mut mistakes = Vec::new();
     for spec in services {
-        let guest = guest(&spec, known.remove(&spec.name)).map_err(|error| ("guest", error));
+        let guest = guest(
+            &spec,
+            known.remove(&(spec.name.clone(), spec.guest.clone())),
+        )
+        .map_err(|error| ("guest", error));
         let grants = grants(&spec);
         let tls = tls(&spec).map_err(|error| ("tls-cert", error));
         match (guest, grants, tls) {
@@ -205,103 +223,13 @@ fn grants(spec: &Spec) -> Result<Grants, (&'static str, Error)> {
     Ok(grants.with_destinations(spec.args.network.allow_connect.clone()))
 }
 
-fn wrong(path: &Path, mut mistakes: Vec<Mistake>) -> Error {
+/// All that is wrong with a config file.
+pub(super) fn wrong(path: &Path, mut mistakes: Vec<Mistake>) -> Error {
     mistakes.sort();
     Error::Config(Mistakes {
         path: path.into(),
         mistakes,
     })
-}
-
-/// What a service that is behind another one has no say in.
-const OF_THE_LISTENER: [&str; 25] = [
-    "dispatch",
-    "max-connections",
-    "allow",
-    "deny",
-    "max-connections-per-source",
-    "source-prefix",
-    "accept-rate",
-    "accept-rate-per-source",
-    "when-full",
-    "full-banner",
-    "keepalive",
-    "backlog",
-    "reuse-port",
-    "unix-mode",
-    "unix-owner",
-    "proxy-from",
-    "tls-cert",
-    "tls-key",
-    "tls-ocsp",
-    "tls-alpn",
-    "tls-min-version",
-    "tls-client-ca",
-    "tls-client-auth",
-    "handshake-timeout",
-    "max-handshakes",
-];
-
-/// Services have names of their own, and addresses of their own.
-fn agree(services: &[Spec], mistakes: &mut Vec<Mistake>) {
-    let mut names: HashSet<&str> = HashSet::new();
-    let mut addresses: HashMap<&Address, &str> = HashMap::new();
-    for spec in services {
-        let mut wrong = |key: &str, text: String| {
-            mistakes.push(Mistake {
-                line: spec.line(key),
-                text,
-            });
-        };
-        if !names.insert(&spec.name) {
-            let text = format!(
-                "name: there is a service {:?} already; choose another",
-                spec.name
-            );
-            wrong("name", text);
-        }
-        if let Some((other, _)) = &spec.behind {
-            for key in OF_THE_LISTENER {
-                if spec.table.get(key).is_some() {
-                    wrong(
-                        key,
-                        format!("{key}: it is for the service {other:?} to say"),
-                    );
-                }
-            }
-            let mut others = services.iter();
-            let of_name = others.find(|one| one.name == *other);
-            match of_name {
-                None => wrong("behind", format!("behind: there is no service {other:?}")),
-                Some(one) if one.behind.is_some() => {
-                    let text = format!("behind: {other:?} is behind another one itself");
-                    wrong("behind", text);
-                }
-                Some(one) if !one.args.front.speaks_tls() => {
-                    let text =
-                        format!("behind: {other:?} speaks no TLS; give it tls-cert and tls-key");
-                    wrong("behind", text);
-                }
-                Some(_) => {}
-            }
-        } else if spec.args.listen.is_empty() {
-            let text =
-                "listen is missing; write listen = \"127.0.0.1:7878\", or several in an array";
-            wrong("listen", text.into());
-        }
-        for address in &spec.args.listen {
-            let other = addresses.insert(address, &spec.name);
-            if let Some(other) = other.filter(|_| !takes_any_port(address)) {
-                let text = format!("listen: {address} is the service {other:?}'s already");
-                wrong("listen", text);
-            }
-        }
-    }
-}
-
-/// Whether several services can be told to listen there.
-pub(super) fn takes_any_port(address: &Address) -> bool {
-    matches!(address, Address::Ip(address) if address.port() == 0)
 }
 
 /// The keys of a table, which are the flags of a command.
@@ -312,13 +240,19 @@ pub(crate) fn keys(command: &Command) -> Vec<Key> {
             Some(Key {
                 name: arg.get_long().filter(|long| *long != "help")?.into(),
                 takes: takes(arg),
-                is_path: matches!(
-                    arg.get_value_hint(),
-                    ValueHint::FilePath | ValueHint::DirPath
-                ),
+                files: files(arg),
             })
         })
         .collect()
+}
+
+fn files(arg: &Arg) -> Files {
+    let names = arg.get_value_names().unwrap_or_default();
+    match arg.get_value_hint() {
+        ValueHint::FilePath | ValueHint::DirPath => Files::All,
+        _ if names.iter().any(|name| name.contains(UNIX_PATH)) => Files::AfterUnix,
+        _ => Files::None,
+    }
 }
 
 fn takes(arg: &Arg) -> Takes {
@@ -362,9 +296,22 @@ fn parsed<T: Parser>(command: &Command, table: &Table, mistakes: &mut Vec<Mistak
     match T::try_parse_from(table.settings.iter().flat_map(arguments)) {
         Ok(parsed) => Some(parsed),
         Err(error) => {
+            let missing = missing(&error);
+            let wants = |setting: &&Setting| {
+                let alone = command.clone().try_get_matches_from(arguments(setting));
+                alone.is_err_and(|error| {
+                    missing
+                        .iter()
+                        .any(|key| self::missing(&error).contains(key))
+                })
+            };
+            let line = table.settings.iter().find(wants).map(|one| one.line);
             mistakes.push(Mistake {
-                line: table.line,
-                text: missing(&error),
+                line: line.unwrap_or(table.line),
+                text: match missing.is_empty() {
+                    true => first_line(&error),
+                    false => format!("missing: {}", missing.join(", ")),
+                },
             });
             None
         }
@@ -396,18 +343,17 @@ fn explained(error: &clap::Error, setting: &Setting) -> String {
     format!("{key} = {value:?}: {why}")
 }
 
-/// What is missing in a table whose settings are fine.
-fn missing(error: &clap::Error) -> String {
-    match error.get(ContextKind::InvalidArg) {
-        Some(ContextValue::Strings(flags)) => {
+/// The keys that an error says are missing.
+fn missing(error: &clap::Error) -> Vec<String> {
+    match (error.kind(), error.get(ContextKind::InvalidArg)) {
+        (ErrorKind::MissingRequiredArgument, Some(ContextValue::Strings(flags))) => {
             let keys = flags.iter().map(|flag| {
                 let flag = flag.trim_start_matches("--");
-                flag.split([' ', '=']).next().unwrap_or(flag)
+                flag.split([' ', '=']).next().unwrap_or(flag).to_string()
             });
-            let keys: Vec<_> = keys.collect();
-            format!("missing: {}", keys.join(", "))
+            keys.collect()
         }
-        _ => first_line(error),
+        _ => Vec::new(),
     }
 }
 

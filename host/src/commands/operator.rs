@@ -1,23 +1,25 @@
 //! Does what operators and signals say while the server serves.
 
 use std::path::{Path, PathBuf};
-use std::pin::{Pin, pin};
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
-use futures::stream::{SelectAll, select_all};
 use futures::{Stream, StreamExt};
-use tokio::sync::{Notify, mpsc, oneshot};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::sync::{Mutex, mpsc, oneshot};
 use tracing::{info, warn};
 use wasinetd::Error;
 use wasinetd::admin::{Admin, Obeyed, Reloaded};
 use wasinetd::config::Table;
 use wasinetd::lifecycle::Controller;
 
-use super::configured::{Checked, Configured, check_all};
-use super::fleet::{Change, Changes, Fleet};
+use super::configured::{Checked, Configured, check_all, wrong};
+use super::fleet::{Change, Changes, Fleet, NotChanged, watched};
+use super::read;
 use super::successor::Handover;
 use super::supervisor::Supervisor;
-use super::{read, watch};
+use super::watch::Watched;
 
 /// What it is done with.
 pub(super) struct Operator<'a> {
@@ -28,20 +30,23 @@ pub(super) struct Operator<'a> {
     pub(super) controller: &'a Controller,
     pub(super) admin: Option<&'a Admin>,
     pub(super) drain: mpsc::Sender<()>,
-    /// Told when other guests may have to be watched.
-    pub(super) reloaded: Notify,
+    /// Those who watch files are told by it.
+    pub(super) files: mpsc::Sender<Files>,
+    /// Reloads that wait for their turn.
+    pub(super) waiting: AtomicUsize,
+    /// Whose turn it is to reload or to hand over: a successor serves what this one has served.
+    pub(super) turn: Mutex<()>,
 }
 
-/// What has changed in files.
-pub(super) type Watched = SelectAll<Pin<Box<dyn Stream<Item = Change>>>>;
-
-/// Watches files for what their changes mean.
-pub(super) fn watch(files: Vec<(Change, PathBuf)>) -> Result<Watched, Error> {
-    let watched = files.into_iter().map(|(change, file)| {
-        let changes = watch::changes(&file)?.map(move |()| change.clone());
-        Ok(Box::pin(changes) as Pin<Box<dyn Stream<Item = _>>>)
-    });
-    Ok(select_all(watched.collect::<Result<Vec<_>, Error>>()?))
+/// What is to be done about the files that are watched.
+pub(super) enum Files {
+    /// Watch these as well, or say why that cannot be.
+    Add(Vec<(Change, PathBuf)>, oneshot::Sender<Result<(), Error>>),
+    /// Watch those of the services that there are by now, and look at all once more: they may have changed
+    /// since they were read.
+    Reloaded,
+    /// Do what is due for those that have changed, and say when that is done.
+    Settle(oneshot::Sender<()>),
 }
 
 impl Operator<'_> {
@@ -53,6 +58,9 @@ impl Operator<'_> {
         let reloading = async {
             let mut reloads = pin!(reloads);
             while let Some(done) = reloads.next().await {
+                self.waiting.fetch_add(1, Ordering::Relaxed);
+                let _turn = self.turn.lock().await;
+                self.waiting.fetch_sub(1, Ordering::Relaxed);
                 self.supervisor.reloading();
                 let outcome = self.read_again().await;
                 self.supervisor.ready();
@@ -71,22 +79,58 @@ impl Operator<'_> {
 
     /// Swaps to what the files of guests have, and speaks TLS with what those of certificates have, when
     /// they have changed that are to be watched.
-    pub(super) async fn follow_files(&self, mut watched: Watched) {
+    pub(super) async fn follow_files(
+        &self,
+        mut watched: Watched<Change>,
+        mut asked: mpsc::Receiver<Files>,
+    ) {
         let following = async {
             loop {
-                tokio::select! {
-                    Some(change) = watched.next() => match change {
+                let (changes, settled) = tokio::select! {
+                    change = watched.next() => (vec![change], None),
+                    Some(asked) = asked.recv() => match asked {
+                        Files::Add(files, done) => {
+                            // Whoever asked may have gone.
+                            let _ = done.send(watched.add(files));
+                            continue;
+                        }
+                        Files::Reloaded => {
+                            watched.keep(&self.fleet.watched());
+                            (watched.all(), None)
+                        }
+                        Files::Settle(done) => (watched.changed_by_now(), Some(done)),
+                    }
+                };
+                for change in changes {
+                    match change {
                         Change::Guest(name) => self.swap_from_file(&name).await,
                         Change::Tls(name) => self.read_certificates(Some(&name)).await,
-                    },
-                    () = self.reloaded.notified() => match watch(self.fleet.watched()) {
-                        Ok(others) => watched = others,
-                        Err(error) => warn!(%error, "files are watched as before"),
                     }
+                }
+                if let Some(settled) = settled {
+                    let _ = settled.send(());
                 }
             }
         };
         self.until_draining(following).await;
+    }
+
+    /// Has files watched that are not yet.
+    async fn watch(&self, services: &[Checked]) -> Result<(), Error> {
+        let files = services.iter();
+        let files = files.flat_map(|one| watched(&one.spec, one.tls.as_deref()));
+        let (done, answer) = oneshot::channel();
+        // Nobody is there when the server drains, and then nothing else comes of it either.
+        let _ = self.files.send(Files::Add(files.collect(), done)).await;
+        answer.await.unwrap_or(Ok(()))
+    }
+
+    /// Serves what files have that have changed already.
+    async fn settle(&self) {
+        let (done, settled) = oneshot::channel();
+        let _ = self.files.send(Files::Settle(done)).await;
+        // As above.
+        let _ = settled.await;
     }
 
     async fn until_draining(&self, work: impl Future<Output = ()>) {
@@ -99,14 +143,16 @@ impl Operator<'_> {
     }
 
     async fn read_again(&self) -> Reloaded {
-        self.read_certificates(None).await;
         match &self.config {
             Some((path, table)) => {
                 let changes = self.follow_config(path.clone(), table).await;
-                self.reloaded.notify_one();
-                changes.map_err(|error| error.to_string())
+                let changes = changes.map_err(|error| error.to_string())?;
+                self.read_certificates(None).await;
+                let _ = self.files.send(Files::Reloaded).await;
+                Ok(changes)
             }
             None => {
+                self.read_certificates(None).await;
                 let mut outcomes = Vec::new();
                 for name in self.fleet.names() {
                     outcomes.push(self.swap(&name).await?);
@@ -118,13 +164,25 @@ impl Operator<'_> {
 
     async fn follow_config(&self, path: PathBuf, before: &Table) -> Result<String, Error> {
         // Guests may be large, and on a file system that takes its time.
-        let reading = tokio::task::spawn_blocking(move || wanted(&path));
+        let file = path.clone();
+        let reading = tokio::task::spawn_blocking(move || wanted(&file));
         let failed = |error| super::internal("reading the config file")(error);
         let (server, services) = reading.await.map_err(failed)??;
-        let changes = self.fleet.turn_into(services).await?;
+        self.watch(&services).await?;
+        let changes = self.fleet.turn_into(services).await;
+        let changes = changes.map_err(|not_changed| match not_changed {
+            NotChanged::Mistakes(mistakes) => wrong(&path, mistakes),
+            NotChanged::Error(error) => error,
+        })?;
         let mut text = described(&changes);
         if !server.same_but(before, &[]) {
             text += "; what is set for the server itself needs a restart (ctl restart)";
+        }
+        if !changes.bound_as_before.is_empty() {
+            let names = changes.bound_as_before.join(", ");
+            text += &format!(
+                "; reuse-port is as it was until the server is stopped and started: {names}"
+            );
         }
         Ok(text)
     }
@@ -195,16 +253,27 @@ impl Operator<'_> {
     }
 
     async fn hand_over(&self, handover: &Handover) -> Obeyed {
-        let served = self.fleet.to_hand_over();
+        let _turn = self.turn.lock().await;
+        self.settle().await;
+        let served = self.fleet.to_hand_over().await;
         let served = served.map_err(|error| error.to_string())?;
         let successor = handover.start(&served).await?;
         if !self.controller.hand_over() {
             return Err("the server drains".into());
         }
+        self.fleet
+            .drain(|listening| successor.listens_at(listening));
         let pid = successor.pid();
+        let admin = self.admin.filter(|_| successor.answers_operators());
         successor.takes_over();
         self.supervisor.succeeded_by(pid);
-        if let Some(admin) = self.admin {
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            info!(pid, "a reload is passed on to the new process");
+            let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+            // It may have ended.
+            let _ = pid.map(|pid| kill_process(pid, Signal::HUP));
+        }
+        if let Some(admin) = admin {
             admin.hand_over();
         }
         // One that is on its way already is as good.

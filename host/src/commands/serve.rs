@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::SystemTime;
 
 use futures::{Stream, StreamExt, stream};
@@ -11,7 +12,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Mutex, Semaphore, mpsc};
 use tracing::{info, warn};
 use wasinetd::Error;
 use wasinetd::admin::{self, Admin, Logs, Operated};
@@ -19,7 +20,7 @@ use wasinetd::capacity::{self, Plan};
 use wasinetd::connection;
 use wasinetd::lifecycle::Controller;
 use wasinetd::limit;
-use wasinetd::listener::{self, Address, Gathered, Incoming, Places};
+use wasinetd::listener::{self, Address, Gathered, Incoming};
 use wasinetd::sandbox::Engine;
 use wasinetd::server::{self, Ended, Pulse, Shards, Stop};
 use wasinetd::service::{self, Route, Services};
@@ -28,9 +29,10 @@ use wasinetd::spans::Spans;
 use super::activation::Passed;
 use super::configured::{Checked, Configured, check_all, needs};
 use super::fleet::{self, Change, Fleet, Ready, Shared, Threads};
-use super::operator::{self, Operator};
+use super::operator::Operator;
 use super::successor::{self, Handover, Inherited};
 use super::supervisor::Supervisor;
+use super::watch::Watched;
 use super::{cache, internal, token};
 use crate::cli::{Dispatch, ServeArgs, ServerArgs};
 use crate::logging;
@@ -58,7 +60,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     // Before the files are read, so that no change of them is missed.
     let guests = configured.services.iter();
     let watched = guests.flat_map(|spec| fleet::watched(spec, None)).collect();
-    let mut watched = operator::watch(watched)?;
+    let mut watched = Watched::new(watched)?;
     let checked = check_all(configured.services, config.as_deref(), known)?;
     let certificates = checked.iter().flat_map(|one| {
         let files = one.tls.as_ref().map(|tls| tls.files());
@@ -68,7 +70,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
             .flatten()
             .map(move |file| (change.clone(), file))
     });
-    watched.extend(operator::watch(certificates.collect())?);
+    watched.add(certificates.collect())?;
     let limits = checked.iter().map(|one| &one.spec.args.guest_limits);
     let limits = server.shared_limits.limits(capacity::memory(), limits);
     let (needs, files) = needs(&checked);
@@ -98,7 +100,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         open: Arc::default(),
         spans: spans.clone(),
         limits,
-        places: Places::new(max_connections),
+        places: Arc::new(Semaphore::new(max_connections)),
         max_connections,
         drain_timeout: server.drain_timeout,
     };
@@ -116,7 +118,6 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     warn_of_sockets(&ready, &passed);
     // Whoever connects to those that nobody serves is not to wait for us.
     drop(passed);
-    announce(&ready, config.is_some(), admin.as_ref());
     let admin_socket = admin.as_ref().map(Admin::try_clone_socket).transpose();
     let admin_socket = admin_socket.map_err(internal("keeping a socket for a successor"))?;
     let handover = Handover::new(admin_socket, program);
@@ -136,9 +137,11 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let open = shared.open.clone();
     let services = Services::default();
     let fleet = Arc::new(Fleet::new(shared, threads, services.clone(), ready)?);
+    announce(&fleet, config.is_some(), admin.as_ref());
     let (restarts, restart) = mpsc::channel(1);
     let (reloads, reload) = mpsc::channel(1);
     let (drain, drains) = mpsc::channel(1);
+    let (files, file) = mpsc::channel(1);
     let wishes = received(drains).map(|()| Stop::Drain);
     let serving = server::serve(
         connections,
@@ -172,7 +175,9 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         controller: &controller,
         admin: admin.as_ref(),
         drain,
-        reloaded: Notify::new(),
+        files,
+        waiting: AtomicUsize::new(0),
+        turn: Mutex::default(),
     };
     let ended = control.block_on(async {
         let operating = async {
@@ -194,13 +199,14 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
             tokio::join!(
                 fleet.follow(&lifecycle),
                 operator.reload(reloads),
-                operator.follow_files(watched),
+                operator.follow_files(watched, file),
                 operator.restart(restarts, handover),
                 operator.say_that_it_stops(),
                 supervisor.watchdog(&pulse),
             );
             std::future::pending().await
         };
+        fleet.take_over();
         inherited.ready();
         if let Some(admin) = &admin {
             admin.take_over();
@@ -278,8 +284,9 @@ fn admin(args: &ServerArgs, inherited: &mut Inherited) -> Result<Option<Admin>, 
     if let (admin::Address::Loopback(_), None) = (address, &token) {
         return Err(Error::NoToken);
     }
-    match inherited.admin() {
-        Some(socket) => Admin::adopt(address, token, socket).map(Some),
+    let adopt = |socket, file| Admin::adopt(address, token.clone(), socket, file);
+    match inherited.admin(adopt) {
+        Some(admin) => Ok(Some(admin)),
         None => Admin::bind(address, token).map(Some),
     }
 }
@@ -369,16 +376,14 @@ fn warn_of_sockets(ready: &[Ready], passed: &Passed) {
 }
 
 /// Tells who started us where to connect. The one thing that goes to standard output.
-fn announce(ready: &[Ready], by_name: bool, admin: Option<&Admin>) {
+fn announce(fleet: &Fleet, by_name: bool, admin: Option<&Admin>) {
     let mut stdout = io::stdout().lock();
-    for one in ready {
-        for address in one.addresses() {
-            // The server is of use even where nobody reads this.
-            let _ = match by_name {
-                true => writeln!(stdout, "listening on {address} for {}", one.name()),
-                false => writeln!(stdout, "listening on {address}"),
-            };
-        }
+    for (name, address) in fleet.addresses() {
+        // The server is of use even where nobody reads this.
+        let _ = match by_name {
+            true => writeln!(stdout, "listening on {address} for {name}"),
+            false => writeln!(stdout, "listening on {address}"),
+        };
     }
     if let Some(admin) = admin {
         let _ = writeln!(stdout, "operators connect to {}", admin.address());

@@ -14,6 +14,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::{Child, Command};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,13 +22,18 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 use socket2::SockRef;
-use wasinetd::listener::Address;
+use wasinetd::listener::{Address, Listening};
+use wasinetd::service::Turn;
+use wasinetd::unix::Identity;
 
 use super::activation;
 
-/// What a successor is told of, a line for each: `tcp=5:`, `unix=6:`, `fd=7:name`, `admin=8:`,
-/// `guest=9:service`, `ready=10:`; where there is no name nothing comes after the colon. A name has no
-/// line end.
+/// What a successor is told of, a line for each: `listen=5:SERVICE SOCKET ADDRESS`, with the file that a Unix
+/// socket has, and the address as the service has asked for it; `guest=6:SERVICE FILE`, `admin=7:SOCKET`
+/// and `ready=8:`. No name of a service has a space.
+///
+/// On the pipe that is the last of them it says `1` when it serves, and then the numbers of the sockets that
+/// it has no use for, with a space before each.
 const INHERITED: &str = "WASINETD_INHERITED";
 
 /// How long a successor may take until it serves. It may have to compile its guest.
@@ -36,11 +42,28 @@ const READY: Duration = Duration::from_secs(120);
 /// What this process was handed over by another one.
 #[derive(Default)]
 pub(super) struct Inherited {
-    /// By what a server is told to listen at, with the port that was found.
-    listening: Vec<(Address, OwnedFd)>,
-    admin: Option<OwnedFd>,
-    guests: Vec<(String, OwnedFd)>,
+    listening: Vec<Listener>,
+    admin: Option<(RawFd, OwnedFd, Option<Identity>)>,
+    guests: Vec<(Guest, OwnedFd)>,
     ready: Option<OwnedFd>,
+    /// The numbers of sockets that are of no use.
+    left: Vec<RawFd>,
+}
+
+/// A service, and the file that its guest came from.
+pub(super) type Guest = (String, PathBuf);
+
+/// A socket that was handed over.
+struct Listener {
+    /// As the other process knows it.
+    number: RawFd,
+    service: String,
+    /// As it was asked for. None if it is no address to us.
+    asked: Option<Address>,
+    /// Where it is.
+    at: Address,
+    file: Option<Identity>,
+    socket: OwnedFd,
 }
 
 impl Inherited {
@@ -50,18 +73,34 @@ impl Inherited {
         let Ok(told) = env::var(INHERITED) else {
             return inherited;
         };
-        for (kind, number) in told.lines().filter_map(|line| line.split_once('=')) {
-            let (number, name) = number.split_once(':').unwrap_or((number, ""));
-            let Some(descriptor) = number.parse().ok().and_then(own) else {
+        for (kind, told) in told.lines().filter_map(|line| line.split_once('=')) {
+            let (number, told) = told.split_once(':').unwrap_or((told, ""));
+            let (service, of_it) = told.split_once(' ').unwrap_or((told, ""));
+            let Some((number, descriptor)) = number.parse().ok().and_then(own) else {
                 continue;
             };
             match kind {
-                "tcp" | "unix" => inherited.listening.extend(listening(descriptor)),
-                "fd" => inherited
-                    .listening
-                    .push((Address::Passed(name.into()), descriptor)),
-                "guest" => inherited.guests.push((name.into(), descriptor)),
-                "admin" => inherited.admin = Some(descriptor),
+                "listen" => {
+                    let (file, asked) = of_it.split_once(' ').unwrap_or((of_it, ""));
+                    let Some(at) = address(&descriptor) else {
+                        continue;
+                    };
+                    inherited.listening.push(Listener {
+                        number,
+                        service: service.into(),
+                        asked: asked.parse().ok(),
+                        at,
+                        file: file.parse().ok(),
+                        socket: descriptor,
+                    });
+                }
+                "guest" => {
+                    let guest = (service.into(), of_it.into());
+                    inherited.guests.push((guest, descriptor));
+                }
+                "admin" => {
+                    inherited.admin = Some((number, descriptor, told.parse().ok()));
+                }
                 "ready" => inherited.ready = Some(descriptor),
                 _ => {}
             }
@@ -72,7 +111,7 @@ impl Inherited {
     /// The addresses of all sockets that were passed to the first process of this server.
     pub(super) fn passed(&self) -> Vec<Address> {
         let mut passed = Vec::new();
-        for (address, _) in &self.listening {
+        for address in self.listening.iter().filter_map(|one| one.asked.as_ref()) {
             if matches!(address, Address::Passed(_)) && !passed.contains(address) {
                 passed.push(address.clone());
             }
@@ -80,57 +119,81 @@ impl Inherited {
         passed
     }
 
-    /// The sockets that listen at `address`.
-    pub(super) fn sockets(&mut self, address: &Address) -> Vec<OwnedFd> {
-        // Where any port was asked for, it is the one that was found.
-        let is_at = |at: &Address| match (at, address) {
-            (Address::Ip(at), Address::Ip(address)) if address.port() == 0 => {
-                at.ip() == address.ip()
-            }
-            _ => at == address,
+    /// The sockets that listen at `address`, of those that are left, and the file that a Unix socket has.
+    pub(super) fn sockets(
+        &mut self,
+        service: &str,
+        address: &Address,
+    ) -> (Vec<OwnedFd>, Option<Identity>) {
+        let is_asked = |one: &Listener| {
+            // A port that any was asked for is nobody else's.
+            let may_have = !address.takes_any_port() || one.service == service;
+            may_have && one.asked.as_ref() == Some(address)
         };
-        let at = self.listening.iter().map(|(at, _)| at);
-        let Some(found) = at.clone().find(|at| is_at(at)).cloned() else {
-            return Vec::new();
+        // Any port was asked for before, and that one is now.
+        let is_found = |one: &Listener| {
+            let asked = one.asked.as_ref();
+            one.at == *address && asked.is_some_and(Address::takes_any_port)
         };
-        let (these, others) = self.listening.drain(..).partition(|(at, _)| *at == found);
-        self.listening = others;
-        these
-            .into_iter()
-            .map(|(_, socket): (_, OwnedFd)| socket)
-            .collect()
+        let mut all = self.listening.iter();
+        let found = all.clone().find(|one| is_asked(one));
+        let Some(found) = found.or_else(|| all.find(|one| is_found(one))) else {
+            return (Vec::new(), None);
+        };
+        let (at, file) = (found.at.clone(), found.file);
+        let these = self.listening.extract_if(.., |one| match address {
+            Address::Passed(_) => is_asked(one),
+            _ => one.at == at && (is_asked(one) || is_found(one)),
+        });
+        (these.map(|one| one.socket).collect(), file)
     }
 
-    /// The socket that operators connect to.
-    pub(super) fn admin(&mut self) -> Option<OwnedFd> {
-        self.admin.take()
+    /// The socket that operators connect to, with its file if it has one, for whoever may have use for it.
+    pub(super) fn admin<T>(
+        &mut self,
+        adopt: impl FnOnce(OwnedFd, Option<Identity>) -> Option<T>,
+    ) -> Option<T> {
+        let (number, socket, file) = self.admin.take()?;
+        let adopted = adopt(socket, file);
+        if adopted.is_none() {
+            self.left.push(number);
+        }
+        adopted
     }
 
-    /// The components that are served, by their service.
-    pub(super) fn guests(&mut self) -> io::Result<HashMap<String, Vec<u8>>> {
+    /// The components that are served.
+    pub(super) fn guests(&mut self) -> io::Result<HashMap<Guest, Vec<u8>>> {
         let guests = std::mem::take(&mut self.guests).into_iter();
         guests
-            .map(|(name, file)| {
+            .map(|(guest, file)| {
                 let mut file = File::from(file);
                 let mut component = Vec::new();
                 file.seek(SeekFrom::Start(0))?;
                 file.read_to_end(&mut component)?;
-                Ok((name, component))
+                Ok((guest, component))
             })
             .collect()
     }
 
-    /// Tells the other one that this one serves.
+    /// Tells the other one that this one serves. What is left of the sockets is closed before: it is the
+    /// other one that accepts the last clients there.
     pub(super) fn ready(&mut self) {
+        let sockets = std::mem::take(&mut self.listening);
+        self.left.extend(sockets.iter().map(|one| one.number));
+        self.left
+            .extend(self.admin.take().map(|(number, ..)| number));
+        drop(sockets);
+        let left = self.left.iter().map(|number| format!(" {number}"));
+        let left: String = left.collect();
         if let Some(pipe) = self.ready.take() {
             // It may have given up.
-            let _ = File::from(pipe).write_all(b"1");
+            let _ = File::from(pipe).write_all(format!("1{left}").as_bytes());
         }
     }
 }
 
 /// Takes a descriptor that is ours from the start. None if it is not open.
-fn own(number: RawFd) -> Option<OwnedFd> {
+fn own(number: RawFd) -> Option<(RawFd, OwnedFd)> {
     if number < 3 {
         return None;
     }
@@ -138,7 +201,7 @@ fn own(number: RawFd) -> Option<OwnedFd> {
     // which has only begun, knows of it.
     let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
     match fcntl_setfd(&descriptor, FdFlags::CLOEXEC) {
-        Ok(()) => Some(descriptor),
+        Ok(()) => Some((number, descriptor)),
         Err(_) => {
             // It is not open: closing it could close what is opened under its number meanwhile.
             std::mem::forget(descriptor);
@@ -147,31 +210,41 @@ fn own(number: RawFd) -> Option<OwnedFd> {
     }
 }
 
-fn listening(descriptor: OwnedFd) -> Option<(Address, OwnedFd)> {
-    let address = SockRef::from(&descriptor).local_addr().ok()?;
+/// Where a socket is.
+fn address(socket: &OwnedFd) -> Option<Address> {
+    let address = SockRef::from(socket).local_addr().ok()?;
     let ip = address.as_socket().map(Address::Ip);
     let path = || address.as_pathname().map(|path| Address::Unix(path.into()));
-    Some((ip.or_else(path)?, descriptor))
+    ip.or_else(path)
 }
 
 /// What a successor is started with.
 pub(super) struct Handover {
     program: PathBuf,
     arguments: Vec<OsString>,
-    admin: Option<OwnedFd>,
+    admin: Option<(OwnedFd, Option<Identity>)>,
 }
 
 /// What is served when it is handed over.
 pub(super) struct Served {
-    /// Where it is listened.
-    pub(super) sockets: Vec<(Address, OwnedFd)>,
-    /// The components, by their service.
-    pub(super) guests: Vec<(String, Bytes)>,
+    pub(super) sockets: Vec<Socket>,
+    /// The guests, each with its service, its file and its component.
+    pub(super) guests: Vec<(String, PathBuf, Bytes)>,
+    /// Held so that it stays what is served.
+    pub(super) _turns: Vec<Turn>,
+}
+
+/// A socket that a service listens at.
+pub(super) struct Socket {
+    pub(super) service: String,
+    pub(super) asked: Address,
+    pub(super) listening: Arc<Listening>,
+    pub(super) socket: OwnedFd,
 }
 
 impl Handover {
     /// Of the program that is installed where this one was, with the arguments of this one.
-    pub(super) fn new(admin: Option<OwnedFd>, program: PathBuf) -> Self {
+    pub(super) fn new(admin: Option<(OwnedFd, Option<Identity>)>, program: PathBuf) -> Self {
         Self {
             program,
             arguments: env::args_os().skip(1).collect(),
@@ -190,18 +263,32 @@ impl Handover {
             return Err("this is the first process of its container, which ends with it; start a new container instead".into());
         }
         let (ready, tell) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
-        let guests = served.guests.iter();
-        let guests = guests
-            .map(|(name, component)| Ok((name.clone(), in_memory(component)?)))
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(failed)?;
-        let spawned = self.spawn(&served.sockets, &guests, &tell);
-        let mut successor = Successor(Some(spawned.map_err(failed)?));
+        let spawned = self.spawn(served, &tell);
+        let mut successor = Successor {
+            child: Some(spawned.map_err(failed)?),
+            left: Vec::new(),
+            answers_operators: true,
+        };
         // Its end of the pipe is closed when it ends.
         drop(tell);
-        let waiting = tokio::task::spawn_blocking(move || File::from(ready).read_exact(&mut [0]));
+        let waiting = tokio::task::spawn_blocking(move || {
+            let mut told = String::new();
+            File::from(ready).read_to_string(&mut told)?;
+            Ok::<_, io::Error>(told)
+        });
         match tokio::time::timeout(READY, waiting).await {
-            Ok(Ok(Ok(()))) => Ok(successor),
+            Ok(Ok(Ok(told))) if told.starts_with('1') => {
+                let left: Vec<RawFd> = told
+                    .split(' ')
+                    .filter_map(|number| number.parse().ok())
+                    .collect();
+                let is_left = |(socket, _): &(OwnedFd, _)| left.contains(&socket.as_raw_fd());
+                successor.answers_operators = !self.admin.as_ref().is_some_and(is_left);
+                let sockets = served.sockets.iter();
+                let left = sockets.filter(|one| left.contains(&one.socket.as_raw_fd()));
+                successor.left = left.map(|one| one.listening.clone()).collect();
+                Ok(successor)
+            }
             Ok(_) => Err(format!(
                 "{:?} ended before it served ({}); see the log, nothing has changed",
                 self.program,
@@ -214,23 +301,30 @@ impl Handover {
         }
     }
 
-    fn spawn(
-        &self,
-        sockets: &[(Address, OwnedFd)],
-        guests: &[(String, OwnedFd)],
-        ready: &OwnedFd,
-    ) -> io::Result<Child> {
-        let listening = sockets.iter().map(|(address, socket)| match address {
-            Address::Ip(_) => ("tcp", "", socket),
-            Address::Unix(_) => ("unix", "", socket),
-            Address::Passed(name) => ("fd", &**name, socket),
+    fn spawn(&self, served: &Served, ready: &OwnedFd) -> io::Result<Child> {
+        let guests = served.guests.iter();
+        let guests = guests
+            .map(|(service, file, component)| {
+                let name = format!("{service} {}", file.display());
+                Ok((name, in_memory(component)?))
+            })
+            .collect::<io::Result<Vec<_>>>()?;
+        let listening = served.sockets.iter().map(|one| {
+            let file = text(one.listening.file());
+            let name = format!("{} {file} {}", one.service, one.asked);
+            ("listen", name, &one.socket)
         });
         let guests = guests
             .iter()
-            .map(|(service, guest)| ("guest", &**service, guest));
-        let admin = self.admin.iter().map(|socket| ("admin", "", socket));
-        let ready = [("ready", "", ready)];
-        let all: Vec<_> = listening.chain(guests).chain(admin).chain(ready).collect();
+            .map(|(name, guest)| ("guest", name.clone(), guest));
+        let admin = self.admin.iter();
+        let admin = admin.map(|(socket, file)| ("admin", text(*file), socket));
+        let ready = [("ready", String::new(), ready)];
+        let mut all: Vec<_> = listening.chain(guests).chain(admin).chain(ready).collect();
+        for (_, name, _) in &mut all {
+            // What is told is lines. A file of another name is read again, and a path is where its socket is.
+            *name = name.replace('\n', " ");
+        }
         let told: Vec<_> = all
             .iter()
             .map(|(kind, name, descriptor)| format!("{kind}={}:{name}", descriptor.as_raw_fd()))
@@ -256,6 +350,10 @@ impl Handover {
     }
 }
 
+fn text(file: Option<Identity>) -> String {
+    file.map_or_else(|| "-".into(), |file| file.to_string())
+}
+
 /// A file that has no name, and is gone with the last process that has it open.
 fn in_memory(component: &[u8]) -> io::Result<OwnedFd> {
     let mut file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC)?);
@@ -264,22 +362,37 @@ fn in_memory(component: &[u8]) -> io::Result<OwnedFd> {
 }
 
 /// A process that is to take over. It is ended when this is dropped, unless it has.
-pub(super) struct Successor(Option<Child>);
+pub(super) struct Successor {
+    child: Option<Child>,
+    left: Vec<Arc<Listening>>,
+    answers_operators: bool,
+}
 
 impl Successor {
     /// Its number.
     pub(super) fn pid(&self) -> u32 {
-        self.0.as_ref().map_or(0, Child::id)
+        self.child.as_ref().map_or(0, Child::id)
+    }
+
+    /// Whether it answers operators at the socket of this one.
+    pub(super) fn answers_operators(&self) -> bool {
+        self.answers_operators
+    }
+
+    /// Whether it listens there.
+    pub(super) fn listens_at(&self, listening: &Arc<Listening>) -> bool {
+        let mut left = self.left.iter();
+        !left.any(|left| Arc::ptr_eq(left, listening))
     }
 
     /// Lets it go on without us.
     pub(super) fn takes_over(mut self) {
-        self.0 = None;
+        self.child = None;
     }
 
     /// How it ended.
     fn reap(&mut self) -> String {
-        match self.0.take().map(|mut child| child.wait()) {
+        match self.child.take().map(|mut child| child.wait()) {
             Some(Ok(status)) => status.to_string(),
             Some(Err(error)) => error.to_string(),
             None => "it is gone".into(),
@@ -289,7 +402,7 @@ impl Successor {
 
 impl Drop for Successor {
     fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
+        if let Some(child) = &mut self.child {
             // It may have ended by itself.
             let _ = child.kill();
             let _ = child.wait();

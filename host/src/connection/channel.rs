@@ -1,7 +1,10 @@
 //! What a connection's bytes go through: its socket, or TLS on it.
 
 use std::io;
+use std::sync::Arc;
 use std::task::{Context, Poll};
+
+use rustls::ServerConfig;
 
 use super::socket::Socket;
 use super::tls::Secured;
@@ -33,17 +36,20 @@ impl Channel {
     }
 
     /// Puts TLS on the socket, with the handshake still to come.
-    pub(super) fn secure<E>(
+    pub(super) fn secure(
         &mut self,
-        secured: impl FnOnce(Socket) -> Result<Secured, E>,
-    ) -> Result<(), E> {
+        config: Arc<ServerConfig>,
+    ) -> Result<&mut Secured, rustls::Error> {
         if let Self::Plain(socket) = self {
             let mut socket = std::mem::replace(socket, Socket::closed());
             // TLS has an end of its own.
             socket.keep_nothing();
-            *self = Self::Tls(Box::new(secured(socket)?));
+            *self = Self::Tls(Box::new(Secured::new(socket, config)?));
         }
-        Ok(())
+        match self {
+            Self::Tls(secured) => Ok(secured),
+            Self::Plain(_) => unreachable!("it is TLS by now"),
+        }
     }
 
     /// What is known of TLS, where there is some.

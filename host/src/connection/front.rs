@@ -116,10 +116,16 @@ impl Front {
             Some(Err(failure)) => failure,
             None => Failure::timeout(stage),
         };
-        if !failure.told {
-            client.channel.socket().reset_when_dropped();
-        }
         failure.tell(&client);
+        match failure.told {
+            false => client.channel.socket().reset_when_dropped(),
+            true => {
+                // To close what has something unread would be a reset, which can destroy what the client
+                // is told.
+                let (time, most) = FAREWELL;
+                let _ = timeout(time, client.channel.socket().drain(most)).await;
+            }
+        }
         None
     }
 
@@ -131,22 +137,11 @@ impl Front {
         let Some(tls) = &self.tls else {
             return Ok(());
         };
-        match tls.shake_hands(&mut client.channel).await {
-            Ok(()) => {
-                HANDSHAKES.count(HandshakeOutcome::Ok as usize);
-                Ok(())
-            }
-            Err(refused) => {
-                let failure = Failure::handshake(refused);
-                if failure.told {
-                    // To close what has something unread would be a reset, which can destroy what the
-                    // client is told.
-                    let (time, most) = FAREWELL;
-                    let _ = timeout(time, client.channel.socket().drain(most)).await;
-                }
-                Err(failure)
-            }
-        }
+        let source = client.place.source();
+        let hands = tls.shake_hands(&mut client.channel, source).await;
+        hands.map_err(Failure::handshake)?;
+        HANDSHAKES.count(HandshakeOutcome::Ok as usize);
+        Ok(())
     }
 }
 
@@ -171,7 +166,7 @@ async fn introduce(client: &mut Client, proxy: SocketAddr) -> Result<(), Failure
     })?;
     match header {
         // With version 1 haproxy speaks for itself as for a client, when it asks whether we are there.
-        Header::Client(peer, local) if peer != proxy => {
+        Header::Client(peer, local) if !is_same(peer, proxy) => {
             client.via = Some(proxy);
             client.peer = peer.into();
             client.local = Some(local);
@@ -186,6 +181,11 @@ async fn introduce(client: &mut Client, proxy: SocketAddr) -> Result<(), Failure
             Ok(())
         }
     }
+}
+
+/// Whether two addresses are one, be it written as one of IPv6 that stands for one of IPv4.
+fn is_same(one: SocketAddr, other: SocketAddr) -> bool {
+    one.ip().to_canonical() == other.ip().to_canonical() && one.port() == other.port()
 }
 
 /// Why no guest has a client.
@@ -205,10 +205,11 @@ impl Failure {
             outcome,
             reason,
             told,
+            said_nothing,
         } = refused;
         HANDSHAKES.count(outcome as usize);
         Self {
-            said: Some(&NO_HANDSHAKE),
+            said: (!said_nothing).then_some(&NO_HANDSHAKE),
             outcome: HandshakeOutcome::NAMES[outcome as usize],
             reason,
             told,
@@ -244,6 +245,7 @@ impl Failure {
                 outcome: HandshakeOutcome::Timeout,
                 reason,
                 told: false,
+                said_nothing: false,
             }),
         }
     }

@@ -55,6 +55,12 @@ impl Open {
         list
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        let shards = 0..SHARDS as u64;
+        shards.map(|shard| self.shard(shard).len()).sum()
+    }
+
     /// Resets the connection of this number. False if there is none.
     pub fn kill(&self, id: u64) -> bool {
         let entry = self.shard(id).get(&id).cloned();

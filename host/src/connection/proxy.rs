@@ -109,10 +109,13 @@ fn parse(header: &[u8]) -> Result<Header, String> {
             v1::Addresses::Unknown => Header::NoClient,
         });
     }
-    let parsed = v2::Header::try_from(header).map_err(|error| error.to_string())?;
-    if parsed.command == v2::Command::Local {
+    /// The version and the command of one that the proxy sends for itself: whatever follows is left out,
+    /// the family of addresses as well.
+    const LOCAL: u8 = 0x20;
+    if header.get(v2::PROTOCOL_PREFIX.len()) == Some(&LOCAL) {
         return Ok(Header::NoClient);
     }
+    let parsed = v2::Header::try_from(header).map_err(|error| error.to_string())?;
     Ok(match (parsed.protocol, parsed.addresses) {
         (v2::Protocol::Stream, v2::Addresses::IPv4(ip)) => client(
             (ip.source_address, ip.source_port),

@@ -1,6 +1,7 @@
 //! TLS: what the server shows and asks for, and the handshake.
 
 mod certificates;
+mod handshakes;
 mod secured;
 
 use std::io;
@@ -12,15 +13,14 @@ use rustls::crypto::{CryptoProvider, ring};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::{TLS12, TLS13};
 use rustls::{Error as TlsError, ServerConfig};
-use tokio::sync::{Semaphore, SemaphorePermit};
 use tracing::info;
 
 use super::channel::Channel;
 use super::front::HandshakeOutcome;
-use super::socket::Socket;
 use crate::Error;
-use crate::limit::Limit;
+use crate::listener::Source;
 use certificates::Certificates;
+use handshakes::Handshakes;
 use secured::Failed;
 pub(super) use secured::Secured;
 
@@ -73,7 +73,7 @@ pub struct Settings {
 pub struct Tls {
     settings: Settings,
     config: ArcSwap<ServerConfig>,
-    places: Semaphore,
+    handshakes: Handshakes,
 }
 
 impl Tls {
@@ -85,7 +85,7 @@ impl Tls {
     pub fn new(settings: Settings) -> Result<Self, Error> {
         Ok(Self {
             config: ArcSwap::new(config(&settings)?),
-            places: Semaphore::new(settings.handshakes.min(Semaphore::MAX_PERMITS)),
+            handshakes: Handshakes::new(settings.handshakes),
             settings,
         })
     }
@@ -116,21 +116,30 @@ impl Tls {
             .collect()
     }
 
-    /// Goes through the handshake with a client.
-    pub(super) async fn shake_hands(&self, channel: &mut Channel) -> Result<(), Refused> {
+    /// Goes through the handshake with a client of `source`.
+    pub(super) async fn shake_hands(
+        &self,
+        channel: &mut Channel,
+        source: Option<Source>,
+    ) -> Result<(), Refused> {
         let gone = |error: io::Error| {
             Refused::new(
                 HandshakeOutcome::ClientGone,
                 format!("it was gone: {error}"),
             )
         };
-        let closed = || gone(io::ErrorKind::UnexpectedEof.into());
         // A client that is silent takes nothing but its place among all connections.
         let first = channel.socket().first_byte().await.map_err(gone)?;
         /// A record with a part of a handshake (RFC 8446, section 5.1).
         const HANDSHAKE: u8 = 22;
         match first {
-            None => return Err(closed()),
+            // Whoever looks whether we are there.
+            None => {
+                return Err(Refused {
+                    said_nothing: true,
+                    ..gone(io::ErrorKind::UnexpectedEof.into())
+                });
+            }
             Some(HANDSHAKE) => {}
             Some(byte) => {
                 let outcome = match byte.is_ascii_graphic() {
@@ -140,16 +149,10 @@ impl Tls {
                 return Err(Refused::new(outcome, "it does not speak TLS".into()));
             }
         }
-        let _place = self.place().await;
+        let _place = self.handshakes.place(source).await;
         // What cannot be set up is not the client's fault, and ends its connection alone.
-        let config = self.config.load_full();
         let refuse = |error: TlsError| Refused::new(outcome_of(&error), error.to_string());
-        channel
-            .secure(|socket: Socket| Secured::new(socket, config))
-            .map_err(refuse)?;
-        let Channel::Tls(secured) = channel else {
-            return Err(closed());
-        };
+        let secured = channel.secure(self.config.load_full()).map_err(refuse)?;
         match secured.shake_hands().await {
             Ok(()) => Ok(()),
             Err(Failed::Gone(error)) => Err(gone(error)),
@@ -159,16 +162,6 @@ impl Tls {
             }),
         }
     }
-
-    /// A place among the handshakes at once.
-    async fn place(&self) -> Option<SemaphorePermit<'_>> {
-        if let Ok(place) = self.places.try_acquire() {
-            return Some(place);
-        }
-        Limit::MaxHandshakes.count();
-        // It is never closed.
-        self.places.acquire().await.ok()
-    }
 }
 
 /// Why a handshake came to nothing.
@@ -177,6 +170,8 @@ pub(super) struct Refused {
     pub(super) reason: String,
     /// The client was told so, and is to have the time to read it.
     pub(super) told: bool,
+    /// The client closed without a word.
+    pub(super) said_nothing: bool,
 }
 
 impl Refused {
@@ -185,6 +180,7 @@ impl Refused {
             outcome,
             reason,
             told: false,
+            said_nothing: false,
         }
     }
 }
@@ -239,6 +235,11 @@ fn config(settings: &Settings) -> Result<Arc<ServerConfig>, Error> {
         .collect();
     // Sessions are resumed by what clients keep. There is no store of them that all threads share.
     config.session_storage = Arc::new(NoServerSessionStorage {});
-    config.ticketer = ring::Ticketer::new().map_err(internal)?;
+    match settings.clients {
+        None => config.ticketer = ring::Ticketer::new().map_err(internal)?,
+        // A certificate is shown and checked each time: whoever resumes would be let in by one that has
+        // expired.
+        Some(_) => config.send_tls13_tickets = 0,
+    }
     Ok(Arc::new(config))
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::unix::LONGEST_PATH;
@@ -17,6 +17,40 @@ pub enum Address {
     /// Sockets that whoever started this process has passed to it (systemd.socket(5)), by the name they
     /// have there, `fd:NAME`. A name of digits only is the number of a descriptor instead.
     Passed(String),
+}
+
+impl Address {
+    /// Whether it is any port that is free: several can listen there.
+    pub fn takes_any_port(&self) -> bool {
+        matches!(self, Self::Ip(address) if address.port() == 0)
+    }
+
+    /// Whether nobody can listen here who does not share it while somebody does at `other`.
+    pub fn is_taken_by(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Ip(one), Self::Ip(other)) => {
+                let is_all = one.ip().is_unspecified() || other.ip().is_unspecified();
+                one.port() == other.port()
+                    && one.port() != 0
+                    && one.is_ipv4() == other.is_ipv4()
+                    && (one.ip() == other.ip() || is_all)
+            }
+            (Self::Unix(one), Self::Unix(other)) => one == other || is_one_file(one, other),
+            (one, other) => one == other,
+        }
+    }
+}
+
+/// Whether two paths have the same name in the same directory.
+fn is_one_file(one: &Path, other: &Path) -> bool {
+    let directory = |path: &Path| {
+        path.parent()
+            .unwrap_or(Path::new(""))
+            .join(".")
+            .canonicalize()
+    };
+    let same_name = one.file_name() == other.file_name();
+    same_name && directory(one).is_ok_and(|one| directory(other).is_ok_and(|other| one == other))
 }
 
 impl fmt::Display for Address {
@@ -99,6 +133,27 @@ mod tests {
         ] {
             let address: Address = text.parse().unwrap();
             assert_eq!(address.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn what_is_in_the_way_of_another_is_known() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().display();
+        let [one, two] = ["", "/./"].map(|more| format!("unix:{path}{more}/socket"));
+        for (one, other, taken) in [
+            ("0.0.0.0:7", "127.0.0.1:7", true),
+            ("127.0.0.1:7", "127.0.0.2:7", false),
+            ("127.0.0.1:7", "[::]:7", false),
+            ("127.0.0.1:0", "127.0.0.1:0", false),
+            ("fd:a", "fd:a", true),
+            (&one, &two, true),
+            (&one, "unix:socket", false),
+            ("unix:socket", "unix:./socket", true),
+        ] {
+            let [one, other] = [one, other].map(|text| text.parse::<Address>().unwrap());
+            assert_eq!(one.is_taken_by(&other), taken, "{one} {other}");
+            assert_eq!(other.is_taken_by(&one), taken, "{other} {one}");
         }
     }
 

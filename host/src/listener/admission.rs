@@ -98,7 +98,7 @@ impl Prefix {
 
 /// Those who count as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Source {
+pub(crate) enum Source {
     Network(IpNet),
     /// A user of this machine.
     User(u32),
@@ -110,12 +110,16 @@ pub struct Admission(Arc<Shared>);
 
 struct Shared {
     rules: Rules,
-    open: Mutex<HashMap<Source, usize>>,
-    rate: Option<DefaultDirectRateLimiter>,
-    rate_per_source: Option<DefaultKeyedRateLimiter<Source>>,
+    counted: Arc<Counted>,
+    rate: Option<Arc<DefaultDirectRateLimiter>>,
+    rate_per_source: Option<Arc<DefaultKeyedRateLimiter<Source>>>,
     /// Clients since sources that have long been quiet were forgotten.
     since_sweep: AtomicU32,
 }
+
+/// How many are connected of each source.
+#[derive(Default)]
+pub(super) struct Counted(Mutex<HashMap<Source, usize>>);
 
 /// How many clients there are between two sweeps of the sources whose rate is known.
 const SWEEP: u32 = 4096;
@@ -124,12 +128,30 @@ impl Admission {
     /// With nobody counted yet.
     pub fn new(rules: Rules) -> Self {
         let quota = Quota::per_second;
+        let direct = |rate| Arc::new(RateLimiter::direct(quota(rate)));
+        let keyed = |rate| Arc::new(RateLimiter::keyed(quota(rate)));
         Self(Arc::new(Shared {
-            open: Mutex::default(),
-            rate: rules.rate.map(|rate| RateLimiter::direct(quota(rate))),
-            rate_per_source: rules
+            counted: Arc::default(),
+            rate: rules.rate.map(direct),
+            rate_per_source: rules.rate_per_source.map(keyed),
+            since_sweep: AtomicU32::new(0),
+            rules,
+        }))
+    }
+
+    /// The same clients, by other rules: those who are counted still are, and who came too fast for a
+    /// rate that has not changed still does.
+    pub fn with(&self, rules: Rules) -> Self {
+        let (before, new) = (&self.0, Self::new(rules.clone()).0);
+        let same_rate = rules.rate == before.rules.rate;
+        let same_rate_per_source = rules.rate_per_source == before.rules.rate_per_source;
+        let rates = [&new, before];
+        Self(Arc::new(Shared {
+            counted: before.counted.clone(),
+            rate: rates[usize::from(same_rate)].rate.clone(),
+            rate_per_source: rates[usize::from(same_rate_per_source)]
                 .rate_per_source
-                .map(|rate| RateLimiter::keyed(quota(rate))),
+                .clone(),
             since_sweep: AtomicU32::new(0),
             rules,
         }))
@@ -190,19 +212,19 @@ impl Admission {
     }
 
     fn place(&self, source: Source, most: usize) -> Result<SourcePlace, Limit> {
-        let mut open = self.0.open();
+        let mut open = self.0.counted.lock();
         let count = open.entry(source).or_default();
         if *count >= most {
             return Err(Limit::MaxConnectionsPerSource);
         }
         *count += 1;
-        Ok(SourcePlace::Counted(self.clone(), source))
+        Ok(SourcePlace::Counted(self.0.counted.clone(), source))
     }
 }
 
-impl Shared {
-    fn open(&self) -> MutexGuard<'_, HashMap<Source, usize>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+impl Counted {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Source, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -211,12 +233,20 @@ pub(super) enum SourcePlace {
     /// Nobody counts.
     Uncounted,
     /// One of those of this source.
-    Counted(Admission, Source),
+    Counted(Arc<Counted>, Source),
     /// A proxy's: it is not known yet whose it is.
     OfProxy(Admission),
 }
 
 impl SourcePlace {
+    /// Whose it is, where that counts.
+    pub(super) fn source(&self) -> Option<Source> {
+        match self {
+            Self::Counted(_, source) => Some(*source),
+            Self::Uncounted | Self::OfProxy(_) => None,
+        }
+    }
+
     /// Lets in the client that a proxy speaks for.
     pub(super) fn admit(&mut self, client: Peer) -> Result<(), Limit> {
         if let Self::OfProxy(admission) = self {
@@ -228,10 +258,10 @@ impl SourcePlace {
 
 impl Drop for SourcePlace {
     fn drop(&mut self) {
-        let Self::Counted(admission, source) = self else {
+        let Self::Counted(counted, source) = self else {
             return;
         };
-        if let Entry::Occupied(mut count) = admission.0.open().entry(*source) {
+        if let Entry::Occupied(mut count) = counted.lock().entry(*source) {
             *count.get_mut() -= 1;
             if *count.get() == 0 {
                 count.remove();
@@ -321,7 +351,7 @@ mod tests {
         let third = admission.admit(address("2001:db8:0:1::3")).unwrap();
         assert_eq!(admission.admit(address("2001:db8:0:1::4")).err(), full);
         drop((second, third));
-        assert!(admission.0.open().is_empty());
+        assert!(admission.0.counted.lock().is_empty());
     }
 
     #[test]
@@ -340,7 +370,7 @@ mod tests {
         );
         assert!(admission.admit(address("192.0.2.2")).is_ok());
         // Who was refused has no place.
-        assert!(admission.0.open().is_empty());
+        assert!(admission.0.counted.lock().is_empty());
     }
 
     #[test]
@@ -354,7 +384,7 @@ mod tests {
         let mut places: Vec<_> = (0..3)
             .map(|_| admission.admit(address("10.0.0.1")).unwrap())
             .collect();
-        assert!(admission.0.open().is_empty());
+        assert!(admission.0.counted.lock().is_empty());
         assert_eq!(places[0].admit(address("192.0.2.1")), Ok(()));
         assert_eq!(
             places[1].admit(address("192.0.2.1")),
@@ -364,9 +394,38 @@ mod tests {
         // What a proxy says of itself is not believed of another: this is a client.
         assert_eq!(places[1].admit(address("10.0.0.1")), Err(Limit::Deny));
         assert_eq!(places[2].admit(address("192.0.2.2")), Ok(()));
-        assert_eq!(admission.0.open().len(), 2);
+        assert_eq!(admission.0.counted.lock().len(), 2);
         drop(places);
-        assert!(admission.0.open().is_empty());
+        assert!(admission.0.counted.lock().is_empty());
+    }
+
+    #[test]
+    fn other_rules_are_for_the_same_clients() {
+        let rules = Rules {
+            connections_per_source: Some(2),
+            rate_per_source: NonZeroU32::new(2),
+            ..Rules::default()
+        };
+        let before = admission(rules.clone());
+        let first = before.admit(address("192.0.2.1")).unwrap();
+        let fewer = before.with(Rules {
+            connections_per_source: Some(1),
+            ..rules.clone()
+        });
+        let full = Some(Limit::MaxConnectionsPerSource);
+        assert_eq!(fewer.admit(address("192.0.2.1")).err(), full);
+        drop(first);
+        let second = fewer.admit(address("192.0.2.1"));
+        assert!(second.is_ok());
+        // The rate is the one that it was, and used up.
+        let more = fewer.with(rules.clone());
+        let fast = Some(Limit::AcceptRatePerSource);
+        assert_eq!(more.admit(address("192.0.2.1")).err(), fast);
+        let faster = more.with(Rules {
+            rate_per_source: NonZeroU32::new(3),
+            ..rules
+        });
+        assert!(faster.admit(address("192.0.2.1")).is_ok());
     }
 
     #[test]
@@ -404,7 +463,8 @@ mod tests {
                     };
                     let of_source = admission
                         .0
-                        .open()
+                        .counted
+                        .lock()
                         .get(&admission.0.rules.prefix.source(address))
                         .copied();
                     match admission.admit(address) {
@@ -419,7 +479,7 @@ mod tests {
                     }
                 }
                 drop(places);
-                assert!(admission.0.open().is_empty());
+                assert!(admission.0.counted.lock().is_empty());
             });
     }
 

@@ -16,7 +16,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use super::Address;
 use crate::Error;
 use crate::peer::Peer;
-use crate::unix::{self, Permissions, SocketFile};
+use crate::unix::{self, Identity, Permissions, SocketFile};
 
 /// How sockets are to listen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -49,10 +49,11 @@ impl Default for Settings {
 pub struct Bound {
     asked: Address,
     sockets: Vec<Socket>,
-    /// None for sockets that listen already, and are not ours to change.
-    backlog: Option<i32>,
+    settings: Settings,
     /// Of a Unix socket that is ours.
     file: Option<SocketFile>,
+    /// It listens already, as another process has set it up.
+    adopted: bool,
 }
 
 impl Bound {
@@ -71,21 +72,26 @@ impl Bound {
                     let fix = fix(&error);
                     (error, fix)
                 }),
-            Address::Unix(path) => unix::bind(path, &settings.permissions)
+            Address::Unix(path) => unix::bind(path, backlog(settings))
                 .map(|(socket, file)| (vec![socket], Some(file))),
-            Address::Passed(_) => return Err(Error::passed(address, "no socket was passed")),
+            Address::Passed(_) => {
+                let reason = "sockets are passed when a process starts, and it has none of that name left; stop and start the unit";
+                return Err(Error::passed(address, reason));
+            }
         }
         .map_err(|(source, fix)| cannot_listen(address, source, fix))?;
         Ok(Self {
             asked: address.clone(),
             sockets,
-            backlog: Some(backlog(settings)),
+            settings: *settings,
             file,
+            adopted: false,
         })
     }
 
     /// Goes on with `sockets` that another process of ours has handed over, at `address` as it was asked
-    /// for.
+    /// for, with the file that a Unix socket has. How they listen is for that process to say until this
+    /// one has taken over: see [`Listening::take_over`].
     ///
     /// # Errors
     ///
@@ -93,19 +99,16 @@ impl Bound {
     pub fn adopt(
         address: &Address,
         sockets: Vec<OwnedFd>,
+        file: Option<Identity>,
         settings: &Settings,
     ) -> Result<Vec<Self>, Error> {
-        let mut bound = group(address, sockets)?;
+        let mut bound = group(address, sockets, settings)?;
         for one in &mut bound {
-            one.file = match address {
+            one.adopted = true;
+            if let (Address::Unix(path), Some(file)) = (address, file) {
                 // Where it is gone there is nothing to remove.
-                Address::Unix(path) => SocketFile::adopt(path).ok(),
-                _ => None,
-            };
-            one.backlog = match address {
-                Address::Passed(_) => None,
-                _ => Some(backlog(settings)),
-            };
+                one.file = SocketFile::adopt(path, file);
+            }
         }
         Ok(bound)
     }
@@ -121,12 +124,7 @@ impl Bound {
         sockets: Vec<OwnedFd>,
         settings: &Settings,
     ) -> Result<Vec<Self>, Error> {
-        let bound = group(address, sockets)?;
-        for socket in bound.iter().flat_map(|one| &one.sockets) {
-            prepare(socket, settings)
-                .map_err(|error| Error::passed(address, format!("it cannot be set up: {error}")))?;
-        }
-        Ok(bound)
+        group(address, sockets, settings)
     }
 
     /// Lets clients connect.
@@ -135,26 +133,23 @@ impl Bound {
     ///
     /// [`Error::Listen`] when another server listens there.
     pub fn listen(self) -> Result<Listening, Error> {
-        let listening = || {
-            if let Some(backlog) = self.backlog {
-                let mut sockets = self.sockets.iter();
-                sockets.try_for_each(|socket| socket.listen(backlog))?;
-            }
-            local_address(&self.sockets[0])
+        let address = local_address(&self.sockets[0]);
+        let address = address.map_err(|error| {
+            let fix = fix(&error);
+            cannot_listen(&self.asked, error, fix)
+        })?;
+        let listening = Listening {
+            address,
+            shared: matches!(self.asked, Address::Passed(_)),
+            asked: self.asked,
+            sockets: self.sockets,
+            file: self.file.map(Arc::new),
+            adopted: self.adopted.then_some(self.settings),
         };
-        match listening() {
-            Ok(address) => Ok(Listening {
-                address,
-                shared: matches!(self.asked, Address::Passed(_)),
-                asked: self.asked,
-                sockets: self.sockets,
-                file: self.file.map(Arc::new),
-            }),
-            Err(error) => {
-                let fix = fix(&error);
-                Err(cannot_listen(&self.asked, error, fix))
-            }
+        if !self.adopted {
+            listening.set_up(&self.settings)?;
         }
+        Ok(listening)
     }
 }
 
@@ -167,9 +162,61 @@ pub struct Listening {
     sockets: Vec<Socket>,
     shared: bool,
     file: Option<Arc<SocketFile>>,
+    /// How it is to listen once it is taken over from another process.
+    adopted: Option<Settings>,
 }
 
 impl Listening {
+    /// Has what was adopted listen as was asked for. To be called when the other process does not go on
+    /// with it any more.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::set_up`].
+    pub fn take_over(&self) -> Result<(), Error> {
+        match &self.adopted {
+            Some(settings) => self.set_up(settings),
+            None => Ok(()),
+        }
+    }
+
+    /// The file of a Unix socket that is ours.
+    pub fn file(&self) -> Option<Identity> {
+        self.file.as_ref().map(|file| file.identity())
+    }
+
+    /// Has the sockets listen as `settings` say: those, too, that did so in another way. Whether a port is
+    /// shared stays as it was.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Listen`] when another server listens there, or when an owner cannot be given.
+    pub fn set_up(&self, settings: &Settings) -> Result<(), Error> {
+        self.sockets
+            .iter()
+            .try_for_each(|socket| {
+                set_keepalive(socket, settings.keepalive)?;
+                match self.shared {
+                    // How many wait there is for whoever has opened it to say.
+                    true => Ok(()),
+                    // With another backlog it goes on to listen, with that one.
+                    false => socket.listen(backlog(settings)),
+                }
+            })
+            .map_err(|error| {
+                let fix = fix(&error);
+                cannot_listen(&self.asked, error, fix)
+            })?;
+        let permitted = self
+            .file
+            .as_ref()
+            .map(|file| file.permit(&settings.permissions));
+        permitted
+            .transpose()
+            .map(drop)
+            .map_err(|(error, fix)| cannot_listen(&self.asked, error, fix))
+    }
+
     /// The sockets once more, spread over `shards` so that each has one. Where there are fewer, as of a path,
     /// several shards ask the same one: each client wakes those that are idle, and the first gets it.
     ///
@@ -195,19 +242,15 @@ impl Listening {
         Ok(spread)
     }
 
-    /// The same sockets once more, to be handed over, each with the address that a successor asks for.
+    /// The same sockets once more, to be handed over.
     ///
     /// # Errors
     ///
     /// Fails when the process has no more files.
-    pub fn try_clone_sockets(&self) -> io::Result<Vec<(Address, OwnedFd)>> {
-        let address = match self.shared {
-            true => &self.asked,
-            false => &self.address,
-        };
+    pub fn try_clone_sockets(&self) -> io::Result<Vec<OwnedFd>> {
         let sockets = self.sockets.iter();
         sockets
-            .map(|socket| Ok((address.clone(), socket.try_clone()?.into())))
+            .map(|socket| Ok(socket.try_clone()?.into()))
             .collect()
     }
 }
@@ -327,15 +370,15 @@ fn backlog(settings: &Settings) -> i32 {
 fn bind_all(address: SocketAddr, shards: usize, settings: &Settings) -> io::Result<Vec<Socket>> {
     // Sockets that share a port by SO_REUSEPORT would share it with those of another server of ours
     // that was started by mistake. The first one is bound without, and so meets any other.
-    let first = bind(address, settings.reuse_port, settings)?;
+    let first = bind(address, settings.reuse_port)?;
     if shards == 1 {
         return Ok(vec![first]);
     }
     let address = first.local_addr()?.as_socket().unwrap_or(address);
-    (0..shards).map(|_| bind(address, true, settings)).collect()
+    (0..shards).map(|_| bind(address, true)).collect()
 }
 
-fn bind(address: SocketAddr, share_port: bool, settings: &Settings) -> io::Result<Socket> {
+fn bind(address: SocketAddr, share_port: bool) -> io::Result<Socket> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM,
@@ -350,7 +393,7 @@ fn bind(address: SocketAddr, share_port: bool, settings: &Settings) -> io::Resul
         // Otherwise [::] would take the IPv4 addresses too, and 0.0.0.0 beside it would be refused.
         socket.set_only_v6(true)?;
     }
-    prepare(&socket, settings)?;
+    prepare(&socket)?;
     socket.bind(&address.into())?;
     Ok(socket)
 }
@@ -358,28 +401,35 @@ fn bind(address: SocketAddr, share_port: bool, settings: &Settings) -> io::Resul
 /// How often a client that does not answer is asked whether it is there.
 const KEEPALIVE_PROBES: u32 = 4;
 
-/// Sets what Linux hands down to accepted sockets.
-fn prepare(socket: &Socket, settings: &Settings) -> io::Result<()> {
+/// Sets what Linux hands down to accepted sockets, and no setting is about.
+fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_nonblocking(true)?;
+    match socket.domain()? {
+        Domain::UNIX => Ok(()),
+        // Guests write whole messages; waiting for more (Nagle, RFC 896) only delays them.
+        _ => socket.set_tcp_nodelay(true),
+    }
+}
+
+/// The same for keepalive, which a setting is about.
+fn set_keepalive(socket: &Socket, keepalive: Option<Duration>) -> io::Result<()> {
     if socket.domain()? == Domain::UNIX {
         return Ok(());
     }
-    // Guests write whole messages; waiting for more (Nagle, RFC 896) only delays them.
-    socket.set_tcp_nodelay(true)?;
-    if let Some(time) = settings.keepalive {
-        // The kernel counts in whole seconds (tcp(7)).
-        let pause = Duration::from_secs((time / KEEPALIVE_PROBES).as_secs().max(1));
-        let keepalive = TcpKeepalive::new()
-            .with_time(time)
-            .with_interval(pause)
-            .with_retries(KEEPALIVE_PROBES);
-        socket.set_tcp_keepalive(&keepalive)?;
-    }
-    Ok(())
+    let Some(time) = keepalive else {
+        return socket.set_keepalive(false);
+    };
+    // The kernel counts in whole seconds (tcp(7)).
+    let pause = Duration::from_secs((time / KEEPALIVE_PROBES).as_secs().max(1));
+    let keepalive = TcpKeepalive::new()
+        .with_time(time)
+        .with_interval(pause)
+        .with_retries(KEEPALIVE_PROBES);
+    socket.set_tcp_keepalive(&keepalive)
 }
 
 /// Sockets that listen already, those with the same address together.
-fn group(asked: &Address, sockets: Vec<OwnedFd>) -> Result<Vec<Bound>, Error> {
+fn group(asked: &Address, sockets: Vec<OwnedFd>, settings: &Settings) -> Result<Vec<Bound>, Error> {
     let mut groups: Vec<(Address, Bound)> = Vec::new();
     for socket in sockets {
         let number = socket.as_raw_fd();
@@ -401,14 +451,17 @@ fn group(asked: &Address, sockets: Vec<OwnedFd>) -> Result<Vec<Bound>, Error> {
         let Ok(address) = local_address(&socket) else {
             return Err(wrong("has neither an IP address nor a path"));
         };
+        prepare(&socket)
+            .map_err(|error| Error::passed(asked, format!("it cannot be set up: {error}")))?;
         match groups.iter_mut().find(|(at, _)| *at == address) {
             Some((_, bound)) => bound.sockets.push(socket),
             None => {
                 let bound = Bound {
                     asked: asked.clone(),
                     sockets: vec![socket],
-                    backlog: None,
+                    settings: *settings,
                     file: None,
+                    adopted: false,
                 };
                 groups.push((address, bound));
             }

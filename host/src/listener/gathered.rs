@@ -23,6 +23,12 @@ pub struct Gathered<S> {
 /// Adds streams to a [`Gathered`].
 pub struct Joining<S>(UnboundedSender<S>);
 
+impl<S> Clone for Joining<S> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
 impl<S> Joining<S> {
     /// Adds a stream. It is dropped if the other end is gone.
     pub fn add(&self, stream: S) {
@@ -71,7 +77,8 @@ impl<S: Stream + Unpin> Stream for Gathered<S> {
                     this.next += 1;
                     return Poll::Ready(Some(item));
                 }
-                Poll::Ready(None) => drop(this.streams.swap_remove(this.next)),
+                // In their order: one that was asked is not to take the turn of one that was not.
+                Poll::Ready(None) => drop(this.streams.remove(this.next)),
                 Poll::Pending => this.next += 1,
             }
         }
@@ -108,6 +115,30 @@ mod tests {
         }
         let some: Vec<u32> = block_on(gathered.take(6).collect());
         assert_eq!(some, [0, 1, 2, 0, 1, 2]);
+    }
+
+    #[test]
+    fn all_are_asked_though_one_ends() {
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        for (first, ends) in (0..4).flat_map(|first| (0..4).map(move |ends| (first, ends))) {
+            let (joining, mut gathered) = Gathered::new();
+            let asked = std::rc::Rc::new(std::cell::RefCell::new(Vec::new()));
+            for n in 0..4 {
+                let asked = asked.clone();
+                joining.add(stream::poll_fn(move |_| {
+                    asked.borrow_mut().push(n);
+                    match n == ends {
+                        true => Poll::Ready(None::<()>),
+                        false => Poll::Pending,
+                    }
+                }));
+            }
+            gathered.next = first;
+            assert_eq!(gathered.poll_next_unpin(&mut cx), Poll::Pending);
+            let mut asked = asked.take();
+            asked.sort_unstable();
+            assert_eq!(asked, [0, 1, 2, 3], "{ends} ends, {first} is the first");
+        }
     }
 
     #[test]

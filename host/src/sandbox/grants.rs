@@ -1,5 +1,6 @@
 //! What the operator lets guests see beside their connection.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -38,6 +39,8 @@ pub struct Grants(Arc<Granted>);
 #[derive(Default)]
 struct Granted {
     filesystem: WasiFilesystemCtx,
+    /// Which directories those are: device and inode of each.
+    directories: Vec<(u64, u64)>,
     environment: Vec<(String, String)>,
     destinations: Arc<Destinations>,
 }
@@ -56,6 +59,7 @@ impl Grants {
         // File operations run on the thread of the connection, as they do in a native server that
         // uses `std::fs`: handing each to another thread costs more than most take.
         context.allow_blocking_current_thread(true);
+        let mut opened = Vec::new();
         for (n, grant) in directories.iter().enumerate() {
             let name = |grant: &DirGrant| grant.guest.trim_end_matches('/').to_string();
             if directories[..n]
@@ -69,17 +73,17 @@ impl Grants {
                 Access::ReadOnly => FsPerms::ReadOnly,
                 Access::ReadWrite => FsPerms::ReadWrite,
             };
-            open_directory(&grant.host)
-                .and_then(|()| {
-                    context
-                        .preopened_dir(&grant.host, &grant.guest, permissions)
-                        .map(drop)
-                        .map_err(|error| format!("{error:#}"))
-                })
-                .map_err(|reason| (grant.clone(), reason))?;
+            let identity = open_directory(&grant.host).and_then(|identity| {
+                context
+                    .preopened_dir(&grant.host, &grant.guest, permissions)
+                    .map(|_| identity)
+                    .map_err(|error| format!("{error:#}"))
+            });
+            opened.push(identity.map_err(|reason| (grant.clone(), reason))?);
         }
         Ok(Self(Arc::new(Granted {
             filesystem: context.build().filesystem().clone(),
+            directories: opened,
             environment: last_of_each(environment),
             destinations: Arc::default(),
         })))
@@ -89,9 +93,15 @@ impl Grants {
     pub fn with_destinations(self, destinations: Vec<Destination>) -> Self {
         Self(Arc::new(Granted {
             filesystem: self.filesystem(),
+            directories: self.0.directories.clone(),
             environment: self.environment().to_vec(),
             destinations: Arc::new(Destinations::new(destinations)),
         }))
+    }
+
+    /// Whether the very same directories are granted, and not others that have taken their names.
+    pub fn has_directories_of(&self, other: &Self) -> bool {
+        self.0.directories == other.0.directories
     }
 
     /// The directories.
@@ -120,10 +130,11 @@ fn last_of_each(variables: Vec<(String, String)>) -> Vec<(String, String)> {
     last
 }
 
-/// Tells a missing directory from a file in its place, which opening it alone does not everywhere.
-fn open_directory(path: &Path) -> Result<(), String> {
+/// Tells a missing directory from a file in its place, which opening it alone does not everywhere. And
+/// which one it is.
+fn open_directory(path: &Path) -> Result<(u64, u64), String> {
     match std::fs::metadata(path) {
-        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Ok(metadata) if metadata.is_dir() => Ok((metadata.dev(), metadata.ino())),
         Ok(_) => Err("it is not a directory".into()),
         Err(error) => Err(error.to_string()),
     }

@@ -16,7 +16,8 @@ use rustls::sign::CertifiedKey;
 use sha2::{Digest, Sha256};
 use tracing::warn;
 use x509_cert::Certificate;
-use x509_cert::der::Decode;
+use x509_cert::der::asn1::AnyRef;
+use x509_cert::der::{Decode, Tag, Tagged};
 use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
@@ -109,24 +110,23 @@ impl Certificates {
         names
     }
 
-    /// The places of those that are for `name`: by itself, or by a wildcard for its first part
-    /// (RFC 9525, section 6.3).
-    fn named(&self, name: &str) -> &[usize] {
+    /// Those that are for `name`: by itself, then by a wildcard for its first part (RFC 9525, section 6.3).
+    fn named(&self, name: &str) -> impl Iterator<Item = &Arc<CertifiedKey>> {
         let name = name.to_ascii_lowercase();
-        let wildcard = || {
-            let (_, parent) = name.split_once('.')?;
-            self.by_name.get(&format!("*.{parent}"))
-        };
-        let places = self.by_name.get(&name).or_else(wildcard);
-        places.map_or(&[], Vec::as_slice)
+        let wildcard = name
+            .split_once('.')
+            .map(|(_, parent)| format!("*.{parent}"));
+        let places = [Some(name), wildcard].map(|name| self.by_name.get(&name?));
+        let places = places.into_iter().flatten().flatten();
+        places.map(|place| &self.all[*place])
     }
 }
 
 impl ResolvesServerCert for Certificates {
     /// One for the name, or the first one, or else any that the client can check the signature of.
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        let named = hello.server_name().map_or(&[][..], |name| self.named(name));
-        let named = named.iter().map(|place| &self.all[*place]);
+        let named = hello.server_name().into_iter();
+        let named = named.flat_map(|name| self.named(name));
         let schemes = hello.signature_schemes();
         named
             .chain(&self.all)
@@ -168,10 +168,31 @@ fn read_pair(pair: &Pair, provider: &CryptoProvider) -> Result<(CertifiedKey, Ve
         ))
     })?;
     if let Some(path) = &pair.ocsp {
-        certified.ocsp = Some(read("--tls-ocsp", path)?);
+        certified.ocsp = Some(read_ocsp(path)?);
     }
     warn_of(pair, &parsed);
     Ok((certified, names_of(&parsed)))
+}
+
+/// What an OCSP responder has answered. Clients break off a handshake for what is none.
+fn read_ocsp(path: &Path) -> Result<Vec<u8>, Error> {
+    const FLAG: &str = "--tls-ocsp";
+    /// The beginning of an answer that is one: the status `successful` (RFC 6960, section 4.2.1).
+    const SUCCESSFUL: [u8; 3] = [0x0a, 1, 0];
+    let answer = read(FLAG, path)?;
+    let sequence = AnyRef::from_der(&answer);
+    match sequence {
+        Ok(sequence)
+            if sequence.tag() == Tag::Sequence && sequence.value().starts_with(&SUCCESSFUL) =>
+        {
+            Ok(answer)
+        }
+        _ => Err(failed(
+            FLAG,
+            path,
+            "it is not what a responder answers that knows the certificate; ask for it anew (openssl ocsp -respout FILE), and leave the flag out until there is one",
+        )),
+    }
 }
 
 /// What is no reason not to serve.
@@ -270,7 +291,7 @@ mod tests {
         let certificates = Certificates::read(&pairs, &provider()).unwrap();
         for (name, places) in [
             ("example.org", &[0][..]),
-            ("WWW.example.org", &[0, 2]),
+            ("WWW.example.org", &[0, 2, 1]),
             ("mail.example.org", &[1]),
             ("other.test", &[1]),
             ("a.mail.example.org", &[]),
@@ -279,7 +300,15 @@ mod tests {
             ("", &[]),
             (".example.org", &[1]),
         ] {
-            assert_eq!(certificates.named(name), places, "{name}");
+            let named = certificates.named(name);
+            let place = |one| {
+                certificates
+                    .all
+                    .iter()
+                    .position(|two| Arc::ptr_eq(one, two))
+            };
+            let found: Vec<usize> = named.filter_map(place).collect();
+            assert_eq!(found, places, "{name}");
         }
     }
 

@@ -95,8 +95,18 @@ impl Secured {
             if !self.session.is_handshaking() {
                 return Poll::Ready(Ok(()));
             }
-            if ready!(self.poll_read_tls(Some(&mut *cx))).map_err(Failed::Gone)? == 0 {
-                return Poll::Ready(Err(Failed::Gone(io::ErrorKind::UnexpectedEof.into())));
+            match ready!(self.poll_read_tls(Some(&mut *cx))) {
+                Ok(0) => {
+                    return Poll::Ready(Err(Failed::Gone(io::ErrorKind::UnexpectedEof.into())));
+                }
+                Ok(_) => {}
+                // The library's own: it holds only so much.
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    self.socket.shutdown_sending();
+                    let error = rustls::Error::General(error.to_string());
+                    return Poll::Ready(Err(Failed::Refused(error)));
+                }
+                Err(error) => return Poll::Ready(Err(Failed::Gone(error))),
             }
             if let Err(error) = self.session.process_new_packets() {
                 if !self.session.is_handshaking() {
@@ -169,8 +179,12 @@ impl Secured {
                 return Poll::Ready(Err(broken(error)));
             }
             ready!(self.poll_read_tls(cx.as_deref_mut()))?;
-            // What it has to say about this, an alert or new keys, is sent by the next push.
             self.broken = self.session.process_new_packets().err();
+            // The alert, before the guest gives up.
+            if let (Some(_), Some(cx)) = (&self.broken, &mut cx) {
+                let _ = self.poll_flush(cx);
+                self.socket.push();
+            }
         }
         // Records with nothing in them have no end.
         if let Some(cx) = cx {

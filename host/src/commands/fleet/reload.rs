@@ -1,0 +1,591 @@
+//! How the services come to be what a config file says by now.
+//!
+//! All that can fail comes first: to take addresses, to make guests, to have somebody accept. What is left
+//! takes effect at once.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::{info, warn};
+use wasinetd::Error;
+use wasinetd::config::Mistake;
+use wasinetd::connection::tls::Tls;
+use wasinetd::lifecycle::Controller;
+use wasinetd::listener::{self, Address, Bound, Listening};
+use wasinetd::sandbox::Grants;
+use wasinetd::service::{Named, Prepared, Route, Service, SwapError};
+
+use super::doors::{Accepting, Door, Port};
+use super::{Closing, Fleet, Running, Shared, State, Threads, route, settings};
+use crate::commands::configured::{Checked, Spec};
+
+/// What a reload has changed, by the names of the services.
+#[derive(Debug, Default)]
+pub(in crate::commands) struct Changes {
+    pub(in crate::commands) added: Vec<String>,
+    pub(in crate::commands) changed: Vec<String>,
+    pub(in crate::commands) removed: Vec<String>,
+    /// Those that are to share their ports with other processes, or no more, once they are bound anew.
+    pub(in crate::commands) bound_as_before: Vec<String>,
+    /// Where clients are accepted since.
+    listening: Vec<(String, Address)>,
+}
+
+/// Why nothing has changed.
+pub(in crate::commands) enum NotChanged {
+    /// For all of this that the config file says.
+    Mistakes(Vec<Mistake>),
+    /// For another reason.
+    Error(Error),
+}
+
+impl From<Error> for NotChanged {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// What is to be done for a service.
+struct Plan {
+    checked: Checked,
+    before: Option<Before>,
+    addresses: Vec<Planned>,
+}
+
+/// A service that is served already.
+struct Before {
+    service: Arc<Service>,
+    route: Arc<Route>,
+    accepting: Accepting,
+    controller: Arc<Controller>,
+    tls: Option<Arc<Tls>>,
+    /// Whether more than its guest and its addresses is to be another.
+    is_other: bool,
+}
+
+/// An address that a service is to have.
+enum Planned {
+    /// It has it, and it stays as it is.
+    Kept(Arc<Listening>),
+    /// One of the services has it, and listens there with such settings.
+    Moved(Address, Arc<Listening>, listener::Settings),
+    /// Nobody of us has it.
+    Free(Address, Bound),
+}
+
+/// A service whose guest is ready.
+pub(in crate::commands) struct Ready {
+    spec: Spec,
+    service: Arc<Service>,
+    tls: Option<Arc<Tls>>,
+    grants: Grants,
+    /// Nothing for one that is new.
+    before: Option<(Before, Prepared)>,
+    addresses: Vec<Planned>,
+}
+
+/// A service as it is to be.
+struct Next {
+    running: Running,
+    /// What it is to be besides, of one that is served already.
+    prepared: Option<Prepared>,
+    is_other: bool,
+    /// It goes on at TCP ports that were bound for one of the services before.
+    has_old_ports: bool,
+    kept: Vec<Arc<Listening>>,
+    doors: Vec<Door>,
+}
+
+impl Ready {
+    /// Compiles the guest of a service that is not served yet.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::GuestRefused`] when it cannot be run.
+    pub(in crate::commands) fn new(
+        shared: &Shared,
+        checked: Checked,
+        bound: Vec<(Address, Bound)>,
+    ) -> Result<Self, Error> {
+        let settings = settings(&checked.spec, checked.grants.clone(), shared.spans.clone());
+        let (engine, open) = (shared.engine.clone(), shared.open.clone());
+        let service = Service::new(settings, engine, open, checked.component);
+        let service = service.map_err(|reason| Error::GuestRefused {
+            path: checked.spec.guest.clone(),
+            reason,
+        })?;
+        let free = |(asked, bound)| Planned::Free(asked, bound);
+        Ok(Self {
+            spec: checked.spec,
+            service: Arc::new(service),
+            tls: checked.tls,
+            grants: checked.grants,
+            before: None,
+            addresses: bound.into_iter().map(free).collect(),
+        })
+    }
+
+    /// The clients that are to wait in the kernel for each socket.
+    pub(in crate::commands) fn backlog(&self) -> u32 {
+        self.spec.args.sockets.backlog
+    }
+}
+
+impl Fleet {
+    /// Becomes what `wanted` says. Connections that are open are not touched. Nothing changes unless all
+    /// of it can be. Not to be called twice at once.
+    ///
+    /// # Errors
+    ///
+    /// Says what is in the way.
+    pub(in crate::commands) async fn turn_into(
+        &self,
+        wanted: Vec<Checked>,
+    ) -> Result<Changes, NotChanged> {
+        self.closed(&wanted).await;
+        let mut mistakes = Vec::new();
+        let mut ready = Vec::new();
+        for plan in self.plan(wanted, &mut mistakes)? {
+            let line = plan.checked.spec.line("guest");
+            match self.make_ready(plan).await {
+                Ok(one) => ready.push(one),
+                Err(error) => mistakes.push(Mistake {
+                    line,
+                    text: format!("guest: {error}"),
+                }),
+            }
+        }
+        if !mistakes.is_empty() {
+            return Err(NotChanged::Mistakes(mistakes));
+        }
+        let changes = self.commit(ready)?;
+        for (service, address) in &changes.listening {
+            info!(service, %address, "listening");
+        }
+        for service in &changes.bound_as_before {
+            let fix = "stop and start the server";
+            warn!(service, fix, "whether its ports are shared is as it was");
+        }
+        Ok(changes)
+    }
+
+    /// Waits for the last clients of addresses that are wanted again.
+    async fn closed(&self, wanted: &[Checked]) {
+        /// It takes no longer than handshakes do that are under way.
+        const PATIENCE: Duration = Duration::from_secs(3);
+        /// How soon it is noticed. Arbitrary.
+        const OFTEN: Duration = Duration::from_millis(10);
+        let are_wanted = |closing: &Closing| {
+            let mut wanted = wanted.iter().flat_map(|one| &one.spec.args.listen);
+            let is_wanted = wanted.any(|address| address.is_taken_by(&closing.asked));
+            is_wanted && closing.controller.is_followed()
+        };
+        let closed = async {
+            while self.state().closing.iter().any(are_wanted) {
+                tokio::time::sleep(OFTEN).await;
+            }
+        };
+        // If it takes longer, the address is taken, which is said.
+        let _ = tokio::time::timeout(PATIENCE, closed).await;
+    }
+
+    /// What is to be done for each of the services that are wanted, with the addresses that they take. Those
+    /// that cannot be had are among the mistakes.
+    fn plan(&self, wanted: Vec<Checked>, mistakes: &mut Vec<Mistake>) -> Result<Vec<Plan>, Error> {
+        let state = self.state();
+        let Some(threads) = &state.threads else {
+            return Err(draining());
+        };
+        let mut ports: Vec<(&Running, &Port)> = Vec::new();
+        for running in &state.running {
+            ports.extend(running.ports.iter().map(|port| (running, port)));
+        }
+        let mut plans = Vec::new();
+        for checked in wanted {
+            let spec = &checked.spec;
+            let mut running = state.running.iter();
+            let running = running.find(|one| one.spec.name == spec.name);
+            let before = running.map(|running| Before {
+                service: running.service.clone(),
+                route: running.route.clone(),
+                accepting: running.accepting.clone(),
+                controller: running.controller.clone(),
+                tls: running.tls.clone(),
+                is_other: !running
+                    .spec
+                    .table
+                    .same_but(&spec.table, &["guest", "listen"])
+                    || !running.grants.has_directories_of(&checked.grants),
+            });
+            let of_kind = |threads: &&Threads| threads.dispatch == spec.args.dispatch;
+            let shards = threads.iter().filter(of_kind);
+            let shards = shards.map(|threads| threads.handles.len()).sum();
+            let settings = spec.args.socket_settings();
+            let mut addresses = Vec::new();
+            for asked in &spec.args.listen {
+                let held = take(&mut ports, &spec.name, asked);
+                if held.is_empty() {
+                    match Bound::new(asked, shards, &settings) {
+                        Ok(bound) => addresses.push(Planned::Free(asked.clone(), bound)),
+                        Err(error) => mistakes.push(Mistake {
+                            line: spec.line("listen"),
+                            text: format!("listen: {}", in_our_way(&state, error)),
+                        }),
+                    }
+                }
+                addresses.extend(held.into_iter().map(|(holder, port)| {
+                    let listening = port.listening.clone();
+                    let is_same = before.as_ref().is_some_and(|before| !before.is_other);
+                    match is_same && holder.spec.name == spec.name {
+                        true => Planned::Kept(listening),
+                        false => {
+                            let settings = holder.spec.args.socket_settings();
+                            Planned::Moved(asked.clone(), listening, settings)
+                        }
+                    }
+                }));
+            }
+            plans.push(Plan {
+                checked,
+                before,
+                addresses,
+            });
+        }
+        Ok(plans)
+    }
+
+    /// Makes the guest ready.
+    async fn make_ready(&self, plan: Plan) -> Result<Ready, Error> {
+        let Checked {
+            spec,
+            component,
+            grants,
+            tls,
+            ..
+        } = plan.checked;
+        let refused = |error| match error {
+            SwapError::Refused(reason) => Error::GuestRefused {
+                path: spec.guest.clone(),
+                reason,
+            },
+            SwapError::Draining => draining(),
+            error => Error::Internal {
+                stage: "making a guest ready",
+                reason: error.to_string(),
+            },
+        };
+        let settings = settings(&spec, grants.clone(), self.shared.spans.clone());
+        let (service, before) = match plan.before {
+            Some(before) => {
+                let service = before.service.clone();
+                let settings = before.is_other.then_some(settings);
+                let prepared = service.prepare(component, settings).await;
+                (service, Some((before, prepared.map_err(refused)?)))
+            }
+            None => {
+                let (engine, open) = (self.shared.engine.clone(), self.shared.open.clone());
+                let made = Service::make(settings, engine, open, component).await;
+                (Arc::new(made.map_err(refused)?), None)
+            }
+        };
+        Ok(Ready {
+            spec,
+            service,
+            tls,
+            grants,
+            before,
+            addresses: plan.addresses,
+        })
+    }
+
+    /// Serves what is ready, and no more what is not among it. To be called within the runtime that looks
+    /// after the services.
+    ///
+    /// # Errors
+    ///
+    /// Says what is in the way. Nothing has changed then.
+    pub(super) fn commit(&self, ready: Vec<Ready>) -> Result<Changes, Error> {
+        let mut state = self.state();
+        let state = &mut *state;
+        let Some(threads) = &state.threads else {
+            return Err(draining());
+        };
+        let mut moved = Vec::new();
+        let all = ready.into_iter().map(|ready| {
+            let new = ready.spec.args.socket_settings();
+            for planned in &ready.addresses {
+                if let Planned::Moved(_, listening, old) = planned {
+                    moved.push((listening.clone(), *old, new));
+                }
+            }
+            next(&self.shared, threads, ready)
+        });
+        let all = all.collect::<Result<Vec<_>, _>>()?;
+        set_up(&moved)?;
+        Ok(self.apply(state, all))
+    }
+
+    /// Nothing here fails.
+    fn apply(&self, state: &mut State, all: Vec<Next>) -> Changes {
+        let mut changes = Changes::default();
+        let mut before: HashMap<String, Running> = std::mem::take(&mut state.running)
+            .into_iter()
+            .map(|running| (running.spec.name.clone(), running))
+            .collect();
+        let mut ports: Vec<Port> = Vec::new();
+        let mut doors = Vec::new();
+        for one in all {
+            let Next {
+                mut running,
+                prepared,
+                is_other,
+                has_old_ports,
+                kept,
+                doors: opening,
+            } = one;
+            let name = running.spec.name.clone();
+            let swapped = prepared.is_some_and(|prepared| {
+                // It fails when the server drains, and this is nobody's any more.
+                let swapped = running.service.install(prepared);
+                swapped.is_ok_and(|swapped| swapped.digest != swapped.before)
+            });
+            match before.remove(&name) {
+                None => {
+                    let (service, lifecycle) =
+                        (running.service.clone(), running.controller.lifecycle());
+                    tokio::spawn(async move { service.tend(&lifecycle).await });
+                    changes.added.push(name.clone());
+                }
+                Some(old) => {
+                    let is_kept = |port: &Port| {
+                        let mut kept = kept.iter();
+                        kept.any(|listening| Arc::ptr_eq(listening, &port.listening))
+                    };
+                    let (stay, go): (Vec<_>, Vec<_>) = old.ports.into_iter().partition(is_kept);
+                    running.ports = stay;
+                    if is_other {
+                        running.accepting.resize(&self.shared, &running.spec.args);
+                    }
+                    let is_shared = |spec: &Spec| spec.args.socket_settings().reuse_port;
+                    if has_old_ports && is_shared(&old.spec) != is_shared(&running.spec) {
+                        changes.bound_as_before.push(name.clone());
+                    }
+                    if swapped || is_other || !go.is_empty() || !opening.is_empty() {
+                        changes.changed.push(name.clone());
+                    }
+                    ports.extend(go);
+                }
+            }
+            for door in &opening {
+                changes
+                    .listening
+                    .push((name.clone(), door.address().clone()));
+            }
+            doors.push(opening);
+            state.running.push(running);
+        }
+        let mut accepting: HashMap<String, Vec<Arc<Controller>>> = HashMap::new();
+        for (name, old) in &mut before {
+            let controllers = old.ports.iter().map(|port| port.controller.clone());
+            accepting.insert(name.clone(), controllers.collect());
+            ports.append(&mut old.ports);
+        }
+        lead_by_name(&state.running);
+        let services = state.running.iter().map(|one| one.service.clone());
+        self.services.set(services.collect());
+        state.closing.retain(|one| one.controller.is_followed());
+        for port in ports {
+            if doors
+                .iter()
+                .flatten()
+                .any(|door| door.is_of(&port.listening))
+            {
+                // Whoever waits there is accepted by the next.
+                port.controller.pass_on();
+            } else {
+                port.controller.drain();
+                state.closing.push(Closing {
+                    asked: port.asked,
+                    controller: port.controller,
+                });
+            }
+        }
+        for (running, doors) in state.running.iter_mut().zip(doors) {
+            running.ports.extend(doors.into_iter().map(Door::open));
+        }
+        let is_there = |controller: &Arc<Controller>| Arc::strong_count(controller) > 1;
+        state.leaving.retain(is_there);
+        for (name, running) in before {
+            running.controller.drain();
+            state.leaving.push(running.controller.clone());
+            let mut controllers = accepting.remove(&name).unwrap_or_default();
+            controllers.push(running.controller);
+            let patience = self.shared.drain_timeout;
+            tokio::spawn(leave(running.service, controllers, patience));
+            changes.removed.push(name);
+        }
+        changes
+    }
+}
+
+/// The ports of those that are left for whoever asks for an address: one, or all whose sockets were passed
+/// by that name.
+fn take<'a>(
+    ports: &mut Vec<(&'a Running, &'a Port)>,
+    service: &str,
+    asked: &Address,
+) -> Vec<(&'a Running, &'a Port)> {
+    let is_it = |(holder, port): &(&Running, &Port)| {
+        // A port that any was asked for is nobody else's.
+        let may_have = !asked.takes_any_port() || holder.spec.name == service;
+        may_have && port.asked == *asked
+    };
+    match asked {
+        Address::Passed(_) => ports.extract_if(.., |one| is_it(one)).collect(),
+        _ => {
+            let found = ports.iter().position(is_it);
+            found.map(|n| ports.remove(n)).into_iter().collect()
+        }
+    }
+}
+
+/// A service as it is to be, with clients that can connect to its addresses, and wait there.
+fn next(shared: &Shared, threads: &[Threads], ready: Ready) -> Result<Next, Error> {
+    let Ready {
+        spec,
+        service,
+        tls,
+        grants,
+        before,
+        addresses,
+    } = ready;
+    let (before, prepared) = before.unzip();
+    let controller = before.as_ref().map(|before| before.controller.clone());
+    let controller = controller.unwrap_or_default();
+    let is_other = before.as_ref().is_some_and(|before| before.is_other);
+    let (route, tls, accepting) = match before {
+        Some(before) if !is_other => (before.route, before.tls, before.accepting),
+        before => {
+            let accepting = match before {
+                Some(before) => before.accepting.with(shared, &spec.args),
+                None => Accepting::new(shared, &spec.args),
+            };
+            (
+                route(&spec.args, &tls, &controller, &service),
+                tls,
+                accepting,
+            )
+        }
+    };
+    let has_old_ports = addresses.iter().any(|planned| match planned {
+        Planned::Kept(listening) | Planned::Moved(_, listening, _) => {
+            matches!(listening.address, Address::Ip(_))
+        }
+        Planned::Free(..) => false,
+    });
+    let mut kept = Vec::new();
+    let mut doors = Vec::new();
+    for planned in addresses {
+        let (asked, listening) = match planned {
+            Planned::Kept(listening) => {
+                kept.push(listening);
+                continue;
+            }
+            Planned::Moved(asked, listening, _) => (asked, listening),
+            Planned::Free(asked, bound) => (asked, Arc::new(bound.listen()?)),
+        };
+        doors.push(Door::new(threads, &accepting, &route, asked, listening)?);
+    }
+    Ok(Next {
+        running: Running {
+            spec,
+            service,
+            route,
+            tls,
+            grants,
+            accepting,
+            controller,
+            ports: Vec::new(),
+        },
+        prepared,
+        is_other,
+        has_old_ports,
+        kept,
+        doors,
+    })
+}
+
+/// Has sockets that listen with the first settings do so with the second: all, or none.
+fn set_up(moved: &[(Arc<Listening>, listener::Settings, listener::Settings)]) -> Result<(), Error> {
+    for (n, (listening, _, new)) in moved.iter().enumerate() {
+        if let Err(error) = listening.set_up(new) {
+            for (listening, old, _) in &moved[..=n] {
+                // It could be before.
+                let _ = listening.set_up(old);
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+/// Has the clients of services led to those behind them.
+fn lead_by_name(services: &[Running]) {
+    for one in services {
+        let behind = services.iter().filter_map(|other| {
+            let (before, names) = other.spec.behind.as_ref()?;
+            (*before == one.spec.name).then(|| Named {
+                names: names.clone(),
+                service: other.service.clone(),
+            })
+        });
+        one.route.set_named(behind.collect());
+    }
+}
+
+/// Ends what is left of a service that is gone when its time is up.
+async fn leave(service: Arc<Service>, controllers: Vec<Arc<Controller>>, patience: Duration) {
+    /// How soon it is noticed that nobody is left. Arbitrary.
+    const OFTEN: Duration = Duration::from_millis(200);
+    /// Those who have it and lead nobody to it: this one, and who tends it.
+    const OURS: usize = 2;
+    let name = service.name().to_string();
+    let gone = async {
+        // Clients may wait to be accepted, or be in a handshake, and be led here yet.
+        while Arc::strong_count(&service) > OURS || service.open() > 0 {
+            tokio::time::sleep(OFTEN).await;
+        }
+    };
+    match tokio::time::timeout(patience, gone).await {
+        Ok(()) => info!(service = name, "a service that was removed has ended"),
+        Err(_) => warn!(
+            service = name,
+            "the drain timeout of a service that was removed is over: ending what is left of it"
+        ),
+    }
+    controllers.iter().for_each(|controller| controller.end());
+}
+
+/// Says so if it is we who hold what cannot be had.
+fn in_our_way(state: &State, error: Error) -> Error {
+    let ports = state.running.iter().flat_map(|running| &running.ports);
+    let mut ours = ports.flat_map(|port| [&port.asked, &port.listening.address]);
+    match error {
+        Error::Listen {
+            address, source, ..
+        } if ours.any(|ours| address.is_taken_by(ours)) => Error::Listen {
+            address,
+            source,
+            fix: "another address of this server is in its way; give that up in a reload before",
+        },
+        error => error,
+    }
+}
+
+fn draining() -> Error {
+    Error::Internal {
+        stage: "changing what is served",
+        reason: "the server is draining; change its successor".into(),
+    }
+}
