@@ -20,11 +20,12 @@ const COMPUTING: [&str; 6] = [
     "--max-output",
     "1KiB",
 ];
+/// With time for a guest to have its first turn on a machine that does much else.
 const WAITING: [&str; 6] = [
     "--max-memory",
     "16MiB",
     "--idle-timeout",
-    "1s",
+    "3s",
     "--write-timeout",
     "500ms",
 ];
