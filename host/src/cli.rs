@@ -32,9 +32,9 @@ pub(crate) struct Cli {
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 after a clean drain, 64 for a mistake on the command line, 65 for a guest that cannot \
-be run, 69 for an address or a socket that cannot be listened on, 70 for a fault of wasinetd, 73 for a \
-crate that cannot be written, 75 when connections had to be ended before they were done, 78 for a \
-setting that cannot be met.";
+be run, 69 for an address or a socket that cannot be listened on and for a server that ctl cannot reach, \
+70 for a fault of wasinetd, 73 for a crate that cannot be written, 75 when connections had to be ended \
+before they were done, 78 for a mistake in the config file and for a setting that cannot be met.";
 
 #[derive(Subcommand)]
 pub(crate) enum Command {

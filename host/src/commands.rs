@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use tracing::warn;
 use wasinetd::Error;
 use wasinetd::sandbox::{Cache, Refusal};
+use wasinetd::service::SwapError;
 
 pub(crate) use cert::cert;
 pub(crate) use check::{check, compile};
@@ -46,6 +47,18 @@ fn refused(path: &Path) -> impl Fn(Refusal) -> Error {
     move |refusal| Error::GuestRefused {
         path: path.into(),
         reason: refusal.to_string(),
+    }
+}
+
+/// Why the guest of `path` is not what clients get.
+fn not_swapped(path: &Path) -> impl Fn(SwapError) -> Error {
+    move |error| match error {
+        SwapError::Refused(reason) => Error::GuestRefused {
+            path: path.into(),
+            reason,
+        },
+        SwapError::Draining => Error::Draining,
+        SwapError::NoPrevious | SwapError::Internal(_) => internal("making a guest ready")(error),
     }
 }
 

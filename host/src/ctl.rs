@@ -46,10 +46,6 @@ impl CtlError {
     /// What the server has answered instead.
     fn answered(status: u16, body: &[u8]) -> Self {
         let failure = serde_json::from_slice::<model::Failure>(body);
-        let message = failure.map_or_else(
-            |_| format!("the server answered with {status}; is it a wasinetd of this release?"),
-            |failure| failure.error,
-        );
         let code = match status {
             400 | 404 => EX_USAGE,
             401 => EX_CONFIG,
@@ -57,7 +53,18 @@ impl CtlError {
             409 | 503 => EX_UNAVAILABLE,
             _ => EX_SOFTWARE,
         };
-        Self { code, message }
+        match failure {
+            Ok(failure) => Self {
+                code: failure.exit_code.unwrap_or(code),
+                message: failure.error,
+            },
+            Err(_) => Self {
+                code,
+                message: format!(
+                    "the server answered with {status}; is it a wasinetd of this release?"
+                ),
+            },
+        }
     }
 }
 

@@ -215,6 +215,10 @@ pub enum Error {
     )]
     NoToken,
 
+    /// It is too late to change what is served.
+    #[error("the server is draining, and nothing has changed; change its successor")]
+    Draining,
+
     /// Something that should always work did not.
     #[error("{stage} failed: {reason}")]
     Internal {
@@ -245,7 +249,7 @@ impl Error {
             | Self::Token { .. } => 78,
             Self::NoToken | Self::TlsPairs { .. } | Self::Taken { .. } | Self::Sdk { .. } => 64,
             Self::Create { .. } => 73,
-            Self::Watch { .. } | Self::Listen { .. } | Self::Admin { .. } => 69,
+            Self::Watch { .. } | Self::Listen { .. } | Self::Admin { .. } | Self::Draining => 69,
             Self::Internal { .. } => 70,
         }
     }

@@ -335,7 +335,7 @@ fn a_bad_file_changes_nothing() {
         config.write(&bad);
         let output = config.admin.ctl(&["reload"]);
         let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(65), "{said} for {bad}");
+        assert_eq!(output.status.code(), Some(78), "{said} for {bad}");
         assert!(said.contains(reason), "{said} without {reason}");
         let status = config.admin.ctl_json(&["status"]);
         assert_eq!(status["services"].as_array().unwrap().len(), 1, "{status}");

@@ -117,7 +117,7 @@ fn a_bad_version_changes_nothing_and_everyone_is_told() {
 #[test]
 fn a_hangup_swaps_to_what_the_file_has() {
     for mode in MODES {
-        let (_admin, file, server) = names(mode, &[]);
+        let (admin, file, server) = names(mode, &[]);
         write_version(&file, "two");
         assert_eq!(served(&server), "one");
         server.signal(Signal::HUP);
@@ -131,6 +131,22 @@ fn a_hangup_swaps_to_what_the_file_has() {
         fs::remove_file(&file).unwrap();
         server.signal(Signal::HUP);
         server.wait_for_log(&["cannot read the guest"]);
+        // The same by a command, which tells what kind of failure it was.
+        let reload = || {
+            let output = admin.ctl(&["reload"]);
+            let said = String::from_utf8(output.stderr).unwrap();
+            (output.status.code(), said)
+        };
+        let (code, said) = reload();
+        assert_eq!(code, Some(65), "{said}");
+        assert!(said.contains("cannot read the guest"), "{said}");
+        fs::write(&file, "nonsense").unwrap();
+        let (code, said) = reload();
+        assert_eq!(code, Some(65), "{said}");
+        assert!(
+            said.contains("is refused: ") && said.contains(text(&file)),
+            "{said}"
+        );
         assert_eq!(served(&server), "two");
     }
 }

@@ -24,6 +24,7 @@ use tracing::info;
 
 use super::logs::{Logs, Piece};
 use super::model;
+use crate::Error;
 use crate::connection::{KINDS, Open};
 use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
@@ -91,7 +92,7 @@ pub type LimitsSet = Box<dyn Fn() -> Vec<(String, Vec<(Limit, String)>)> + Send 
 pub type Obeyed = Result<u32, String>;
 
 /// What has changed by a reload, or why nothing has.
-pub type Reloaded = Result<String, String>;
+pub type Reloaded = Result<String, Error>;
 
 /// Answers operators.
 pub(super) struct Api {
@@ -367,7 +368,7 @@ impl Api {
         takes_long.store(false, Ordering::Relaxed);
         match reloaded {
             Ok(Ok(changes)) => json(&changes),
-            Ok(Err(error)) => failure(StatusCode::UNPROCESSABLE_ENTITY, &error),
+            Ok(Err(error)) => not_reloaded(&error),
             Err(_) if self.operated.lifecycle.is_handed_over() => failure(
                 StatusCode::CONFLICT,
                 "a new process has taken over meanwhile, which reads the config file again; see its log",
@@ -476,6 +477,21 @@ fn answer_swap(swapped: Result<Swapped, SwapError>) -> Answer {
     }
 }
 
+fn not_reloaded(error: &Error) -> Answer {
+    let status = match error {
+        Error::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+        Error::Draining => StatusCode::CONFLICT,
+        _ => StatusCode::UNPROCESSABLE_ENTITY,
+    };
+    failed(
+        status,
+        &model::Failure {
+            error: error.to_string(),
+            exit_code: Some(error.exit_code()),
+        },
+    )
+}
+
 fn service_status(service: &Arc<Service>) -> model::Service {
     let versions = service.status();
     let measures = service.measures();
@@ -534,9 +550,17 @@ fn json(value: &impl Serialize) -> Answer {
 }
 
 fn failure(status: StatusCode, error: &str) -> Answer {
-    let mut answer = json(&model::Failure {
-        error: error.into(),
-    });
+    failed(
+        status,
+        &model::Failure {
+            error: error.into(),
+            exit_code: None,
+        },
+    )
+}
+
+fn failed(status: StatusCode, failure: &model::Failure) -> Answer {
+    let mut answer = json(failure);
     *answer.status_mut() = status;
     answer
 }

@@ -164,6 +164,10 @@ pub struct Swapped {
 pub struct Failure {
     /// Why, for people.
     pub error: String,
+    /// What a program exits with that has failed for this reason (BSD `sysexits.h`), where the status of
+    /// the answer alone does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<u8>,
 }
 
 #[cfg(test)]

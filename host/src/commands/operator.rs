@@ -145,8 +145,7 @@ impl Operator<'_> {
     async fn read_again(&self) -> Reloaded {
         match &self.config {
             Some((path, table)) => {
-                let changes = self.follow_config(path.clone(), table).await;
-                let changes = changes.map_err(|error| error.to_string())?;
+                let changes = self.follow_config(path.clone(), table).await?;
                 self.read_certificates(None).await;
                 let _ = self.files.send(Files::Reloaded).await;
                 Ok(changes)
@@ -207,17 +206,18 @@ impl Operator<'_> {
     /// Swaps a service to what its guest's file has.
     async fn swap(&self, name: &str) -> Reloaded {
         let Some((service, file)) = self.fleet.guest_of(name) else {
-            return Err("the service is gone".into());
+            // Only a reload removes services, and this is called by one, or for files of a service.
+            return Ok(format!("{name} is gone"));
         };
         // A file system may take its time.
-        let component = tokio::task::spawn_blocking(move || read(&file)).await;
-        let component = component.map_err(|error| error.to_string())?;
-        let component = component.map_err(|error| error.to_string())?;
+        let path = file.clone();
+        let component = tokio::task::spawn_blocking(move || read(&path)).await;
+        let component = component.map_err(super::internal("reading the guest"))??;
         // That it is swapped, or why not, is logged there.
         match service.swap(Bytes::from(component)).await {
             Ok(swapped) if swapped.digest == swapped.before => Ok(format!("{name} is unchanged")),
             Ok(swapped) => Ok(format!("{name} serves {} now", swapped.digest.short())),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(super::not_swapped(&file)(error)),
         }
     }
 

@@ -14,11 +14,12 @@ use wasinetd::connection::tls::Tls;
 use wasinetd::lifecycle::Controller;
 use wasinetd::listener::{self, Address, Bound, Listening};
 use wasinetd::sandbox::Grants;
-use wasinetd::service::{Named, Prepared, Route, Service, SwapError};
+use wasinetd::service::{Named, Prepared, Route, Service};
 
 use super::doors::{Accepting, Door, Port};
 use super::{Closing, Fleet, Running, Shared, State, Threads, route, settings};
 use crate::commands::configured::{Checked, Spec};
+use crate::commands::not_swapped;
 
 /// What a reload has changed, by the names of the services.
 #[derive(Debug, Default)]
@@ -195,7 +196,7 @@ impl Fleet {
     fn plan(&self, wanted: Vec<Checked>, mistakes: &mut Vec<Mistake>) -> Result<Vec<Plan>, Error> {
         let state = self.state();
         let Some(threads) = &state.threads else {
-            return Err(draining());
+            return Err(Error::Draining);
         };
         let mut ports: Vec<(&Running, &Port)> = Vec::new();
         for running in &state.running {
@@ -264,17 +265,7 @@ impl Fleet {
             tls,
             ..
         } = plan.checked;
-        let refused = |error| match error {
-            SwapError::Refused(reason) => Error::GuestRefused {
-                path: spec.guest.clone(),
-                reason,
-            },
-            SwapError::Draining => draining(),
-            error => Error::Internal {
-                stage: "making a guest ready",
-                reason: error.to_string(),
-            },
-        };
+        let refused = not_swapped(&spec.guest);
         let settings = settings(&spec, grants.clone(), self.shared.spans.clone());
         let (service, before) = match plan.before {
             Some(before) => {
@@ -309,7 +300,7 @@ impl Fleet {
         let mut state = self.state();
         let state = &mut *state;
         let Some(threads) = &state.threads else {
-            return Err(draining());
+            return Err(Error::Draining);
         };
         let mut moved = Vec::new();
         let all = ready.into_iter().map(|ready| {
@@ -580,12 +571,5 @@ fn in_our_way(state: &State, error: Error) -> Error {
             fix: "another address of this server is in its way; give that up in a reload before",
         },
         error => error,
-    }
-}
-
-fn draining() -> Error {
-    Error::Internal {
-        stage: "changing what is served",
-        reason: "the server is draining; change its successor".into(),
     }
 }
