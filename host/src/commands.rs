@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 use wasinetd::Error;
+use wasinetd::listener::Address;
 use wasinetd::sandbox::{Cache, Refusal};
 use wasinetd::service::SwapError;
 
@@ -48,6 +49,14 @@ fn refused(path: &Path) -> impl Fn(Refusal) -> Error {
         path: path.into(),
         reason: refusal.to_string(),
     }
+}
+
+/// Whether the address that was `held` by a service is the one that is `asked` for by one now, so that its
+/// sockets go from one to the other. Each with the name of the service.
+fn is_kept((holder, held): (&str, &Address), (service, asked): (&str, &Address)) -> bool {
+    // A port that any was asked for is nobody else's.
+    let may_have = !asked.takes_any_port() || holder == service;
+    may_have && held == asked
 }
 
 /// Why the guest of `path` is not what clients get.

@@ -182,7 +182,8 @@ impl Lock {
     }
 }
 
-fn directory_of(path: &Path) -> &Path {
+/// The directory that a path has its name in.
+pub(crate) fn directory_of(path: &Path) -> &Path {
     let parent = path.parent().filter(|parent| *parent != Path::new(""));
     parent.unwrap_or(Path::new("."))
 }
@@ -340,11 +341,12 @@ impl FromStr for Identity {
     type Err = ParseIntError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut parts = text.split(',').map(str::trim);
+        let mut parts = text.split(',');
+        let mut part = || parts.next().unwrap_or_default();
         Ok(Self {
-            device: parts.next().unwrap_or_default().parse()?,
-            inode: parts.next().unwrap_or_default().parse()?,
-            made: parts.next().unwrap_or_default().parse()?,
+            device: part().parse()?,
+            inode: part().parse()?,
+            made: part().parse()?,
         })
     }
 }

@@ -41,6 +41,13 @@ impl Config {
     pub(crate) fn reload(&self) -> String {
         self.admin.ctl_text(&["reload"]).trim_end().into()
     }
+
+    /// A file beside it, with a version of the guest `names`.
+    pub(crate) fn guest(&self, file: &str, version: &str) -> PathBuf {
+        let file = self.admin.beside(file);
+        write_version(&file, version);
+        file
+    }
 }
 
 /// A service of the guest at `path`, on any port.
@@ -392,10 +399,7 @@ fn reloads_under_load_lose_nothing() {
 #[test]
 fn guests_are_watched_and_swapped_by_the_name_of_their_service() {
     let config = Config::new("");
-    let files = ["one", "two"].map(|name| config.admin.beside(&format!("{name}.wasm")));
-    for file in &files {
-        write_version(file, "first");
-    }
+    let files = ["one.wasm", "two.wasm"].map(|file| config.guest(file, "first"));
     let services = || {
         let [one, two] = &files;
         service("one", one.clone(), "watch = true") + &service("two", two.clone(), "")
@@ -414,8 +418,7 @@ fn guests_are_watched_and_swapped_by_the_name_of_their_service() {
     }
     server.wait_for_log(&["a new version was given", "service=\"one\"", "swapped"]);
     assert_eq!(names(), ["second", "first"]);
-    let third = config.admin.beside("third.wasm");
-    write_version(&third, "third");
+    let third = config.guest("third.wasm", "third");
     let third = third.to_str().unwrap();
     config.admin.ctl_text(&["swap", "two", third]);
     assert_eq!(names(), ["second", "third"]);

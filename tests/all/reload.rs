@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Instant;
 use std::{fs, thread};
@@ -23,10 +23,30 @@ fn free() -> SocketAddr {
     listener.local_addr().unwrap()
 }
 
-/// A service that echoes, at these addresses.
-fn echo_at(name: &str, listen: &[String], more: &str) -> String {
-    let guest = guest("echo");
-    format!("[[service]]\nname = {name:?}\nlisten = {listen:?}\nguest = {guest:?}\n{more}\n")
+/// A service of the guest at `path`, at these addresses.
+fn service_at(name: &str, path: &Path, listen: &[String], more: &str) -> String {
+    format!("[[service]]\nname = {name:?}\nlisten = {listen:?}\nguest = {path:?}\n{more}\n")
+}
+
+/// One that echoes.
+pub(crate) fn echo_at(name: &str, listen: &[String], more: &str) -> String {
+    service_at(name, &guest("echo"), listen, more)
+}
+
+/// A server of the guest `names`, of its version `version-0`, with its config file, its address, and the
+/// guest's file.
+fn version_0(more: &str) -> (Config, SocketAddr, PathBuf, Server) {
+    let config = Config::new("");
+    let file = config.guest("names.wasm", "version-0");
+    let at = free();
+    config.write(&service_at("names", &file, &[at.to_string()], more));
+    let server = Server::start_config(&config.path, 1);
+    (config, at, file, server)
+}
+
+/// Who may do what with the file at `path`.
+fn mode(path: &Path) -> u32 {
+    fs::symlink_metadata(path).unwrap().permissions().mode() & 0o777
 }
 
 /// A client that has been served.
@@ -172,11 +192,9 @@ fn an_address_that_was_given_up_can_be_had_again() {
         echoes(at);
     }
     // Any port, once more.
-    let twice = "[[service]]\nname = 'stays'\nlisten = ['127.0.0.1:0', '127.0.0.1:0']\n";
-    let guest = guest("echo");
-    config.write(&format!(
-        "{twice}max-connections-per-source = 'off'\nguest = {guest:?}\n"
-    ));
+    let twice = ["127.0.0.1:0", "127.0.0.1:0"].map(Into::into);
+    let off = "max-connections-per-source = 'off'";
+    config.write(&echo_at("stays", &twice, off));
     let said = config.reload();
     assert!(said.starts_with("changed: stays"), "{said}");
 }
@@ -222,7 +240,6 @@ fn nothing_changes_when_there_are_no_more_files() {
 fn a_unix_socket_is_given_the_mode_that_the_file_says_by_now() {
     let config = Config::new("");
     let path = config.admin.beside("echo.sock");
-    let mode = || fs::symlink_metadata(&path).unwrap().permissions().mode() & 0o777;
     let write = |mode: &str| {
         // Beside the config file.
         let listen = ["unix:echo.sock".to_string()];
@@ -230,14 +247,14 @@ fn a_unix_socket_is_given_the_mode_that_the_file_says_by_now() {
     };
     write("0666");
     let _server = Server::start_config(&config.path, 1);
-    assert_eq!(mode(), 0o666);
+    assert_eq!(mode(&path), 0o666);
     write("0600");
     assert_eq!(config.reload(), "changed: one");
-    assert_eq!(mode(), 0o600);
+    assert_eq!(mode(&path), 0o600);
     write("0640");
     config.admin.ctl_text(&["restart"]);
     let _successor = Successor::of(&config.admin);
-    assert_eq!(mode(), 0o640);
+    assert_eq!(mode(&path), 0o640);
 }
 
 #[test]
@@ -270,18 +287,9 @@ fn a_successor_listens_where_its_file_says_and_nowhere_else() {
 #[test]
 fn a_successor_serves_the_guest_that_its_file_names() {
     let config = Config::new("");
-    let files = ["one", "two"].map(|name| {
-        let file = config.admin.beside(&format!("{name}.wasm"));
-        write_version(&file, name);
-        file
-    });
+    let files = ["one", "two"].map(|name| config.guest(&format!("{name}.wasm"), name));
     let at = free();
-    let write = |file: &Path| {
-        let guest = file.display();
-        config.write(&format!(
-            "[[service]]\nname = 'names'\nlisten = '{at}'\nguest = '{guest}'\n"
-        ));
-    };
+    let write = |file: &Path| config.write(&service_at("names", file, &[at.to_string()], ""));
     write(&files[0]);
     let _server = Server::start_config(&config.path, 1);
     assert_eq!(answer(&mut connect(at)).0, "one");
@@ -293,15 +301,7 @@ fn a_successor_serves_the_guest_that_its_file_names() {
 
 #[test]
 fn what_is_swapped_while_a_successor_starts_is_not_lost() {
-    let config = Config::new("");
-    let file = config.admin.beside("names.wasm");
-    write_version(&file, "version-0");
-    let at = free();
-    let guest = file.display();
-    config.write(&format!(
-        "[[service]]\nname = 'names'\nlisten = '{at}'\nguest = '{guest}'\nmax-connections-per-source = 'off'\n"
-    ));
-    let _server = Server::start_config(&config.path, 1);
+    let (config, at, file, _server) = version_0("max-connections-per-source = 'off'");
     let mut successors = Vec::new();
     let mut served = "version-0".to_string();
     for n in 1..8 {
@@ -330,15 +330,7 @@ fn what_is_swapped_while_a_successor_starts_is_not_lost() {
 
 #[test]
 fn what_was_written_before_a_restart_is_served() {
-    let config = Config::new("");
-    let file = config.admin.beside("names.wasm");
-    write_version(&file, "version-0");
-    let at = free();
-    let guest = file.display();
-    config.write(&format!(
-        "[[service]]\nname = 'names'\nlisten = '{at}'\nguest = '{guest}'\nwatch = true\n"
-    ));
-    let _server = Server::start_config(&config.path, 1);
+    let (config, at, file, _server) = version_0("watch = true");
     let mut successors = Vec::new();
     for n in 1..4 {
         let name = format!("version-{n}");
@@ -353,7 +345,6 @@ fn what_was_written_before_a_restart_is_served() {
 fn a_restart_that_fails_leaves_sockets_as_they_are() {
     let config = Config::new("");
     let path = config.admin.beside("echo.sock");
-    let mode = || fs::symlink_metadata(&path).unwrap().permissions().mode() & 0o777;
     let at = |name: &str, more: &str| echo_at("one", &[format!("unix:{name}")], more);
     config.write(&at("echo.sock", "unix-mode = '0660'"));
     let _server = Server::start_config(&config.path, 1);
@@ -364,7 +355,7 @@ fn a_restart_that_fails_leaves_sockets_as_they_are() {
         config.write(&(at("echo.sock", "unix-mode = '0666'") + &wrong));
         let output = config.admin.ctl(&["restart"]);
         assert!(!output.status.success(), "{output:?}");
-        assert_eq!(mode(), 0o660);
+        assert_eq!(mode(&path), 0o660);
     }
     // Another server is there by now: its file is not ours, neither now nor in the end.
     fs::remove_file(&path).unwrap();
@@ -373,7 +364,7 @@ fn a_restart_that_fails_leaves_sockets_as_they_are() {
     config.write(&at("echo.sock", "unix-mode = '0666'"));
     config.admin.ctl_text(&["restart"]);
     let successor = Successor::of(&config.admin);
-    assert_eq!(mode(), 0o700);
+    assert_eq!(mode(&path), 0o700);
     config.admin.ctl_text(&["drain"]);
     while config.admin.path().exists() {}
     assert!(path.exists());
@@ -478,10 +469,7 @@ fn a_directory_that_took_the_place_of_another_is_granted() {
 #[test]
 fn files_are_watched_whatever_a_reload_comes_to() {
     let config = Config::new("");
-    let files = ["one", "two"].map(|name| config.admin.beside(&format!("{name}.wasm")));
-    for file in &files {
-        write_version(file, "first");
-    }
+    let files = ["one.wasm", "two.wasm"].map(|file| config.guest(file, "first"));
     let of = |n: usize| {
         let file = files[n].clone();
         service(["one", "two"][n], file, "watch = true")

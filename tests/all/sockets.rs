@@ -14,10 +14,12 @@ use std::thread;
 use rustix::process::{Signal, getuid};
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::config::Config;
 use crate::harness::{
     AdminSocket, Client, MODES, Server, Successor, fixture, guest, output, page, request, root,
     run, wasinetd,
 };
+use crate::reload::echo_at;
 
 /// A directory for sockets, which is gone with it.
 struct Place(tempfile::TempDir);
@@ -725,23 +727,16 @@ fn all_sockets_are_handed_over_under_load() {
 
 #[test]
 fn a_socket_that_was_passed_is_not_taken_for_a_port_of_ours() {
-    let admin = AdminSocket::new();
     let (address, socket) = tcp();
     let kept = socket.try_clone().unwrap();
-    let config = admin.beside("wasinetd.toml");
-    let write = |listen: &str| {
-        let (admin, guest) = (&admin.flag, guest("echo"));
-        let text = format!(
-            "admin = {admin:?}\nthreads = 2\n[[service]]\nname = 'echo'\nlisten = '{listen}'\nguest = {guest:?}\n"
-        );
-        std::fs::write(&config, text).unwrap();
-    };
-    write("fd:web");
+    let config = Config::new("");
+    let write = |listen: String| config.write(&echo_at("echo", &[listen], ""));
+    write("fd:web".into());
     let command = pass(&program(), &[("web", socket)]);
-    let mut server = Server::start_config_by(command, &config, 1);
+    let mut server = Server::start_config_by(command, &config.path, 1);
     echoes(Client::connect(address).unwrap());
-    write(&address.to_string());
-    let output = admin.ctl(&["restart"]);
+    write(address.to_string());
+    let output = config.admin.ctl(&["restart"]);
     assert!(!output.status.success(), "{output:?}");
     echoes(Client::connect(address).unwrap());
     server.signal(Signal::TERM);

@@ -19,7 +19,7 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use socket2::SockRef;
 
 use crate::harness::{
-    AdminSocket, Client, MODES, PATIENCE, Server, fixture, guest, output, page, run, wasinetd,
+    AdminSocket, MODES, PATIENCE, Server, fixture, guest, output, page, run, wasinetd,
 };
 
 /// Who vouches for the certificates of a test, and the files with them.
@@ -451,9 +451,9 @@ fn what_is_no_handshake_is_counted_and_no_connection() {
         client.send([22, 3, 1, 0, 200, 1, 0, 0, 196]);
         client.finish();
         let _ = client.read_all();
-        let client = server.connect();
+        let mut client = server.connect();
         client.finish();
-        let _ = Client(client.0).read_all();
+        let _ = client.read_all();
         assert_eq!(handshakes(&admin, "client_gone"), 2);
         assert_eq!(server.log_lines("connection ended").len(), 0);
         assert!(server.log_lines("a TLS handshake came to nothing").len() <= 4);
@@ -934,9 +934,9 @@ fn who_looks_whether_the_port_is_there_makes_no_line() {
     let admin = AdminSocket::new();
     let server = authority.serve("concurrent", &guest("echo"), &["--admin", &admin.flag]);
     for _ in 0..3 {
-        let client = server.connect();
+        let mut client = server.connect();
         client.finish();
-        let _ = Client(client.0).read_all();
+        let _ = client.read_all();
     }
     assert_eq!(handshakes(&admin, "client_gone"), 3);
     // One that has begun does, and its line is the first.

@@ -483,13 +483,7 @@ fn not_reloaded(error: &Error) -> Answer {
         Error::Draining => StatusCode::CONFLICT,
         _ => StatusCode::UNPROCESSABLE_ENTITY,
     };
-    failed(
-        status,
-        &model::Failure {
-            error: error.to_string(),
-            exit_code: Some(error.exit_code()),
-        },
-    )
+    failed(status, error.to_string(), Some(error.exit_code()))
 }
 
 fn service_status(service: &Arc<Service>) -> model::Service {
@@ -550,17 +544,11 @@ fn json(value: &impl Serialize) -> Answer {
 }
 
 fn failure(status: StatusCode, error: &str) -> Answer {
-    failed(
-        status,
-        &model::Failure {
-            error: error.into(),
-            exit_code: None,
-        },
-    )
+    failed(status, error.into(), None)
 }
 
-fn failed(status: StatusCode, failure: &model::Failure) -> Answer {
-    let mut answer = json(failure);
+fn failed(status: StatusCode, error: String, exit_code: Option<u8>) -> Answer {
+    let mut answer = json(&model::Failure { error, exit_code });
     *answer.status_mut() = status;
     answer
 }

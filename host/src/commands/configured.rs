@@ -300,9 +300,8 @@ fn parsed<T: Parser>(command: &Command, table: &Table, mistakes: &mut Vec<Mistak
             let wants = |setting: &&Setting| {
                 let alone = command.clone().try_get_matches_from(arguments(setting));
                 alone.is_err_and(|error| {
-                    missing
-                        .iter()
-                        .any(|key| self::missing(&error).contains(key))
+                    let mut of_it = self::missing(&error).into_iter();
+                    of_it.any(|key| missing.contains(&key))
                 })
             };
             let line = table.settings.iter().find(wants).map(|one| one.line);

@@ -28,7 +28,7 @@ use wasinetd::spans::Spans;
 
 use super::activation::Passed;
 use super::configured::{Checked, Configured, check_all, needs};
-use super::fleet::{self, Change, Fleet, Ready, Shared, Threads};
+use super::fleet::{self, Fleet, Ready, Shared, Threads};
 use super::operator::Operator;
 use super::successor::{self, Handover, Inherited};
 use super::supervisor::Supervisor;
@@ -59,18 +59,12 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let _log = logging::start(server.log_format, server.log_level, logs.clone());
     // Before the files are read, so that no change of them is missed.
     let guests = configured.services.iter();
-    let watched = guests.flat_map(|spec| fleet::watched(spec, None)).collect();
-    let mut watched = Watched::new(watched)?;
+    let guests = guests.flat_map(|spec| fleet::watched(spec, None));
+    let mut watched = Watched::new(guests.collect())?;
     let checked = check_all(configured.services, config.as_deref(), known)?;
-    let certificates = checked.iter().flat_map(|one| {
-        let files = one.tls.as_ref().map(|tls| tls.files());
-        let change = Change::Tls(one.spec.name.clone());
-        files
-            .into_iter()
-            .flatten()
-            .map(move |file| (change.clone(), file))
-    });
-    watched.add(certificates.collect())?;
+    let files = checked.iter();
+    let files = files.flat_map(|one| fleet::watched(&one.spec, one.tls.as_deref()));
+    watched.add(files.collect())?;
     let limits = checked.iter().map(|one| &one.spec.args.guest_limits);
     let limits = server.shared_limits.limits(capacity::memory(), limits);
     let (needs, files) = needs(&checked);

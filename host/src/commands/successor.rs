@@ -21,12 +21,11 @@ use bytes::Bytes;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
-use socket2::SockRef;
 use wasinetd::listener::{Address, Listening};
 use wasinetd::service::Turn;
 use wasinetd::unix::Identity;
 
-use super::activation;
+use super::{activation, is_kept};
 
 /// What a successor is told of, a line for each: `listen=5:SERVICE SOCKET ADDRESS`, with the file that a Unix
 /// socket has, and the address as the service has asked for it; `guest=6:SERVICE FILE`, `admin=7:SOCKET`
@@ -82,7 +81,7 @@ impl Inherited {
             match kind {
                 "listen" => {
                     let (file, asked) = of_it.split_once(' ').unwrap_or((of_it, ""));
-                    let Some(at) = address(&descriptor) else {
+                    let Ok(at) = Address::of(&descriptor) else {
                         continue;
                     };
                     inherited.listening.push(Listener {
@@ -126,9 +125,8 @@ impl Inherited {
         address: &Address,
     ) -> (Vec<OwnedFd>, Option<Identity>) {
         let is_asked = |one: &Listener| {
-            // A port that any was asked for is nobody else's.
-            let may_have = !address.takes_any_port() || one.service == service;
-            may_have && one.asked.as_ref() == Some(address)
+            let asked = one.asked.as_ref();
+            asked.is_some_and(|asked| is_kept((&one.service, asked), (service, address)))
         };
         // Any port was asked for before, and that one is now.
         let is_found = |one: &Listener| {
@@ -208,14 +206,6 @@ fn own(number: RawFd) -> Option<(RawFd, OwnedFd)> {
             None
         }
     }
-}
-
-/// Where a socket is.
-fn address(socket: &OwnedFd) -> Option<Address> {
-    let address = SockRef::from(socket).local_addr().ok()?;
-    let ip = address.as_socket().map(Address::Ip);
-    let path = || address.as_pathname().map(|path| Address::Unix(path.into()));
-    ip.or_else(path)
 }
 
 /// What a successor is started with.

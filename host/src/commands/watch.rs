@@ -112,7 +112,8 @@ impl<T: Clone + PartialEq> Watched<T> {
             files.any(|(meaning, path)| *meaning == file.meaning && *path == file.path)
         });
         self.name();
-        let wanted: HashSet<_> = self.files.iter().flat_map(File::directories).collect();
+        let files = self.files.iter();
+        let wanted: HashSet<_> = files.flat_map(|file| directories(&file.path)).collect();
         for directory in self.directories.extract_if(|one| !wanted.contains(one)) {
             // It is gone, perhaps.
             let _ = self.watcher.unwatch(&directory);
@@ -193,17 +194,18 @@ impl<T: Clone> File<T> {
         }
     }
 
-    fn directories(&self) -> Vec<PathBuf> {
-        directories(&self.path)
+    /// What it is now, if it is there, and another one than it was.
+    fn other(&self) -> Option<Identity> {
+        let now = identity(&self.path);
+        (now.is_some() && now != self.known).then_some(now)
     }
 
     /// How long it is to be quiet yet if it has changed: not at all, and it is known then.
     fn look(&mut self) -> Option<Duration> {
-        let now = identity(&self.path);
-        if now.is_none() || now == self.known {
+        let Some(now) = self.other() else {
             self.changed = None;
             return None;
-        }
+        };
         match self.changed {
             Some((then, since)) if then == now => {
                 let left = QUIET.saturating_sub(since.elapsed());
@@ -226,11 +228,7 @@ impl<T: Clone> File<T> {
 
     /// What its change means, if it has changed and is whole as far as can be told.
     fn take(&mut self) -> Option<T> {
-        let now = identity(&self.path);
-        if now.is_none() || now == self.known || self.being_written {
-            return None;
-        }
-        self.known = now;
+        self.known = self.other().filter(|_| !self.being_written)?;
         Some(self.meaning.clone())
     }
 }

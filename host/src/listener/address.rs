@@ -1,11 +1,15 @@
 //! Where to listen, as an operator writes it.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use crate::unix::LONGEST_PATH;
+use socket2::SockRef;
+
+use crate::unix::{LONGEST_PATH, directory_of};
 
 /// Where to listen.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
@@ -20,6 +24,19 @@ pub enum Address {
 }
 
 impl Address {
+    /// Where a socket is.
+    ///
+    /// # Errors
+    ///
+    /// Fails when it is no socket, or one with neither an IP address nor a path.
+    pub fn of(socket: &impl AsFd) -> io::Result<Self> {
+        let address = SockRef::from(socket).local_addr()?;
+        let ip = address.as_socket().map(Self::Ip);
+        let path = || address.as_pathname().map(|path| Self::Unix(path.into()));
+        ip.or_else(path)
+            .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+    }
+
     /// Whether it is any port that is free: several can listen there.
     pub fn takes_any_port(&self) -> bool {
         matches!(self, Self::Ip(address) if address.port() == 0)
@@ -43,12 +60,7 @@ impl Address {
 
 /// Whether two paths have the same name in the same directory.
 fn is_one_file(one: &Path, other: &Path) -> bool {
-    let directory = |path: &Path| {
-        path.parent()
-            .unwrap_or(Path::new(""))
-            .join(".")
-            .canonicalize()
-    };
+    let directory = |path: &Path| directory_of(path).canonicalize();
     let same_name = one.file_name() == other.file_name();
     same_name && directory(one).is_ok_and(|one| directory(other).is_ok_and(|other| one == other))
 }

@@ -127,34 +127,21 @@ const SWEEP: u32 = 4096;
 impl Admission {
     /// With nobody counted yet.
     pub fn new(rules: Rules) -> Self {
-        let quota = Quota::per_second;
-        let direct = |rate| Arc::new(RateLimiter::direct(quota(rate)));
-        let keyed = |rate| Arc::new(RateLimiter::keyed(quota(rate)));
-        Self(Arc::new(Shared {
-            counted: Arc::default(),
-            rate: rules.rate.map(direct),
-            rate_per_source: rules.rate_per_source.map(keyed),
-            since_sweep: AtomicU32::new(0),
-            rules,
-        }))
+        Self(Arc::new(Shared::new(rules)))
     }
 
     /// The same clients, by other rules: those who are counted still are, and who came too fast for a
     /// rate that has not changed still does.
     pub fn with(&self, rules: Rules) -> Self {
-        let (before, new) = (&self.0, Self::new(rules.clone()).0);
-        let same_rate = rules.rate == before.rules.rate;
-        let same_rate_per_source = rules.rate_per_source == before.rules.rate_per_source;
-        let rates = [&new, before];
-        Self(Arc::new(Shared {
-            counted: before.counted.clone(),
-            rate: rates[usize::from(same_rate)].rate.clone(),
-            rate_per_source: rates[usize::from(same_rate_per_source)]
-                .rate_per_source
-                .clone(),
-            since_sweep: AtomicU32::new(0),
-            rules,
-        }))
+        let (before, mut new) = (&self.0, Shared::new(rules));
+        new.counted = before.counted.clone();
+        if new.rules.rate == before.rules.rate {
+            new.rate = before.rate.clone();
+        }
+        if new.rules.rate_per_source == before.rules.rate_per_source {
+            new.rate_per_source = before.rate_per_source.clone();
+        }
+        Self(Arc::new(new))
     }
 
     /// Takes leave to accept one more client. Or says how long to wait for it.
@@ -219,6 +206,21 @@ impl Admission {
         }
         *count += 1;
         Ok(SourcePlace::Counted(self.0.counted.clone(), source))
+    }
+}
+
+impl Shared {
+    fn new(rules: Rules) -> Self {
+        let quota = Quota::per_second;
+        let direct = |rate| Arc::new(RateLimiter::direct(quota(rate)));
+        let keyed = |rate| Arc::new(RateLimiter::keyed(quota(rate)));
+        Self {
+            counted: Arc::default(),
+            rate: rules.rate.map(direct),
+            rate_per_source: rules.rate_per_source.map(keyed),
+            since_sweep: AtomicU32::new(0),
+            rules,
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use super::Address;
 use crate::Error;
 use crate::peer::Peer;
-use crate::unix::{self, Identity, Permissions, SocketFile};
+use crate::unix::{self, Failed, Identity, Permissions, SocketFile};
 
 /// How sockets are to listen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,10 +68,7 @@ impl Bound {
         let (sockets, file) = match address {
             Address::Ip(at) => bind_all(*at, shards, settings)
                 .map(|sockets| (sockets, None))
-                .map_err(|error| {
-                    let fix = fix(&error);
-                    (error, fix)
-                }),
+                .map_err(with_fix),
             Address::Unix(path) => unix::bind(path, backlog(settings))
                 .map(|(socket, file)| (vec![socket], Some(file))),
             Address::Passed(_) => {
@@ -79,7 +76,7 @@ impl Bound {
                 return Err(Error::passed(address, reason));
             }
         }
-        .map_err(|(source, fix)| cannot_listen(address, source, fix))?;
+        .map_err(cannot_listen(address))?;
         Ok(Self {
             asked: address.clone(),
             sockets,
@@ -133,11 +130,8 @@ impl Bound {
     ///
     /// [`Error::Listen`] when another server listens there.
     pub fn listen(self) -> Result<Listening, Error> {
-        let address = local_address(&self.sockets[0]);
-        let address = address.map_err(|error| {
-            let fix = fix(&error);
-            cannot_listen(&self.asked, error, fix)
-        })?;
+        let address = Address::of(&self.sockets[0]).map_err(with_fix);
+        let address = address.map_err(cannot_listen(&self.asked))?;
         let listening = Listening {
             address,
             shared: matches!(self.asked, Address::Passed(_)),
@@ -192,29 +186,21 @@ impl Listening {
     ///
     /// [`Error::Listen`] when another server listens there, or when an owner cannot be given.
     pub fn set_up(&self, settings: &Settings) -> Result<(), Error> {
-        self.sockets
-            .iter()
-            .try_for_each(|socket| {
-                set_keepalive(socket, settings.keepalive)?;
-                match self.shared {
-                    // How many wait there is for whoever has opened it to say.
-                    true => Ok(()),
-                    // With another backlog it goes on to listen, with that one.
-                    false => socket.listen(backlog(settings)),
-                }
-            })
-            .map_err(|error| {
-                let fix = fix(&error);
-                cannot_listen(&self.asked, error, fix)
-            })?;
-        let permitted = self
-            .file
-            .as_ref()
-            .map(|file| file.permit(&settings.permissions));
-        permitted
-            .transpose()
-            .map(drop)
-            .map_err(|(error, fix)| cannot_listen(&self.asked, error, fix))
+        let set_up = |socket: &Socket| {
+            set_keepalive(socket, settings.keepalive)?;
+            match self.shared {
+                // How many wait there is for whoever has opened it to say.
+                true => Ok(()),
+                // With another backlog it goes on to listen, with that one.
+                false => socket.listen(backlog(settings)),
+            }
+        };
+        let done = self.sockets.iter().try_for_each(set_up).map_err(with_fix);
+        let done = done.and_then(|()| match &self.file {
+            Some(file) => file.permit(&settings.permissions),
+            None => Ok(()),
+        });
+        done.map_err(cannot_listen(&self.asked))
     }
 
     /// The sockets once more, spread over `shards` so that each has one. Where there are fewer, as of a path,
@@ -448,7 +434,7 @@ fn group(asked: &Address, sockets: Vec<OwnedFd>, settings: &Settings) -> Result<
         if !socket.is_listener().unwrap_or(false) {
             return Err(wrong("does not listen (systemd: Accept=no)"));
         }
-        let Ok(address) = local_address(&socket) else {
+        let Ok(address) = Address::of(&socket) else {
             return Err(wrong("has neither an IP address nor a path"));
         };
         prepare(&socket)
@@ -470,17 +456,8 @@ fn group(asked: &Address, sockets: Vec<OwnedFd>, settings: &Settings) -> Result<
     Ok(groups.into_iter().map(|(_, bound)| bound).collect())
 }
 
-/// Where a socket is.
-fn local_address(socket: &Socket) -> io::Result<Address> {
-    let address = socket.local_addr()?;
-    let ip = address.as_socket().map(Address::Ip);
-    let path = || address.as_pathname().map(|path| Address::Unix(path.into()));
-    ip.or_else(path)
-        .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
-}
-
-fn fix(error: &io::Error) -> &'static str {
-    match error.kind() {
+fn with_fix(error: io::Error) -> Failed {
+    let fix = match error.kind() {
         io::ErrorKind::AddrInUse => {
             "stop the server that holds the port, or choose another one (port 0 takes any that is free)"
         }
@@ -491,11 +468,12 @@ fn fix(error: &io::Error) -> &'static str {
             "use an address of this machine, or 0.0.0.0 or [::] for all"
         }
         _ => "choose another address",
-    }
+    };
+    (error, fix)
 }
 
-fn cannot_listen(address: &Address, source: io::Error, fix: &'static str) -> Error {
-    Error::Listen {
+fn cannot_listen(address: &Address) -> impl Fn(Failed) -> Error {
+    |(source, fix)| Error::Listen {
         address: address.clone(),
         source,
         fix,

@@ -65,7 +65,6 @@ impl Places {
         Line {
             of_service: PollSemaphore::new(self.of_service.clone()),
             of_all: PollSemaphore::new(self.all.clone()),
-            all: self.all.clone(),
         }
     }
 }
@@ -74,7 +73,6 @@ impl Places {
 pub(super) struct Line {
     of_service: PollSemaphore,
     of_all: PollSemaphore,
-    all: Arc<Semaphore>,
 }
 
 impl Line {
@@ -83,7 +81,7 @@ impl Line {
         const OPEN: &str = "it is never closed";
         let Poll::Ready(of_service) = self.of_service.poll_acquire(cx) else {
             // What it has waited for among all may have come: others have more use for it.
-            self.of_all = PollSemaphore::new(self.all.clone());
+            self.of_all = self.of_all.clone();
             return Poll::Pending;
         };
         Poll::Ready(Taken {

@@ -1,6 +1,6 @@
 //! What the services of a config file have to be to each other.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use wasinetd::admin;
 use wasinetd::config::Mistake;
@@ -65,7 +65,7 @@ impl Among<'_> {
                 wrong("name", text);
             }
             match &spec.behind {
-                Some((other, names)) => self.behind(spec, other, names, &mut wrong),
+                Some((other, names)) => self.behind(n, spec, other, names, &mut wrong),
                 None if spec.args.listen.is_empty() => {
                     let text =
                         "it is missing; write listen = \"127.0.0.1:7878\", or several in an array";
@@ -89,6 +89,7 @@ impl Among<'_> {
     /// A service may be behind one that listens, and speaks TLS.
     fn behind(
         &self,
+        n: usize,
         spec: &Spec,
         other: &str,
         names: &[String],
@@ -112,23 +113,15 @@ impl Among<'_> {
             }
             Some(_) => {}
         }
-        let before = self.services.iter();
-        let before = before.take_while(|one| !std::ptr::eq(*one, spec));
-        let mut taken: HashMap<String, &str> = HashMap::new();
-        for one in before.filter(|one| one.behind.as_ref().is_some_and(|(name, _)| name == other)) {
-            let (_, names) = one.behind.as_ref().expect("it was asked for");
-            taken.extend(
-                names
-                    .iter()
-                    .map(|name| (name.to_ascii_lowercase(), &*one.name)),
-            );
-        }
         for name in names {
-            if let Some(other) = taken.get(&name.to_ascii_lowercase()) {
-                wrong(
-                    "server-name",
-                    format!("{name:?} leads to the service {other:?} already"),
-                );
+            let has_it = |one: &&Spec| {
+                one.behind.as_ref().is_some_and(|(before, names)| {
+                    before == other && names.iter().any(|one| one.eq_ignore_ascii_case(name))
+                })
+            };
+            if let Some(one) = self.services[..n].iter().rfind(has_it) {
+                let text = format!("{name:?} leads to the service {:?} already", one.name);
+                wrong("server-name", text);
             }
         }
     }

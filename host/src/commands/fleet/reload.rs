@@ -19,7 +19,7 @@ use wasinetd::service::{Named, Prepared, Route, Service};
 use super::doors::{Accepting, Door, Port};
 use super::{Closing, Fleet, Running, Shared, State, Threads, route, settings};
 use crate::commands::configured::{Checked, Spec};
-use crate::commands::not_swapped;
+use crate::commands::{is_kept, not_swapped};
 
 /// What a reload has changed, by the names of the services.
 #[derive(Debug, Default)]
@@ -376,12 +376,13 @@ impl Fleet {
             doors.push(opening);
             state.running.push(running);
         }
-        let mut accepting: HashMap<String, Vec<Arc<Controller>>> = HashMap::new();
-        for (name, old) in &mut before {
-            let controllers = old.ports.iter().map(|port| port.controller.clone());
-            accepting.insert(name.clone(), controllers.collect());
+        let gone = before.into_values().map(|mut old| {
+            let accepting = old.ports.iter().map(|port| port.controller.clone());
+            let controllers: Vec<_> = accepting.chain([old.controller.clone()]).collect();
             ports.append(&mut old.ports);
-        }
+            (old, controllers)
+        });
+        let gone: Vec<_> = gone.collect();
         lead_by_name(&state.running);
         let services = state.running.iter().map(|one| one.service.clone());
         self.services.set(services.collect());
@@ -407,14 +408,12 @@ impl Fleet {
         }
         let is_there = |controller: &Arc<Controller>| Arc::strong_count(controller) > 1;
         state.leaving.retain(is_there);
-        for (name, running) in before {
-            running.controller.drain();
-            state.leaving.push(running.controller.clone());
-            let mut controllers = accepting.remove(&name).unwrap_or_default();
-            controllers.push(running.controller);
+        for (old, controllers) in gone {
+            old.controller.drain();
+            state.leaving.push(old.controller);
             let patience = self.shared.drain_timeout;
-            tokio::spawn(leave(running.service, controllers, patience));
-            changes.removed.push(name);
+            tokio::spawn(leave(old.service, controllers, patience));
+            changes.removed.push(old.spec.name);
         }
         changes
     }
@@ -428,9 +427,7 @@ fn take<'a>(
     asked: &Address,
 ) -> Vec<(&'a Running, &'a Port)> {
     let is_it = |(holder, port): &(&Running, &Port)| {
-        // A port that any was asked for is nobody else's.
-        let may_have = !asked.takes_any_port() || holder.spec.name == service;
-        may_have && port.asked == *asked
+        is_kept((&holder.spec.name, &port.asked), (service, asked))
     };
     match asked {
         Address::Passed(_) => ports.extract_if(.., |one| is_it(one)).collect(),

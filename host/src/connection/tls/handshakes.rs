@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::limit::Limit;
 use crate::listener::Source;
@@ -11,7 +11,7 @@ use crate::listener::Source;
 /// The places for handshakes. Nobody has more than half of them: clients that begin one and go no further
 /// would keep those of others waiting.
 pub(super) struct Handshakes {
-    places: Semaphore,
+    places: Arc<Semaphore>,
     /// Of one source.
     most: usize,
     /// Of the sources that have some, or wait for one.
@@ -21,7 +21,7 @@ pub(super) struct Handshakes {
 /// A place, given back when it is dropped.
 pub(super) struct Place<'a> {
     // In this order: who waits among those of its source is not to be let on before there is a place.
-    _among_all: Option<SemaphorePermit<'a>>,
+    _among_all: Option<OwnedSemaphorePermit>,
     _of_source: Option<OfSource<'a>>,
 }
 
@@ -36,7 +36,7 @@ impl Handshakes {
     /// So many at once.
     pub(super) fn new(most: usize) -> Self {
         Self {
-            places: Semaphore::new(most.min(Semaphore::MAX_PERMITS)),
+            places: Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))),
             most: most.div_ceil(2).min(Semaphore::MAX_PERMITS),
             of_source: Mutex::default(),
         }
@@ -44,32 +44,17 @@ impl Handshakes {
 
     /// A place for a client of `source`, as soon as there is one. Where sources do not count, there is none.
     pub(super) async fn place(&self, source: Option<Source>) -> Place<'_> {
-        let mut counted = false;
-        let mut of_source = None;
-        if let Some(source) = source {
-            let places = self.places_of(source);
-            let mut place = OfSource {
-                handshakes: self,
-                source,
-                permit: places.clone().try_acquire_owned().ok(),
-            };
-            if place.permit.is_none() {
-                counted = true;
-                Limit::MaxHandshakes.count();
-                // It is never closed.
-                place.permit = places.acquire_owned().await.ok();
-            }
-            of_source = Some(place);
-        }
-        let mut among_all = self.places.try_acquire().ok();
-        if among_all.is_none() {
-            if !counted {
-                Limit::MaxHandshakes.count();
-            }
-            among_all = self.places.acquire().await.ok();
+        let mut has_waited = false;
+        let mut of_source = source.map(|source| OfSource {
+            handshakes: self,
+            source,
+            permit: None,
+        });
+        if let Some(place) = &mut of_source {
+            place.permit = take(self.places_of(place.source), &mut has_waited).await;
         }
         Place {
-            _among_all: among_all,
+            _among_all: take(self.places.clone(), &mut has_waited).await,
             _of_source: of_source,
         }
     }
@@ -85,6 +70,18 @@ impl Handshakes {
         let of_source = self.of_source.lock();
         of_source.unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// One of the places. Whoever waits for one is counted once.
+async fn take(places: Arc<Semaphore>, has_waited: &mut bool) -> Option<OwnedSemaphorePermit> {
+    if let Ok(place) = places.clone().try_acquire_owned() {
+        return Some(place);
+    }
+    if !std::mem::replace(has_waited, true) {
+        Limit::MaxHandshakes.count();
+    }
+    // It is never closed.
+    places.acquire_owned().await.ok()
 }
 
 impl Drop for OfSource<'_> {
