@@ -12,8 +12,9 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use futures::future::BoxFuture;
 use tokio::runtime::{Builder, Runtime};
 use wasinetd::limit::Limit;
+use wasinetd::net::TransportAddress;
 use wasinetd::sandbox::{
-    Address, Engine, Grants, Guest, Limits, Needs, Room, SharedLimits, Transport,
+    Engine, Grants, Guest, GuestLimits, PoolSize, Requirements, SharedLimits, Transport,
 };
 
 /// As in the command: what is measured is what is served with.
@@ -21,7 +22,7 @@ use wasinetd::sandbox::{
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Room for more than one, so that slots are chosen as in a server.
-const ROOM: Room = Room {
+const ROOM: PoolSize = PoolSize {
     connections: 64,
     stacks: 128,
 };
@@ -34,10 +35,15 @@ fn guest(name: &str) -> Guest {
     let component = std::fs::read(&path).unwrap_or_else(|error| {
         panic!("{path}: {error}; run `make build` first");
     });
-    let needs = Needs::of(&component).expect("the guest is accepted");
+    let needs = Requirements::of(&component).expect("the guest is accepted");
     let engine = Engine::new(ROOM, &needs, SharedLimits::default(), None).expect("the pool fits");
-    Guest::new(&engine, &component, Grants::default(), Limits::default())
-        .expect("the guest is accepted")
+    Guest::new(
+        &engine,
+        &component,
+        Grants::default(),
+        GuestLimits::default(),
+    )
+    .expect("the guest is accepted")
 }
 
 fn runtime() -> Runtime {
@@ -70,11 +76,11 @@ impl Transport for Client {
         1
     }
 
-    fn remote_address(&self) -> Address {
+    fn remote_address(&self) -> TransportAddress {
         SocketAddr::from(([127, 0, 0, 1], 1)).into()
     }
 
-    fn local_address(&self) -> io::Result<Address> {
+    fn local_address(&self) -> io::Result<TransportAddress> {
         Ok(SocketAddr::from(([127, 0, 0, 1], 2)).into())
     }
 
@@ -107,7 +113,7 @@ impl Transport for Client {
 
     fn close_sending(&mut self) {}
 
-    fn limited(&mut self, limit: Limit) {
+    fn limit_hit(&mut self, limit: Limit) {
         panic!("{limit}");
     }
 

@@ -1,7 +1,7 @@
 //! What an operator can ask a running server, by HTTP on a Unix socket or a loopback address.
 
 mod api;
-mod logs;
+mod log_stream;
 pub mod model;
 
 use std::convert::Infallible;
@@ -25,10 +25,12 @@ use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use crate::Error;
-use crate::unix::{self, Failed, Identity, Mode, Permissions, SocketFile};
+use crate::net::unix_socket_file::{
+    self, FileIdentity, SocketFileError, SocketMode, SocketPermissions, UnixSocketFile,
+};
 use api::Api;
-pub use api::{LimitsSet, Obeyed, Operated, Reloaded};
-pub use logs::Logs;
+pub use api::{AdminState, LimitsSet, ReloadResult, RestartResult};
+pub use log_stream::LogStream;
 
 /// Connections of operators at once. More wait. Many times what operators need: any user of the machine
 /// can hold some of a loopback address.
@@ -45,14 +47,14 @@ const ANSWERED: Duration = Duration::from_secs(30);
 
 /// Where operators connect to.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Address {
+pub enum AdminAddress {
     /// A Unix socket, which only the user of this process can connect to.
     Unix(PathBuf),
     /// A loopback address, which any user of this machine can connect to: they show a token.
     Loopback(SocketAddr),
 }
 
-impl fmt::Display for Address {
+impl fmt::Display for AdminAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
@@ -61,7 +63,7 @@ impl fmt::Display for Address {
     }
 }
 
-impl FromStr for Address {
+impl FromStr for AdminAddress {
     type Err = &'static str;
 
     fn from_str(value: &str) -> Result<Self, Self::Err> {
@@ -93,7 +95,7 @@ enum Listener {
         listener: UnixListener,
         /// Removed with it. It is not ours before we have taken over from another process, and not
         /// after another one has.
-        file: SocketFile,
+        file: UnixSocketFile,
     },
     Tcp(TcpListener),
 }
@@ -107,12 +109,12 @@ impl Admin {
     /// # Errors
     ///
     /// [`Error::Admin`] when something else is there, or nothing can be.
-    pub fn bind(address: &Address, token: Option<String>) -> Result<Self, Error> {
+    pub fn bind(address: &AdminAddress, token: Option<String>) -> Result<Self, Error> {
         let listener = match address {
-            Address::Unix(path) => bind_unix(path),
-            Address::Loopback(address) => bind_tcp(*address),
+            AdminAddress::Unix(path) => bind_unix(path),
+            AdminAddress::Loopback(address) => bind_tcp(*address),
         };
-        let token = token.filter(|_| matches!(address, Address::Loopback(_)));
+        let token = token.filter(|_| matches!(address, AdminAddress::Loopback(_)));
         let failed = |(source, fix)| Error::Admin {
             address: address.clone(),
             source,
@@ -130,14 +132,14 @@ impl Admin {
     /// Goes on with a socket that another process has handed over, with its file if it has one, once it is
     /// told that it has taken over. None if it listens elsewhere than at `address`.
     pub fn adopt(
-        address: &Address,
+        address: &AdminAddress,
         token: Option<String>,
         socket: OwnedFd,
-        file: Option<Identity>,
+        file: Option<FileIdentity>,
     ) -> Option<Self> {
         let at = SockRef::from(&socket).local_addr().ok()?;
         let listener = match address {
-            Address::Loopback(address) => {
+            AdminAddress::Loopback(address) => {
                 let at = at.as_socket()?;
                 let is_there = match address.port() {
                     0 => at.ip() == address.ip(),
@@ -145,11 +147,11 @@ impl Admin {
                 };
                 is_there.then(|| Listener::Tcp(socket.into()))?
             }
-            Address::Unix(path) if at.as_pathname() == Some(path) => Listener::Unix {
+            AdminAddress::Unix(path) if at.as_pathname() == Some(path) => Listener::Unix {
                 listener: socket.into(),
-                file: SocketFile::adopt(path, file?)?,
+                file: UnixSocketFile::adopt(path, file?)?,
             },
-            Address::Unix(_) => return None,
+            AdminAddress::Unix(_) => return None,
         };
         Some(Self {
             token: token.filter(|_| matches!(listener, Listener::Tcp(_))),
@@ -163,7 +165,7 @@ impl Admin {
     /// # Errors
     ///
     /// Fails when the process has no more files.
-    pub fn try_clone_socket(&self) -> io::Result<(OwnedFd, Option<Identity>)> {
+    pub fn try_clone_socket(&self) -> io::Result<(OwnedFd, Option<FileIdentity>)> {
         Ok(match &self.listener {
             Listener::Unix { listener, file } => {
                 (listener.try_clone()?.into(), Some(file.identity()))
@@ -195,12 +197,12 @@ impl Admin {
     }
 
     /// Where operators connect to, with the port that was found where any was asked for.
-    pub fn address(&self) -> Address {
+    pub fn address(&self) -> AdminAddress {
         match &self.listener {
-            Listener::Unix { file, .. } => Address::Unix(file.path().into()),
+            Listener::Unix { file, .. } => AdminAddress::Unix(file.path().into()),
             Listener::Tcp(listener) => {
                 let unknown = (std::net::Ipv4Addr::LOCALHOST, 0).into();
-                Address::Loopback(listener.local_addr().unwrap_or(unknown))
+                AdminAddress::Loopback(listener.local_addr().unwrap_or(unknown))
             }
         }
     }
@@ -210,7 +212,7 @@ impl Admin {
     /// # Errors
     ///
     /// Fails when the runtime will not have the socket.
-    pub async fn serve(&self, operated: Operated) -> io::Result<Infallible> {
+    pub async fn serve(&self, operated: AdminState) -> io::Result<Infallible> {
         let api = Arc::new(Api::new(operated, self.token.as_deref()));
         match &self.listener {
             Listener::Unix { listener, .. } => {
@@ -294,7 +296,7 @@ async fn answer(
     }
 }
 
-fn bind_tcp(address: SocketAddr) -> Result<Listener, Failed> {
+fn bind_tcp(address: SocketAddr) -> Result<Listener, SocketFileError> {
     TcpListener::bind(address)
         .and_then(|listener| {
             listener.set_nonblocking(true)?;
@@ -311,12 +313,12 @@ fn bind_tcp(address: SocketAddr) -> Result<Listener, Failed> {
 /// What clients of a Unix socket may wait in the kernel for.
 const BACKLOG: i32 = 128;
 
-fn bind_unix(path: &Path) -> Result<Listener, Failed> {
-    let private = Permissions {
-        mode: Mode::PRIVATE,
-        ..Permissions::default()
+fn bind_unix(path: &Path) -> Result<Listener, SocketFileError> {
+    let private = SocketPermissions {
+        mode: SocketMode::PRIVATE,
+        ..SocketPermissions::default()
     };
-    let (socket, file) = unix::bind(path, BACKLOG)?;
+    let (socket, file) = unix_socket_file::bind(path, BACKLOG)?;
     file.permit(&private)?;
     Ok(Listener::Unix {
         listener: socket.into(),

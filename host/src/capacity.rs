@@ -5,7 +5,7 @@ use std::path::Path;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::Error;
-use crate::sandbox::{HOST_STACK_BYTES, Needs, Room};
+use crate::sandbox::{HOST_STACK_BYTES, PoolSize, Requirements};
 
 /// The connections that are allowed at once unless the operator says otherwise, as far as they
 /// fit. Arbitrary: what a default Linux can hold.
@@ -60,7 +60,7 @@ struct Each {
 }
 
 impl Each {
-    fn new(needs: &Needs, stack: usize, files: usize) -> Self {
+    fn new(needs: &Requirements, stack: usize, files: usize) -> Self {
         let memories = u64::from(needs.memories);
         let stack = stack.saturating_add(HOST_STACK_BYTES) as u64;
         Self {
@@ -89,7 +89,7 @@ pub struct Plan {
 impl Plan {
     /// Reads the limits of this process and machine, for guests with such `needs` and `stack` bytes of
     /// stack, each of which can have so many `files` open.
-    pub fn new(needs: &Needs, stack: usize, files: usize) -> Self {
+    pub fn new(needs: &Requirements, stack: usize, files: usize) -> Self {
         let each = Each::new(needs, stack, files);
         let files = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
         let addresses = getrlimit(Resource::As)
@@ -157,14 +157,14 @@ impl Plan {
     /// A guest that blocks in a call of the host, as one without async functions does and ours do for
     /// a moment, leaves its stack there, and what the host does for it meanwhile takes a second one.
     /// So there are two for each connection, or as many as the mappings suffice for.
-    pub fn room(&self, connections: usize) -> Room {
+    pub fn room(&self, connections: usize) -> PoolSize {
         let all = connections.saturating_mul(2);
         let stacks = self.mappings.map_or(all, |(sandboxes, of_memories)| {
             let memories = of_memories.saturating_mul(connections as u64);
             let left = sandboxes.saturating_sub(memories) / MAPPINGS_PER_STACK;
             usize::try_from(left).unwrap_or(usize::MAX).min(all)
         });
-        Room {
+        PoolSize {
             connections,
             stacks,
         }
@@ -272,7 +272,7 @@ pub fn raise_open_files() -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    const ONE_MEMORY: Needs = Needs {
+    const ONE_MEMORY: Requirements = Requirements {
         component_instances: 1,
         core_instances: 3,
         memories: 1,

@@ -10,11 +10,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
-use wasinetd::admin::Address;
+use wasinetd::admin::AdminAddress;
 
 pub(crate) use ctl::{CtlArgs, CtlCommand};
 pub(crate) use front::CertArgs;
-pub(crate) use limits::{GuestLimits, SharedLimits};
+pub(crate) use limits::{GuestLimitArgs, SharedLimitArgs};
 pub(crate) use service::{Dispatch, NetworkArgs, ServiceArgs, ServiceTable};
 use values::{collector, duration, new_crate, positive};
 
@@ -110,7 +110,7 @@ pub(crate) struct ServerArgs {
     pub(crate) threads: Option<usize>,
 
     #[command(flatten)]
-    pub(crate) shared_limits: SharedLimits,
+    pub(crate) shared_limits: SharedLimitArgs,
 
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
@@ -123,7 +123,7 @@ pub(crate) struct ServerArgs {
     /// Answer operators over HTTP, such as `wasinetd ctl`, Prometheus or a browser: on a Unix
     /// socket, which only this user can connect to, or on a loopback address, where they show a token
     #[arg(long, value_name = "unix:PATH|127.0.0.1:PORT")]
-    pub(crate) admin: Option<Address>,
+    pub(crate) admin: Option<AdminAddress>,
 
     /// The file with the token that operators show on a loopback address. Only this user may be able
     /// to read it
@@ -184,10 +184,10 @@ pub(crate) struct CheckArgs {
     pub(crate) network: NetworkArgs,
 
     #[command(flatten)]
-    pub(crate) guest_limits: GuestLimits,
+    pub(crate) guest_limits: GuestLimitArgs,
 
     #[command(flatten)]
-    pub(crate) shared_limits: SharedLimits,
+    pub(crate) shared_limits: SharedLimitArgs,
 }
 
 #[derive(Args)]
@@ -203,10 +203,10 @@ pub(crate) struct CompileArgs {
     pub(crate) network: NetworkArgs,
 
     #[command(flatten)]
-    pub(crate) guest_limits: GuestLimits,
+    pub(crate) guest_limits: GuestLimitArgs,
 
     #[command(flatten)]
-    pub(crate) shared_limits: SharedLimits,
+    pub(crate) shared_limits: SharedLimitArgs,
 }
 
 #[derive(Args)]

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 use wasinetd::Error;
-use wasinetd::listener::Address;
+use wasinetd::net::ListenAddress;
 use wasinetd::sandbox::{Cache, Refusal};
 use wasinetd::service::SwapError;
 
@@ -53,7 +53,10 @@ fn refused(path: &Path) -> impl Fn(Refusal) -> Error {
 
 /// Whether the address that was `held` by a service is the one that is `asked` for by one now, so that its
 /// sockets go from one to the other. Each with the name of the service.
-fn is_kept((holder, held): (&str, &Address), (service, asked): (&str, &Address)) -> bool {
+fn is_kept(
+    (holder, held): (&str, &ListenAddress),
+    (service, asked): (&str, &ListenAddress),
+) -> bool {
     // A port that any was asked for is nobody else's.
     let may_have = !asked.takes_any_port() || holder == service;
     may_have && held == asked

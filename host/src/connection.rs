@@ -1,12 +1,12 @@
 //! One connection, from `accept` to its line in the log.
 
-mod channel;
-mod counts;
-mod front;
+mod handshake;
 mod limits;
-mod open;
-mod proxy;
+mod proxy_header;
+mod registry;
 mod socket;
+mod stats;
+mod stream;
 pub mod tls;
 
 use std::fmt;
@@ -22,21 +22,22 @@ use opentelemetry::KeyValue;
 use tracing::info;
 
 use crate::lifecycle::Lifecycle;
-use crate::limit::{Limit, Met};
+use crate::limit::{Limit, LimitsHit};
 use crate::listener::Accepted;
-use crate::peer::Peer;
-use crate::sandbox::{self, Address, Guest, TlsInfo, Transport};
-use crate::spans::{Ended, Spans};
-use channel::Channel;
-use counts::Kind;
-pub use counts::{Counts, KINDS, Measures};
-use front::Client;
-pub use front::{Front, register};
-pub use limits::Limits;
-use limits::{Timer, Times};
-use open::Order;
-pub use open::{Cutoff, Entry, Open, Used};
-pub use proxy::Proxy;
+use crate::net::Peer;
+use crate::net::TransportAddress;
+use crate::sandbox::{self, Guest, TlsInfo, Transport};
+use crate::telemetry::spans::{ConnectionSpan, SpanSender};
+use handshake::ReadyConnection;
+pub use handshake::{Handshake, register};
+pub use limits::ConnectionLimits;
+use limits::{Activity, LimitTimer};
+pub use proxy_header::TrustedProxies;
+use registry::EndReason;
+pub use registry::{ConnectionRecord, ConnectionRegistry, KillSwitch, Usage};
+use stats::OutcomeKind;
+pub use stats::{OUTCOMES, ServiceStats, VersionStats};
+use stream::MaybeTls;
 
 /// How long after the last byte of an answer the client may take to close its side, and how much
 /// it may still send meanwhile.
@@ -53,25 +54,25 @@ pub struct Version {
     /// What is called for each connection.
     pub guest: Arc<Guest>,
     /// What each may take.
-    pub limits: Limits,
+    pub limits: ConnectionLimits,
     /// Says when there is a newer version, and when the server drains.
     pub lifecycle: Lifecycle,
     /// What became of them.
-    pub counts: Counts,
+    pub counts: VersionStats,
     /// What those of the service took.
-    pub measures: Arc<Measures>,
+    pub measures: Arc<ServiceStats>,
     /// Where they are listed while they are open.
-    pub open: Arc<Open>,
+    pub open: Arc<ConnectionRegistry>,
     /// Whether those of the service are to end at once.
-    pub cutoff: Arc<Cutoff>,
+    pub cutoff: Arc<KillSwitch>,
     /// Where it is told how they went, if anywhere.
-    pub spans: Option<Arc<Spans>>,
+    pub spans: Option<Arc<SpanSender>>,
 }
 
 /// Leads the clients of a listener to what they are served with.
 pub trait Route: Send + Sync + 'static {
     /// What is done with a connection before a guest has it.
-    fn front(&self) -> &Front;
+    fn front(&self) -> &Handshake;
 
     /// What it is served with, by the name that the client has for the server, if it has said one.
     fn version(&self, server_name: Option<&str>) -> Arc<Version>;
@@ -81,14 +82,14 @@ pub trait Route: Send + Sync + 'static {
 /// sandbox, and logs how it went.
 pub fn handle<R: Route>(accepted: Accepted<Arc<R>>) -> impl Future<Output = ()> + Send + use<R> {
     // Boxed, and only where there is something to do: what others have is not to be larger for it.
-    let begun = match accepted.to.front().concerns(accepted.peer) {
+    let begun = match accepted.to.front().applies_to(accepted.peer) {
         false => {
             let version = accepted.to.version(None);
-            Ok((Client::from(accepted), version))
+            Ok((ReadyConnection::from(accepted), version))
         }
         true => Err(Box::pin(async move {
             let route = accepted.to.clone();
-            let client = route.front().meet(accepted).await?;
+            let client = route.front().perform(accepted).await?;
             let tls = client.channel.tls();
             let version = route.version(tls.and_then(|tls| tls.server_name.as_deref()));
             Some((client, version))
@@ -109,8 +110,8 @@ pub fn handle<R: Route>(accepted: Accepted<Arc<R>>) -> impl Future<Output = ()> 
 ///
 /// The connection is reset when it meets one of its limits, or when it is told to end before the
 /// guest is done.
-async fn serve(client: Client, version: Arc<Version>) {
-    let Client {
+async fn serve(client: ReadyConnection, version: Arc<Version>) {
+    let ReadyConnection {
         channel,
         peer,
         via,
@@ -118,22 +119,24 @@ async fn serve(client: Client, version: Arc<Version>) {
         place,
     } = client;
     let _counted = version.counts.begin();
-    let entry = version.open.add(Entry::new(peer, via, version.clone()));
+    let entry = version
+        .open
+        .add(ConnectionRecord::new(peer, via, version.clone()));
     let connection = Connection::new(channel, local, entry.clone());
     let connection = Arc::new(Mutex::new(connection));
     let mut outcome = {
         let mut call = Box::pin(version.guest.handle(connection.clone()));
-        let mut timer = Timer::default();
+        let mut timer = LimitTimer::default();
         let ending = poll_fn(|cx| {
             if let Poll::Ready(result) = call.as_mut().poll(cx) {
-                return Poll::Ready(Ending::Guest(result));
+                return Poll::Ready(EndedBy::Guest(result));
             }
             let mut connection = lock(&connection);
             connection.push(cx);
             if let Poll::Ready(limit) = connection.poll_limit(cx, &mut timer) {
-                return Poll::Ready(Ending::Limit(limit));
+                return Poll::Ready(EndedBy::Limit(limit));
             }
-            entry.poll_order(cx).map(Ending::Order)
+            entry.poll_end_reason(cx).map(EndedBy::Order)
         })
         .await;
         let connection = lock(&connection);
@@ -171,10 +174,10 @@ async fn serve(client: Client, version: Arc<Version>) {
 }
 
 /// Who ends a connection.
-enum Ending {
+enum EndedBy {
     Guest(Result<(), sandbox::Failure>),
     Limit(Limit),
-    Order(Order),
+    Order(EndReason),
 }
 
 /// How a connection ended, for the log.
@@ -197,33 +200,33 @@ enum Outcome {
 }
 
 impl Outcome {
-    fn new(ending: Ending, client_lost: bool) -> Self {
+    fn new(ending: EndedBy, client_lost: bool) -> Self {
         match ending {
-            Ending::Guest(Ok(())) => Self::Ok,
-            Ending::Guest(Err(sandbox::Failure::Guest(_))) if client_lost => Self::ClientGone,
-            Ending::Guest(Err(sandbox::Failure::Guest(text))) => Self::GuestError(text),
-            Ending::Guest(Err(sandbox::Failure::Trap(trap))) => Self::Trap(trap),
-            Ending::Guest(Err(sandbox::Failure::NotStarted(reason))) => Self::NoSandbox(reason),
-            Ending::Limit(limit) => Self::Limit(limit),
-            Ending::Order(Order::Kill) => Self::Killed,
-            Ending::Order(Order::TooOld) => Self::Limit(Limit::MaxOldVersionAge),
-            Ending::Order(Order::ServerEnds) => Self::DrainTimeout,
+            EndedBy::Guest(Ok(())) => Self::Ok,
+            EndedBy::Guest(Err(sandbox::Failure::Guest(_))) if client_lost => Self::ClientGone,
+            EndedBy::Guest(Err(sandbox::Failure::Guest(text))) => Self::GuestError(text),
+            EndedBy::Guest(Err(sandbox::Failure::Trap(trap))) => Self::Trap(trap),
+            EndedBy::Guest(Err(sandbox::Failure::NotStarted(reason))) => Self::NoSandbox(reason),
+            EndedBy::Limit(limit) => Self::Limit(limit),
+            EndedBy::Order(EndReason::Kill) => Self::Killed,
+            EndedBy::Order(EndReason::TooOld) => Self::Limit(Limit::MaxOldVersionAge),
+            EndedBy::Order(EndReason::ServerEnds) => Self::DrainTimeout,
         }
     }
 }
 
 impl Outcome {
     /// As it is counted.
-    fn kind(&self) -> Kind {
+    fn kind(&self) -> OutcomeKind {
         match self {
-            Self::Ok => Kind::Ok,
-            Self::GuestError(_) => Kind::GuestError,
-            Self::Trap(_) => Kind::Trap,
-            Self::ClientGone => Kind::ClientGone,
-            Self::Limit(_) => Kind::Limit,
-            Self::Killed => Kind::Killed,
-            Self::DrainTimeout => Kind::DrainTimeout,
-            Self::NoSandbox(_) => Kind::NoSandbox,
+            Self::Ok => OutcomeKind::Ok,
+            Self::GuestError(_) => OutcomeKind::GuestError,
+            Self::Trap(_) => OutcomeKind::Trap,
+            Self::ClientGone => OutcomeKind::ClientGone,
+            Self::Limit(_) => OutcomeKind::Limit,
+            Self::Killed => OutcomeKind::Killed,
+            Self::DrainTimeout => OutcomeKind::DrainTimeout,
+            Self::NoSandbox(_) => OutcomeKind::NoSandbox,
         }
     }
 }
@@ -245,17 +248,17 @@ impl fmt::Display for Outcome {
 
 /// A socket with what is counted and remembered about it.
 struct Connection {
-    entry: Arc<Entry>,
-    channel: Channel,
+    entry: Arc<ConnectionRecord>,
+    channel: MaybeTls,
     /// Where the client connected to, if that is not where the socket is.
     local: Option<SocketAddr>,
-    limits: Limits,
-    times: Times,
+    limits: ConnectionLimits,
+    times: Activity,
     /// A limit of bytes that the guest or the client wants to go beyond.
     exceeded: Option<Limit>,
     /// What the kernel held for the client when it was last asked, in bytes.
     held: Option<usize>,
-    met: Met,
+    met: LimitsHit,
     /// The client is known to be gone.
     lost: bool,
     /// The client has closed its side.
@@ -267,16 +270,16 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(channel: Channel, local: Option<SocketAddr>, entry: Arc<Entry>) -> Self {
+    fn new(channel: MaybeTls, local: Option<SocketAddr>, entry: Arc<ConnectionRecord>) -> Self {
         Self {
             channel,
             local,
             limits: entry.version.limits,
-            times: Times::new(entry.began),
+            times: Activity::new(entry.began),
             entry,
             exceeded: None,
             held: None,
-            met: Met::default(),
+            met: LimitsHit::default(),
             lost: false,
             received_end: false,
             sent_end: false,
@@ -306,7 +309,7 @@ impl Connection {
     }
 
     /// Sends the end, with TLS after what the kernel has yet to take: some when it does not come to that.
-    async fn finish(&mut self) -> Option<Ending> {
+    async fn finish(&mut self) -> Option<EndedBy> {
         if self.lost {
             return None;
         }
@@ -316,16 +319,18 @@ impl Connection {
             return None;
         }
         let entry = self.entry.clone();
-        let mut timer = Timer::default();
+        let mut timer = LimitTimer::default();
         poll_fn(|cx| {
             self.push(cx);
             if self.lost || !self.channel.is_pushing() {
                 return Poll::Ready(None);
             }
             if let Poll::Ready(limit) = self.poll_limit(cx, &mut timer) {
-                return Poll::Ready(Some(Ending::Limit(limit)));
+                return Poll::Ready(Some(EndedBy::Limit(limit)));
             }
-            entry.poll_order(cx).map(|order| Some(Ending::Order(order)))
+            entry
+                .poll_end_reason(cx)
+                .map(|order| Some(EndedBy::Order(order)))
         })
         .await
     }
@@ -344,19 +349,19 @@ impl Connection {
         tokio::select! {
             _ = self.channel.socket().drain(LINGER.1) => {}
             () = tokio::time::sleep(LINGER.0) => {}
-            _ = poll_fn(|cx| self.entry.poll_order(cx)) => {}
+            _ = poll_fn(|cx| self.entry.poll_end_reason(cx)) => {}
         }
     }
 
     /// Ready with a limit that the connection has met and ends for.
-    fn poll_limit(&mut self, cx: &mut Context<'_>, timer: &mut Timer) -> Poll<Limit> {
+    fn poll_limit(&mut self, cx: &mut Context<'_>, timer: &mut LimitTimer) -> Poll<Limit> {
         match self.exceeded {
             Some(limit) => Poll::Ready(limit),
             None => self.poll_time(cx, timer),
         }
     }
 
-    fn poll_time(&mut self, cx: &mut Context<'_>, timer: &mut Timer) -> Poll<Limit> {
+    fn poll_time(&mut self, cx: &mut Context<'_>, timer: &mut LimitTimer) -> Poll<Limit> {
         loop {
             let limit = ready!(timer.poll(cx, &self.times, &self.limits));
             if self.is_met(limit) {
@@ -419,9 +424,9 @@ impl Connection {
     }
 
     /// What is told of it elsewhere, under the names that OpenTelemetry has for it where there are any.
-    fn span(&self, outcome: &Outcome, duration: Duration) -> Ended {
+    fn span(&self, outcome: &Outcome, duration: Duration) -> ConnectionSpan {
         let used = &self.entry.used;
-        let kind = KINDS[outcome.kind() as usize];
+        let kind = OUTCOMES[outcome.kind() as usize];
         let of_version = &self.entry.version;
         let mut attributes = match self.entry.peer {
             Peer::Ip(address) => vec![
@@ -457,7 +462,7 @@ impl Connection {
                 .names()
                 .map(|names| KeyValue::new("wasinetd.limits", names)),
         );
-        Ended {
+        ConnectionSpan {
             attributes,
             duration,
             instantiation: used.instantiation(),
@@ -496,15 +501,18 @@ impl Transport for Connection {
         self.entry.id
     }
 
-    fn remote_address(&self) -> Address {
+    fn remote_address(&self) -> TransportAddress {
         match self.entry.peer {
             Peer::Ip(address) => address.into(),
             // One that is gone has no path either.
-            Peer::Unix { .. } => self.channel.remote_address().unwrap_or(Address::Unix(None)),
+            Peer::Unix { .. } => self
+                .channel
+                .remote_address()
+                .unwrap_or(TransportAddress::Unix(None)),
         }
     }
 
-    fn local_address(&self) -> io::Result<Address> {
+    fn local_address(&self) -> io::Result<TransportAddress> {
         match self.local {
             Some(local) => Ok(local.into()),
             None => self.channel.local_address(),
@@ -567,7 +575,7 @@ impl Transport for Connection {
         }
     }
 
-    fn limited(&mut self, limit: Limit) {
+    fn limit_hit(&mut self, limit: Limit) {
         self.met.add(limit);
     }
 

@@ -16,7 +16,7 @@ use wasinetd::admin::model;
 
 use crate::cli::{CtlArgs, CtlCommand, EX_USAGE};
 use crate::commands;
-use client::Client;
+use client::AdminClient;
 use table::Table;
 
 /// Why it did not work, and what to tell the shell.
@@ -100,7 +100,7 @@ async fn ask(args: CtlArgs) -> Result<(), CtlError> {
         code: error.exit_code(),
         message: error.to_string(),
     })?;
-    let client = Client::new(address, token);
+    let client = AdminClient::new(address, token);
     let out = Out { json: args.json };
     match args.command {
         CtlCommand::Status => out.print(client.get("/v1/status").await?, status),
@@ -174,7 +174,7 @@ impl Out {
     }
 }
 
-async fn logs(client: &Client, id: Option<u64>, follow: bool) -> Result<(), CtlError> {
+async fn logs(client: &AdminClient, id: Option<u64>, follow: bool) -> Result<(), CtlError> {
     let id = id.map_or(String::new(), |id| format!("&id={id}"));
     let path = format!("/v1/logs?follow={follow}{id}");
     let mut stdout = io::stdout();

@@ -82,7 +82,7 @@ pub enum Error {
     #[error("cannot listen on {address} (--listen): {source}; {fix}")]
     Listen {
         /// The address.
-        address: crate::listener::Address,
+        address: crate::net::ListenAddress,
         /// Why.
         source: io::Error,
         /// What to do about it.
@@ -93,7 +93,7 @@ pub enum Error {
     #[error("cannot listen at {address} (--listen): {reason}")]
     Passed {
         /// As it was asked for.
-        address: crate::listener::Address,
+        address: crate::net::ListenAddress,
         /// What is wrong, and the fix.
         reason: String,
     },
@@ -102,7 +102,7 @@ pub enum Error {
     #[error("cannot listen at {address} given to --admin: {source}; {fix}")]
     Admin {
         /// Where it was to be.
-        address: crate::admin::Address,
+        address: crate::admin::AdminAddress,
         /// Why.
         source: io::Error,
         /// What to do about it.
@@ -254,7 +254,7 @@ impl Error {
         }
     }
 
-    pub(crate) fn passed(address: &crate::listener::Address, reason: impl Into<String>) -> Self {
+    pub(crate) fn passed(address: &crate::net::ListenAddress, reason: impl Into<String>) -> Self {
         Self::Passed {
             address: address.clone(),
             reason: reason.into(),

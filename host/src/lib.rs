@@ -21,13 +21,11 @@ mod error;
 pub mod lifecycle;
 pub mod limit;
 pub mod listener;
-pub mod metrics;
-pub mod network;
-pub mod peer;
+pub mod net;
 pub mod sandbox;
 pub mod server;
 pub mod service;
-pub mod spans;
-pub mod unix;
+pub mod sync;
+pub mod telemetry;
 
 pub use error::Error;

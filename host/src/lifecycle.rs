@@ -4,15 +4,15 @@ use tokio::sync::watch;
 
 /// Where the server, or a version, is on its way to its end.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct State {
+struct LifecycleState {
     phase: Phase,
     /// Who accepts at the same sockets from now on, if anyone does.
-    next: Option<Next>,
+    next: Option<TakenOverBy>,
 }
 
 /// Who goes on with the sockets.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Next {
+enum TakenOverBy {
     /// Another one here.
     Here,
     /// Another process.
@@ -30,11 +30,11 @@ enum Phase {
 
 /// Moves the server, or a version, on, for all who hold a [`Lifecycle`] of it.
 #[derive(Debug)]
-pub struct Controller(watch::Sender<State>);
+pub struct Controller(watch::Sender<LifecycleState>);
 
 impl Default for Controller {
     fn default() -> Self {
-        Self(watch::Sender::new(State {
+        Self(watch::Sender::new(LifecycleState {
             phase: Phase::Serving,
             next: None,
         }))
@@ -61,16 +61,16 @@ impl Controller {
     /// when it is too late, because the server drains already.
     #[must_use]
     pub fn hand_over(&self) -> bool {
-        self.leave_to(Next::Process)
+        self.leave_to(TakenOverBy::Process)
     }
 
     /// The same, and another one in this process goes on with the listening sockets.
     pub fn pass_on(&self) {
         // If it drains already, the other one goes on all the same.
-        self.leave_to(Next::Here);
+        self.leave_to(TakenOverBy::Here);
     }
 
-    fn leave_to(&self, next: Next) -> bool {
+    fn leave_to(&self, next: TakenOverBy) -> bool {
         self.0.send_if_modified(|state| {
             let serves = state.phase < Phase::Draining;
             if serves {
@@ -104,7 +104,7 @@ impl Controller {
 
 /// Tells whether the server is draining or has ended. A dropped [`Controller`] counts as the end.
 #[derive(Clone, Debug)]
-pub struct Lifecycle(watch::Receiver<State>);
+pub struct Lifecycle(watch::Receiver<LifecycleState>);
 
 impl Lifecycle {
     /// Whether no new connections are taken any more.
@@ -124,7 +124,7 @@ impl Lifecycle {
 
     /// Whether another process takes the new connections.
     pub fn is_handed_over(&self) -> bool {
-        self.0.borrow().next == Some(Next::Process)
+        self.0.borrow().next == Some(TakenOverBy::Process)
     }
 
     /// Whether somebody else takes the new connections, in this process or another.

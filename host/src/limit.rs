@@ -134,20 +134,20 @@ impl Limit {
     }
 
     /// How often it was met since the process began: by a connection once, if at all.
-    pub fn met(self) -> u64 {
+    pub fn hits(self) -> u64 {
         MET[self as usize].load(Ordering::Relaxed)
     }
 }
 
 /// Adds to `registry` how often each limit was met.
 pub fn register(registry: &mut Registry) {
-    registry.register_collector(Box::new(AllMet));
+    registry.register_collector(Box::new(LimitCollector));
 }
 
 #[derive(Debug)]
-struct AllMet;
+struct LimitCollector;
 
-impl Collector for AllMet {
+impl Collector for LimitCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let mut family = encoder.encode_descriptor(
             "limits_met",
@@ -157,7 +157,7 @@ impl Collector for AllMet {
         )?;
         for limit in Limit::ALL {
             let labels = [("limit", limit.name())];
-            ConstCounter::new(limit.met()).encode(family.encode_family(&labels)?)?;
+            ConstCounter::new(limit.hits()).encode(family.encode_family(&labels)?)?;
         }
         Ok(())
     }
@@ -171,9 +171,9 @@ impl fmt::Display for Limit {
 
 /// The limits that one connection has met, each once.
 #[derive(Debug, Default)]
-pub(crate) struct Met(Vec<Limit>);
+pub(crate) struct LimitsHit(Vec<Limit>);
 
-impl Met {
+impl LimitsHit {
     /// Adds `limit`, and counts it the first time.
     pub(crate) fn add(&mut self, limit: Limit) {
         if !self.0.contains(&limit) {
@@ -202,13 +202,13 @@ mod tests {
 
     #[test]
     fn a_connection_meets_a_limit_once() {
-        let before = Limit::MaxBytesIn.met();
-        let mut met = Met::default();
+        let before = Limit::MaxBytesIn.hits();
+        let mut met = LimitsHit::default();
         assert_eq!(met.names(), None);
         met.add(Limit::MaxBytesIn);
         met.add(Limit::Stack);
         met.add(Limit::MaxBytesIn);
         assert_eq!(met.names().as_deref(), Some("max-bytes-in,stack"));
-        assert_eq!(Limit::MaxBytesIn.met(), before + 1);
+        assert_eq!(Limit::MaxBytesIn.hits(), before + 1);
     }
 }

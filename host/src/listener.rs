@@ -1,11 +1,10 @@
 //! Listening sockets as one stream of accepted connections.
 
-mod address;
 mod admission;
 mod bind;
-mod closing;
-mod gathered;
-mod places;
+mod connection_limit;
+mod drain;
+mod merge;
 
 use std::collections::VecDeque;
 use std::io;
@@ -26,15 +25,14 @@ use tracing::{debug, info, warn};
 use crate::Error;
 use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
-use crate::peer::Peer;
-pub use address::{Address, AddressError};
+use crate::net::{Peer, StreamSocket};
 pub(crate) use admission::Source;
-use admission::SourcePlace;
-pub use admission::{Admission, Prefix, PrefixError, Rules};
-pub use bind::{Bound, Listener, Listening, Settings, StreamSocket};
-pub use gathered::{Gathered, Joining};
-pub use places::Places;
-use places::{Line, Taken};
+use admission::SourcePermit;
+pub use admission::{Admission, AdmissionRules, SourcePrefix, SourcePrefixError};
+pub use bind::{BoundSockets, Listener, ListeningSockets, SocketSettings};
+pub use connection_limit::ConnectionLimit;
+use connection_limit::{ConnectionPermit, PermitQueue};
+pub use merge::{MergeHandle, MergedStreams};
 
 /// How long to wait after a failed `accept`. A failure lasts (EMFILE, ENOBUFS) and would be met
 /// again at once, at the cost of a whole core; the wait doubles up to the second figure.
@@ -50,18 +48,18 @@ pub struct Accepted<T> {
     /// The client.
     pub peer: Peer,
     /// Given back when it is dropped.
-    pub place: Place,
+    pub place: AcceptPermit,
 }
 
 /// A connection's place among all, and among those of its source.
 ///
 /// The source's is given back first: whoever comes by the other is not to be refused for it.
-pub struct Place {
-    of_source: SourcePlace,
-    _taken: Taken,
+pub struct AcceptPermit {
+    of_source: SourcePermit,
+    _taken: ConnectionPermit,
 }
 
-impl Place {
+impl AcceptPermit {
     /// The source that the client is one of, where that counts.
     pub(crate) fn source(&self) -> Option<Source> {
         self.of_source.source()
@@ -100,8 +98,8 @@ pub struct Incoming<T> {
     next: usize,
     /// Whom all of them are for.
     to: T,
-    places: Places,
-    line: Line,
+    places: ConnectionLimit,
+    line: PermitQueue,
     lifecycle: Lifecycle,
     when_full: WhenFull,
     admission: Admission,
@@ -163,7 +161,7 @@ impl<T> Incoming<T> {
     pub fn new(
         listeners: Vec<Listener>,
         to: T,
-        places: Places,
+        places: ConnectionLimit,
         when_full: WhenFull,
         admission: Admission,
         lifecycle: &Lifecycle,
@@ -252,11 +250,11 @@ impl<T> Incoming<T> {
                 self.phase = Phase::Closed;
                 return;
             }
-            listeners().for_each(closing::refuse_clients);
+            listeners().for_each(drain::refuse_clients);
             let ports: Vec<u16> = listeners().filter_map(Listener::port).collect();
             self.phase = match ports.is_empty() {
                 true => Phase::Sweeping,
-                false => Phase::Closing(Box::pin(closing::handshakes_completed(ports))),
+                false => Phase::Closing(Box::pin(drain::handshakes_completed(ports))),
             };
         }
         if let Phase::Closing(completed) = &mut self.phase
@@ -365,7 +363,7 @@ impl<T: Clone + Unpin> Stream for Incoming<T> {
                                 to: this.to.clone(),
                                 stream,
                                 peer,
-                                place: Place {
+                                place: AcceptPermit {
                                     of_source,
                                     _taken: taken,
                                 },

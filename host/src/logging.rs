@@ -13,7 +13,7 @@ use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
-use wasinetd::admin::Logs;
+use wasinetd::admin::LogStream;
 
 use crate::cli::{LogFormat, LogLevel};
 
@@ -30,7 +30,7 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 /// Starts to log. What is logged is written out when the guard is dropped.
 ///
 /// What is written is handed on to `logs` as well.
-pub(crate) fn start(format: LogFormat, level: LogLevel, logs: Logs) -> LogGuard {
+pub(crate) fn start(format: LogFormat, level: LogLevel, logs: LogStream) -> LogGuard {
     let shared = Arc::new(Shared {
         lines: Mutex::default(),
         filled: Condvar::new(),
@@ -88,7 +88,7 @@ impl Drop for LogGuard {
 struct Shared {
     lines: Mutex<Lines>,
     filled: Condvar,
-    logs: Logs,
+    logs: LogStream,
 }
 
 #[derive(Default)]

@@ -7,21 +7,19 @@
 mod cache;
 mod digest;
 mod engine;
+mod fairness;
 mod grants;
-mod inspect;
+mod host_network;
+mod host_tcp;
+mod host_wasi;
 mod limits;
-mod network;
 mod output;
-mod tcp;
+mod requirements;
 mod trap;
-mod turns;
-mod wasi;
 
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -33,35 +31,21 @@ use wasmtime::{Store, UpdateDeadline};
 
 pub use cache::{Cache, CacheError};
 pub use digest::Digest;
-pub use engine::{Engine, HOST_STACK_BYTES, Room};
+pub use engine::{Engine, HOST_STACK_BYTES, PoolSize};
+use fairness::EpochClock;
 pub use grants::{Access, DirGrant, Grants};
-pub use inspect::{Needs, Refusal, Report};
-pub use limits::{FREE_MEMORY, Limits, SharedLimits};
-pub use network::{Destination, DestinationError};
+pub use host_network::{Destination, DestinationError};
+use host_wasi::Wasi;
+pub use limits::{FREE_MEMORY, GuestLimits, SharedLimits};
 use output::OutputLimit;
+pub use requirements::{Refusal, Report, Requirements};
 pub use trap::Trap;
-use turns::Clock;
-use wasi::Wasi;
 
 use crate::limit::Limit;
-use limits::{Memory, Stopped};
-use tcp::bindings::wasinetd::tcp::types::ErrorCode;
-use tcp::{Connection, Sending};
-
-/// One end of a connection.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Address {
-    /// Of a TCP connection.
-    Ip(SocketAddr),
-    /// Of a Unix socket, with its path unless it has none.
-    Unix(Option<PathBuf>),
-}
-
-impl From<SocketAddr> for Address {
-    fn from(address: SocketAddr) -> Self {
-        Self::Ip(address)
-    }
-}
+use crate::net::TransportAddress;
+use host_tcp::bindings::wasinetd::tcp::types::ErrorCode;
+use host_tcp::{Connection, PendingSend};
+use limits::{LimitExceeded, MemoryLimiter};
 
 /// A connection as the sandbox sees it: addresses, and two directions to be polled.
 ///
@@ -71,14 +55,14 @@ pub trait Transport: Send + 'static {
     fn id(&self) -> u64;
 
     /// The address of the peer.
-    fn remote_address(&self) -> Address;
+    fn remote_address(&self) -> TransportAddress;
 
     /// The address that the peer connected to.
     ///
     /// # Errors
     ///
     /// Fails when the system cannot tell any more.
-    fn local_address(&self) -> io::Result<Address>;
+    fn local_address(&self) -> io::Result<TransportAddress>;
 
     /// What is known of TLS, where it is spoken with the peer.
     fn tls(&self) -> Option<&TlsInfo> {
@@ -101,7 +85,7 @@ pub trait Transport: Send + 'static {
     fn close_sending(&mut self);
 
     /// The guest has met this limit.
-    fn limited(&mut self, limit: Limit);
+    fn limit_hit(&mut self, limit: Limit);
 
     /// The guest is gone, and its owner ends the connection. What is still called by what is left
     /// of the guest, [`Self::close_sending`], is to be ignored: it would tell the peer that all is
@@ -193,9 +177,9 @@ pub enum Failure {
 /// A guest that is compiled, checked and linked, ready to be instantiated for any connection.
 pub struct Guest {
     engine: Engine,
-    pre: tcp::bindings::GuestPre<State>,
+    pre: host_tcp::bindings::GuestPre<StoreState>,
     grants: Grants,
-    limits: Limits,
+    limits: GuestLimits,
     report: Report,
     digest: Digest,
     compiled: bool,
@@ -211,16 +195,16 @@ impl Guest {
         engine: &Engine,
         component: &[u8],
         grants: Grants,
-        limits: Limits,
+        limits: GuestLimits,
     ) -> Result<Self, Refusal> {
         let digest = Digest::of(component);
         let (component, report, compiled) =
-            inspect::compile(engine, component, &digest, &grants, &limits)?;
+            requirements::compile(engine, component, &digest, &grants, &limits)?;
         let pre = engine
             .linker()
             .instantiate_pre(&component)
             .map_err(Refusal::mismatch)?;
-        let pre = tcp::bindings::GuestPre::new(pre).map_err(Refusal::mismatch)?;
+        let pre = host_tcp::bindings::GuestPre::new(pre).map_err(Refusal::mismatch)?;
         component
             .initialize_copy_on_write_image()
             .map_err(Refusal::mismatch)?;
@@ -240,8 +224,8 @@ impl Guest {
     /// # Errors
     ///
     /// Says why it cannot be run within them.
-    pub fn within(&self, grants: Grants, limits: Limits) -> Result<Self, Refusal> {
-        inspect::admit(&self.engine, &self.report, &grants, &limits)?;
+    pub fn within(&self, grants: Grants, limits: GuestLimits) -> Result<Self, Refusal> {
+        requirements::admit(&self.engine, &self.report, &grants, &limits)?;
         Ok(Self {
             engine: self.engine.clone(),
             pre: self.pre.clone(),
@@ -278,8 +262,8 @@ impl Guest {
         let transport: SharedTransport = transport;
         let mut store = self.store(transport.clone());
         // Dropped before the store is, whichever way this ends.
-        let _release = Release(transport.clone());
-        self.in_turns(&transport, self.run(&mut store)).await
+        let _release = ReleaseOnDrop(transport.clone());
+        self.run_fairly(&transport, self.run(&mut store)).await
     }
 
     /// Makes an instance for a connection, and drops it without a call.
@@ -291,19 +275,19 @@ impl Guest {
         let transport: SharedTransport = transport;
         let mut store = self.store(transport.clone());
         let instantiating = self.instantiate(&mut store);
-        self.in_turns(&transport, instantiating).await.map(drop)
+        self.run_fairly(&transport, instantiating).await.map(drop)
     }
 
     /// Runs what computes in a sandbox, a turn for each poll.
-    async fn in_turns<T>(&self, transport: &SharedTransport, work: impl Future<Output = T>) -> T {
+    async fn run_fairly<T>(&self, transport: &SharedTransport, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         let clock = self.engine.clock();
-        let mut computed = turns::Computed::default();
+        let mut computed = fairness::CpuTime::default();
         poll_fn(|cx| {
             let before = computed.time();
-            turns::begin(clock, computed);
+            fairness::begin(clock, computed);
             let polled = work.as_mut().poll(cx);
-            computed = turns::end(clock);
+            computed = fairness::end(clock);
             // No tick falls into most turns.
             if computed.time() != before {
                 lock(transport).computed(computed.time());
@@ -313,12 +297,12 @@ impl Guest {
         .await
     }
 
-    fn store(&self, transport: SharedTransport) -> Store<State> {
+    fn store(&self, transport: SharedTransport) -> Store<StoreState> {
         let limits = &self.limits;
         let id = lock(&transport).id();
         let mut table = ResourceTable::new();
         table.set_max_capacity(limits.open_files);
-        let memory = Memory::new(
+        let memory = MemoryLimiter::new(
             limits.memory,
             self.engine.budget().clone(),
             transport.clone(),
@@ -330,13 +314,13 @@ impl Guest {
         );
         let mut store = Store::new(
             self.engine.wasmtime(),
-            State {
+            StoreState {
                 wasi: Wasi::new(&self.grants, id, output),
                 table,
                 memory,
                 clock: self.engine.clock().clone(),
                 transport,
-                sending: Sending::default(),
+                sending: PendingSend::default(),
             },
         );
         store.limiter(|state| &mut state.memory);
@@ -345,28 +329,31 @@ impl Guest {
         if let Some(table) = store.concurrent_resource_table() {
             table.set_max_capacity(limits.handles.saturating_mul(ENTRIES_PER_HANDLE));
         }
-        self.keep_time(&mut store);
+        self.limit_cpu_time(&mut store);
         store
     }
 
     /// Has the guest in `store` make way for others, and stops it when its time is up.
-    fn keep_time(&self, store: &mut Store<State>) {
+    fn limit_cpu_time(&self, store: &mut Store<StoreState>) {
         let most = self.limits.cpu_time.as_micros();
         let clock = self.engine.clock().clone();
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(move |_| {
-            if u128::from(turns::used(&clock)) > most {
-                return Err(Stopped(Limit::CpuTime).into());
+            if u128::from(fairness::used(&clock)) > most {
+                return Err(LimitExceeded(Limit::CpuTime).into());
             }
-            Ok(if turns::is_over(&clock) {
-                UpdateDeadline::YieldCustom(1, Box::pin(turns::make_way(clock.clone())))
+            Ok(if fairness::is_over(&clock) {
+                UpdateDeadline::YieldCustom(1, Box::pin(fairness::yield_to_others(clock.clone())))
             } else {
                 UpdateDeadline::Continue(1)
             })
         });
     }
 
-    async fn instantiate(&self, store: &mut Store<State>) -> Result<tcp::bindings::Guest, Failure> {
+    async fn instantiate(
+        &self,
+        store: &mut Store<StoreState>,
+    ) -> Result<host_tcp::bindings::Guest, Failure> {
         let began = Instant::now();
         let instantiated = self.pre.instantiate_async(&mut *store).await;
         let instance = instantiated.map_err(|error| {
@@ -378,7 +365,7 @@ impl Guest {
     }
 
     /// Makes an instance in `store` and calls it.
-    async fn run(&self, store: &mut Store<State>) -> Result<(), Failure> {
+    async fn run(&self, store: &mut Store<StoreState>) -> Result<(), Failure> {
         let guest = self.instantiate(store).await?;
         let result = store
             .run_concurrent(async |accessor| call(&guest, accessor).await)
@@ -386,7 +373,7 @@ impl Guest {
             .flatten();
         match result {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(code)) => Err(Failure::Guest(tcp::describe(&code))),
+            Ok(Err(code)) => Err(Failure::Guest(host_tcp::describe(&code))),
             Err(error) => {
                 note_limit(store, &error);
                 Err(Failure::Trap(trap::describe(&error)))
@@ -400,16 +387,16 @@ impl Guest {
 const ENTRIES_PER_HANDLE: usize = 4;
 
 /// Tells the transport of the limit that a guest ended for, if it did.
-fn note_limit(store: &Store<State>, error: &wasmtime::Error) {
+fn note_limit(store: &Store<StoreState>, error: &wasmtime::Error) {
     if let Some(limit) = limits::of_error(error) {
-        lock(&store.data().transport).limited(limit);
+        lock(&store.data().transport).limit_hit(limit);
     }
 }
 
 /// Releases a transport when it is dropped.
-struct Release(SharedTransport);
+struct ReleaseOnDrop(SharedTransport);
 
-impl Drop for Release {
+impl Drop for ReleaseOnDrop {
     fn drop(&mut self) {
         lock(&self.0).release();
     }
@@ -417,8 +404,8 @@ impl Drop for Release {
 
 /// Calls the guest's export, and lets the write that it may have left behind complete.
 async fn call(
-    guest: &tcp::bindings::Guest,
-    accessor: &Accessor<State>,
+    guest: &host_tcp::bindings::Guest,
+    accessor: &Accessor<StoreState>,
 ) -> wasmtime::Result<Result<(), ErrorCode>> {
     let connection =
         accessor.with(|mut store| store.data_mut().table.push(Connection::default()))?;
@@ -433,11 +420,11 @@ async fn call(
 }
 
 /// What a store holds beside the instance.
-struct State {
+struct StoreState {
     wasi: Wasi,
     table: ResourceTable,
-    memory: Memory,
-    clock: Clock,
+    memory: MemoryLimiter,
+    clock: EpochClock,
     transport: SharedTransport,
-    sending: Sending,
+    sending: PendingSend,
 }

@@ -19,7 +19,7 @@ use tracing::{error, info, warn};
 
 use crate::Error;
 use crate::lifecycle::Controller;
-pub use shards::{Pulse, Shards};
+pub use shards::{Liveness, Shards};
 
 /// How connections share the processor.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -32,7 +32,7 @@ pub enum Dispatch {
 
 /// What makes the server stop.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Stop {
+pub enum StopRequest {
     /// Drain. Whoever wishes it once more wishes for nothing more.
     Drain,
     /// Drain; and when it comes while the server does so already, end.
@@ -41,7 +41,7 @@ pub enum Stop {
 
 /// How the server came to its end.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Ended {
+pub enum DrainOutcome {
     /// All connections had finished.
     Drained,
     /// Some were ended before they had.
@@ -62,9 +62,9 @@ pub async fn serve<S, H, F>(
     connections: Vec<(Shards, Vec<S>)>,
     handler: H,
     controller: &Controller,
-    stop: impl Stream<Item = Stop>,
+    stop: impl Stream<Item = StopRequest>,
     drain_timeout: Duration,
-) -> Result<Ended, Error>
+) -> Result<DrainOutcome, Error>
 where
     S: Stream + Send + Unpin + 'static,
     S::Item: Send + 'static,
@@ -79,7 +79,7 @@ where
     let mut work = pin!(try_join_all(threads.into_iter().flatten()).fuse());
     let died = |_| Error::internal("serving", "a thread has died");
     futures::select! {
-        ended = work => return ended.map(|_| Ended::Drained).map_err(died),
+        ended = work => return ended.map(|_| DrainOutcome::Drained).map_err(died),
         _ = stop.next() => {}
     }
     info!(
@@ -87,12 +87,12 @@ where
         "draining: no new connections, waiting for the open ones to finish"
     );
     controller.drain();
-    let mut again = stop.filter(|stop| ready(*stop == Stop::Now)).fuse();
+    let mut again = stop.filter(|stop| ready(*stop == StopRequest::Now)).fuse();
     futures::select! {
         ended = work => {
             ended.map_err(died)?;
             info!("drained");
-            return Ok(Ended::Drained);
+            return Ok(DrainOutcome::Drained);
         }
         () = tokio::time::sleep(drain_timeout).fuse() => {
             warn!(?drain_timeout, "the drain timeout is over: ending the open connections");
@@ -100,7 +100,7 @@ where
         _ = again.next() => warn!("asked to stop a second time: ending the open connections"),
     }
     controller.end();
-    work.await.map(|_| Ended::Cut).map_err(died)
+    work.await.map(|_| DrainOutcome::Cut).map_err(died)
 }
 
 /// Handles all of `connections` on the present runtime.

@@ -3,10 +3,10 @@
 //! Connections begin with the current version and stay with it. A new one is made ready off their way
 //! (`load.rs`) and takes its place by one exchange of a pointer; what it replaces drains.
 
-mod figures;
-mod load;
+mod metrics;
+mod prepare;
 mod probe;
-mod route;
+mod sni_route;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,21 +18,23 @@ use prometheus_client::registry::Registry;
 use tokio::sync::{Notify, OwnedMutexGuard};
 use tracing::{debug, info, warn};
 
-use crate::connection::{Counts, Cutoff, KINDS, Limits, Measures, Open, Version};
+use crate::connection::{
+    ConnectionLimits, ConnectionRegistry, KillSwitch, OUTCOMES, ServiceStats, Version, VersionStats,
+};
 use crate::lifecycle::{Controller, Lifecycle};
 use crate::sandbox::{self, Digest, Engine, Grants, Guest};
-use crate::spans::Spans;
+use crate::telemetry::spans::SpanSender;
 pub use probe::Probe;
-pub use route::{Named, Route};
+pub use sni_route::{NamedService, SniRoute};
 
 /// What a service is, beside its guest.
-pub struct Settings {
+pub struct ServiceSettings {
     /// What it is called.
     pub name: String,
     /// What a connection may take.
-    pub limits: Limits,
+    pub limits: ConnectionLimits,
     /// What a guest may use.
-    pub sandbox: sandbox::Limits,
+    pub sandbox: sandbox::GuestLimits,
     /// What guests may see.
     pub grants: Grants,
     /// What a guest is asked before it is served.
@@ -40,7 +42,7 @@ pub struct Settings {
     /// How long connections may go on with a version after it was replaced. None is no limit.
     pub max_old_version_age: Option<Duration>,
     /// Where it is told how connections went, if anywhere.
-    pub spans: Option<Arc<Spans>>,
+    pub spans: Option<Arc<SpanSender>>,
 }
 
 /// The services of a server, which come and go. Clones share them.
@@ -71,9 +73,9 @@ pub struct Service {
     engine: Engine,
     current: ArcSwap<Version>,
     versions: Mutex<Versions>,
-    measures: Arc<Measures>,
-    open: Arc<Open>,
-    cutoff: Arc<Cutoff>,
+    measures: Arc<ServiceStats>,
+    open: Arc<ConnectionRegistry>,
+    cutoff: Arc<KillSwitch>,
     /// One swap at a time.
     turn: Arc<tokio::sync::Mutex<()>>,
     swapped: Notify,
@@ -85,7 +87,7 @@ const SWAPS: [&str; 4] = ["swapped", "unchanged", "refused", "rolled_back"];
 
 /// The places of those names.
 #[derive(Clone, Copy)]
-enum Attempt {
+enum SwapOutcome {
     Swapped,
     Unchanged,
     Refused,
@@ -93,7 +95,7 @@ enum Attempt {
 }
 
 /// A version, from when it is served until nobody is served with it any more.
-struct Installed {
+struct InstalledVersion {
     version: Arc<Version>,
     /// Tells its connections that they are waited for, and how urgently.
     controller: Controller,
@@ -104,19 +106,19 @@ struct Installed {
     component: Bytes,
     /// The connections that had ended when it became one of the older ones: those are not counted
     /// among these.
-    counted_before: [u64; KINDS.len()],
+    counted_before: [u64; OUTCOMES.len()],
 }
 
 struct Versions {
     /// What new connections are served within.
-    settings: Arc<Settings>,
-    current: Installed,
+    settings: Arc<ServiceSettings>,
+    current: InstalledVersion,
     /// Kept for a rollback.
-    previous: Option<Installed>,
+    previous: Option<InstalledVersion>,
     /// Those that still have connections, the latest first.
-    older: Vec<Installed>,
+    older: Vec<InstalledVersion>,
     /// The connections of those that are gone, that ended while they were among the older ones.
-    gone: [u64; KINDS.len()],
+    gone: [u64; OUTCOMES.len()],
     /// The server ends: there is to be no other version.
     draining: bool,
 }
@@ -133,7 +135,7 @@ pub struct VersionStatus {
     /// The connections that are open.
     pub open: u64,
     /// The connections that have ended, as [`KINDS`] has them.
-    pub ended: [u64; KINDS.len()],
+    pub ended: [u64; OUTCOMES.len()],
 }
 
 /// A version's place among the others.
@@ -149,7 +151,7 @@ pub enum VersionState {
 
 /// What came of a swap that did not fail.
 #[derive(Debug)]
-pub struct Swapped {
+pub struct SwapReport {
     /// What is served now.
     pub digest: Digest,
     /// What was served before. The same: nothing has changed.
@@ -177,25 +179,25 @@ pub enum SwapError {
 
 /// A version that is known to work, and that nobody is served with yet. There is no other swap of its
 /// service until it is installed or dropped.
-pub struct Prepared {
+pub struct PreparedVersion {
     /// None: it is the one that is served already.
     change: Option<Change>,
     began: Instant,
-    _turn: Turn,
+    _turn: SwapLock,
 }
 
 /// The turn to swap the guest of a service. There is one at a time.
-pub struct Turn(#[expect(dead_code, reason = "it is held")] OwnedMutexGuard<()>);
+pub struct SwapLock(#[expect(dead_code, reason = "it is held")] OwnedMutexGuard<()>);
 
 struct Change {
     guest: Arc<Guest>,
     component: Bytes,
-    settings: Arc<Settings>,
+    settings: Arc<ServiceSettings>,
 }
 
 /// Adds to `registry` what is counted of `services`.
 pub fn register(services: Services, registry: &mut Registry) {
-    figures::register(services, registry);
+    metrics::register(services, registry);
 }
 
 impl Service {
@@ -205,27 +207,27 @@ impl Service {
     ///
     /// Says why the guest is refused.
     pub fn new(
-        settings: Settings,
+        settings: ServiceSettings,
         engine: Engine,
-        open: Arc<Open>,
+        open: Arc<ConnectionRegistry>,
         component: Bytes,
     ) -> Result<Self, String> {
-        let guest = load::load(&engine, &settings, &component, None)?;
+        let guest = prepare::load(&engine, &settings, &component, None)?;
         let name: Arc<str> = settings.name.as_str().into();
-        let measures = Arc::new(Measures::default());
-        let cutoff = Arc::new(Cutoff::default());
+        let measures = Arc::new(ServiceStats::default());
+        let cutoff = Arc::new(KillSwitch::default());
         let version = |controller: &Controller| Version {
             service: name.clone(),
             guest,
             limits: settings.limits,
             lifecycle: controller.lifecycle(),
-            counts: Counts::default(),
+            counts: VersionStats::default(),
             measures: measures.clone(),
             open: open.clone(),
             cutoff: cutoff.clone(),
             spans: settings.spans.clone(),
         };
-        let installed = Installed::new(component, version);
+        let installed = InstalledVersion::new(component, version);
         Ok(Self {
             name,
             engine,
@@ -253,12 +255,12 @@ impl Service {
     ///
     /// Says why there is none.
     pub async fn make(
-        settings: Settings,
+        settings: ServiceSettings,
         engine: Engine,
-        open: Arc<Open>,
+        open: Arc<ConnectionRegistry>,
         component: Bytes,
     ) -> Result<Self, SwapError> {
-        load::off_the_way(move || Self::new(settings, engine, open, component)).await
+        prepare::off_the_way(move || Self::new(settings, engine, open, component)).await
     }
 
     /// The connections that are open, whatever their version.
@@ -282,12 +284,12 @@ impl Service {
     }
 
     /// Nothing is swapped while this is held, and nothing is being swapped when it is had.
-    pub async fn turn(&self) -> Turn {
-        Turn(self.turn.clone().lock_owned().await)
+    pub async fn lock_swaps(&self) -> SwapLock {
+        SwapLock(self.turn.clone().lock_owned().await)
     }
 
     /// What its connections took.
-    pub fn measures(&self) -> &Measures {
+    pub fn measures(&self) -> &ServiceStats {
         &self.measures
     }
 
@@ -297,7 +299,7 @@ impl Service {
     /// # Errors
     ///
     /// Says why nothing has changed.
-    pub async fn swap(self: Arc<Self>, component: Bytes) -> Result<Swapped, SwapError> {
+    pub async fn swap(self: Arc<Self>, component: Bytes) -> Result<SwapReport, SwapError> {
         let prepared = self.prepare(component, None).await?;
         self.install(prepared)
     }
@@ -311,18 +313,18 @@ impl Service {
     pub async fn prepare(
         self: &Arc<Self>,
         component: Bytes,
-        settings: Option<Settings>,
-    ) -> Result<Prepared, SwapError> {
+        settings: Option<ServiceSettings>,
+    ) -> Result<PreparedVersion, SwapError> {
         let began = Instant::now();
-        let turn = self.turn().await;
+        let turn = self.lock_swaps().await;
         match self.make_ready(component, settings.map(Arc::new)).await {
-            Ok(change) => Ok(Prepared {
+            Ok(change) => Ok(PreparedVersion {
                 change,
                 began,
                 _turn: turn,
             }),
             Err(error) => {
-                self.note(Attempt::Refused, &Err(&error));
+                self.note(SwapOutcome::Refused, &Err(&error));
                 Err(error)
             }
         }
@@ -336,15 +338,15 @@ impl Service {
     /// # Errors
     ///
     /// [`SwapError::Draining`] when it is too late.
-    pub fn install(&self, prepared: Prepared) -> Result<Swapped, SwapError> {
+    pub fn install(&self, prepared: PreparedVersion) -> Result<SwapReport, SwapError> {
         let began = prepared.began;
         let (attempt, swapped) = match prepared.change {
-            Some(change) => (Attempt::Swapped, self.exchange(change, began)),
-            None => (Attempt::Unchanged, Ok(self.unchanged(began))),
+            Some(change) => (SwapOutcome::Swapped, self.exchange(change, began)),
+            None => (SwapOutcome::Unchanged, Ok(self.unchanged(began))),
         };
         match &swapped {
             Ok(swapped) => self.note(attempt, &Ok(swapped)),
-            Err(error) => self.note(Attempt::Refused, &Err(error)),
+            Err(error) => self.note(SwapOutcome::Refused, &Err(error)),
         }
         swapped
     }
@@ -354,7 +356,7 @@ impl Service {
     /// # Errors
     ///
     /// Says why nothing has changed.
-    pub async fn roll_back(&self) -> Result<Swapped, SwapError> {
+    pub async fn roll_back(&self) -> Result<SwapReport, SwapError> {
         let began = Instant::now();
         let _turn = self.turn.lock().await;
         let previous = {
@@ -370,8 +372,8 @@ impl Service {
             .ok_or(SwapError::NoPrevious)
             .and_then(|change| self.exchange(change, began));
         match &swapped {
-            Ok(swapped) => self.note(Attempt::RolledBack, &Ok(swapped)),
-            Err(error) => self.note(Attempt::Refused, &Err(error)),
+            Ok(swapped) => self.note(SwapOutcome::RolledBack, &Ok(swapped)),
+            Err(error) => self.note(SwapOutcome::Refused, &Err(error)),
         }
         swapped
     }
@@ -389,12 +391,12 @@ impl Service {
 
     /// Does what is due without anybody's asking: frees versions that nobody is served with, ends
     /// connections whose version is too old, and has the versions drain and end when the service does.
-    pub async fn tend(&self, service: &Lifecycle) {
+    pub async fn watch_old_versions(&self, service: &Lifecycle) {
         /// How soon a version is freed. Arbitrary: it costs a look at some pointers.
         const OFTEN: Duration = Duration::from_millis(100);
         let looking_after = async {
             loop {
-                match self.look_after_old_versions() {
+                match self.retire_old_versions() {
                     0 => self.swapped.notified().await,
                     _ => tokio::time::sleep(OFTEN).await,
                 }
@@ -413,12 +415,12 @@ impl Service {
     }
 
     /// Returns how many there are to look after.
-    fn look_after_old_versions(&self) -> usize {
+    fn retire_old_versions(&self) -> usize {
         let mut versions = self.versions();
         let versions = &mut *versions;
         let (free, busy) = std::mem::take(&mut versions.older)
             .into_iter()
-            .partition(Installed::is_unused);
+            .partition(InstalledVersion::is_unused);
         versions.older = busy;
         for one in free {
             let digest = one.version.guest.digest().short();
@@ -456,18 +458,18 @@ impl Service {
     async fn make_ready(
         self: &Arc<Self>,
         component: Bytes,
-        other: Option<Arc<Settings>>,
+        other: Option<Arc<ServiceSettings>>,
     ) -> Result<Option<Change>, SwapError> {
         let (present, previous) = {
             let versions = self.versions();
             if versions.draining {
                 return Err(SwapError::Draining);
             }
-            let previous = versions.previous.as_ref().map(Installed::guest);
+            let previous = versions.previous.as_ref().map(InstalledVersion::guest);
             (versions.settings.clone(), previous)
         };
         let this = self.clone();
-        load::off_the_way(move || {
+        prepare::off_the_way(move || {
             let digest = Digest::of(&component);
             let known = [Some(this.current().guest.clone()), previous];
             let known = known.map(|guest| guest.filter(|guest| *guest.digest() == digest));
@@ -477,7 +479,7 @@ impl Service {
                 ([current, previous], other) => {
                     let settings = other.as_ref().unwrap_or(&present);
                     let known = current.or(previous);
-                    load::load(&this.engine, settings, &component, known.as_deref())?
+                    prepare::load(&this.engine, settings, &component, known.as_deref())?
                 }
             };
             Ok(Some(Change {
@@ -490,19 +492,19 @@ impl Service {
     }
 
     /// Makes another version the current one.
-    fn exchange(&self, change: Change, began: Instant) -> Result<Swapped, SwapError> {
+    fn exchange(&self, change: Change, began: Instant) -> Result<SwapReport, SwapError> {
         let Change {
             guest,
             component,
             settings,
         } = change;
         let digest = guest.digest().clone();
-        let installed = Installed::new(component, |controller| Version {
+        let installed = InstalledVersion::new(component, |controller| Version {
             service: self.name.clone(),
             guest,
             limits: settings.limits,
             lifecycle: controller.lifecycle(),
-            counts: Counts::default(),
+            counts: VersionStats::default(),
             measures: self.measures.clone(),
             open: self.open.clone(),
             cutoff: self.cutoff.clone(),
@@ -529,34 +531,34 @@ impl Service {
         }
         drop(versions);
         self.swapped.notify_one();
-        Ok(Swapped {
+        Ok(SwapReport {
             digest,
             before: digest_before,
             took: began.elapsed(),
         })
     }
 
-    fn unchanged(&self, began: Instant) -> Swapped {
+    fn unchanged(&self, began: Instant) -> SwapReport {
         let digest = self.current().guest.digest().clone();
-        Swapped {
+        SwapReport {
             before: digest.clone(),
             digest,
             took: began.elapsed(),
         }
     }
 
-    fn note(&self, attempt: Attempt, swapped: &Result<&Swapped, &SwapError>) {
+    fn note(&self, attempt: SwapOutcome, swapped: &Result<&SwapReport, &SwapError>) {
         self.swaps[attempt as usize].fetch_add(1, Ordering::Relaxed);
         let service = &*self.name;
         match swapped {
-            Ok(Swapped { digest, .. }) if matches!(attempt, Attempt::Unchanged) => {
+            Ok(SwapReport { digest, .. }) if matches!(attempt, SwapOutcome::Unchanged) => {
                 debug!(
                     service,
                     version = digest.short(),
                     "this version is served already"
                 );
             }
-            Ok(Swapped {
+            Ok(SwapReport {
                 digest,
                 before,
                 took,
@@ -573,7 +575,7 @@ impl Service {
     }
 }
 
-impl Installed {
+impl InstalledVersion {
     fn new(component: Bytes, version: impl FnOnce(&Controller) -> Version) -> Self {
         let controller = Controller::default();
         Self {
@@ -587,7 +589,7 @@ impl Installed {
     }
 
     /// The connections that have ended since it is one of the older ones.
-    fn ended_as_older(&self) -> [u64; KINDS.len()] {
+    fn ended_as_older(&self) -> [u64; OUTCOMES.len()] {
         let ended = self.version.counts.ended();
         std::array::from_fn(|kind| ended[kind] - self.counted_before[kind])
     }

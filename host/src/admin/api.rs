@@ -22,14 +22,14 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tracing::info;
 
-use super::logs::{Logs, Piece};
+use super::log_stream::{LogStream, Piece};
 use super::model;
 use crate::Error;
-use crate::connection::{KINDS, Open};
+use crate::connection::{ConnectionRegistry, OUTCOMES};
 use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
 use crate::listener;
-use crate::service::{Service, Services, SwapError, Swapped, VersionState, VersionStatus};
+use crate::service::{Service, Services, SwapError, SwapReport, VersionState, VersionStatus};
 
 /// The media type of OpenMetrics' text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -60,13 +60,13 @@ const PAGE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'sel
     connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// What an operator sees and works on.
-pub struct Operated {
+pub struct AdminState {
     /// All figures.
     pub registry: Registry,
     /// The services.
     pub services: Services,
     /// The connections of all of them.
-    pub open: Arc<Open>,
+    pub open: Arc<ConnectionRegistry>,
     /// The server's.
     pub lifecycle: Lifecycle,
     /// How many connections may be open.
@@ -74,13 +74,13 @@ pub struct Operated {
     /// What each limit is set to, for each service by its name.
     pub limits: LimitsSet,
     /// What is logged.
-    pub logs: Logs,
+    pub logs: LogStream,
     /// Where to ask for a drain.
     pub drain: mpsc::Sender<()>,
     /// Where to ask for a new process that takes over, with where to say what came of it.
-    pub restarts: mpsc::Sender<oneshot::Sender<Obeyed>>,
+    pub restarts: mpsc::Sender<oneshot::Sender<RestartResult>>,
     /// Where to ask for what is served to be read again, with where to say what came of it.
-    pub reloads: mpsc::Sender<oneshot::Sender<Reloaded>>,
+    pub reloads: mpsc::Sender<oneshot::Sender<ReloadResult>>,
     /// When the server began.
     pub since: SystemTime,
 }
@@ -89,14 +89,14 @@ pub struct Operated {
 pub type LimitsSet = Box<dyn Fn() -> Vec<(String, Vec<(Limit, String)>)> + Send + Sync>;
 
 /// The number of the process that has taken over, or why there is none.
-pub type Obeyed = Result<u32, String>;
+pub type RestartResult = Result<u32, String>;
 
 /// What has changed by a reload, or why nothing has.
-pub type Reloaded = Result<String, Error>;
+pub type ReloadResult = Result<String, Error>;
 
 /// Answers operators.
 pub(super) struct Api {
-    operated: Operated,
+    operated: AdminState,
     began: Instant,
     /// The digest of what an operator has to show. None where nobody else gets here.
     token: Option<[u8; 32]>,
@@ -109,7 +109,7 @@ type Body = UnsyncBoxBody<Bytes, Infallible>;
 type Answer = Response<Body>;
 
 impl Api {
-    pub(super) fn new(operated: Operated, token: Option<&str>) -> Self {
+    pub(super) fn new(operated: AdminState, token: Option<&str>) -> Self {
         Self {
             operated,
             began: Instant::now(),
@@ -273,7 +273,7 @@ impl Api {
                 .into_iter()
                 .map(|limit| model::LimitMet {
                     limit: limit.name().into(),
-                    met: limit.met(),
+                    met: limit.hits(),
                 })
                 .filter(|limit| limit.met > 0)
                 .collect(),
@@ -282,7 +282,7 @@ impl Api {
 
     fn connections(&self) -> Vec<model::Connection> {
         let open = self.operated.open.list();
-        let connection = |entry: &Arc<crate::connection::Entry>| model::Connection {
+        let connection = |entry: &Arc<crate::connection::ConnectionRecord>| model::Connection {
             id: entry.id,
             peer: entry.peer.to_string(),
             service: entry.version.service.to_string(),
@@ -321,7 +321,7 @@ impl Api {
             .map(|limit| model::Limit {
                 limit: limit.name().into(),
                 value: value(limit),
-                met: limit.met(),
+                met: limit.hits(),
             })
             .collect()
     }
@@ -436,7 +436,7 @@ async fn swap(
     request: Request<Incoming>,
     place: OwnedSemaphorePermit,
     takes_long: &AtomicBool,
-) -> Result<Result<Swapped, SwapError>, Answer> {
+) -> Result<Result<SwapReport, SwapError>, Answer> {
     let body = Limited::new(request.into_body(), GUEST_BYTES)
         .collect()
         .await;
@@ -459,7 +459,7 @@ async fn swap(
     Ok(swapped.unwrap_or_else(|error| Err(SwapError::Internal(error.to_string()))))
 }
 
-fn answer_swap(swapped: Result<Swapped, SwapError>) -> Answer {
+fn answer_swap(swapped: Result<SwapReport, SwapError>) -> Answer {
     match swapped {
         Ok(swapped) => json(&model::Swapped {
             digest: swapped.digest.to_string(),
@@ -517,7 +517,7 @@ fn version_status(version: VersionStatus) -> model::Version {
         },
         since: time(version.since),
         open: version.open,
-        ended: KINDS
+        ended: OUTCOMES
             .iter()
             .zip(version.ended)
             .filter(|(_, count)| *count > 0)

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use wasinetd::admin::Address;
+use wasinetd::admin::AdminAddress;
 
 use super::values::{positive, some_duration};
 
@@ -17,7 +17,7 @@ pub(crate) struct CtlArgs {
         value_name = "unix:PATH|127.0.0.1:PORT",
         env = "WASINETD_ADMIN"
     )]
-    pub(crate) admin: Option<Address>,
+    pub(crate) admin: Option<AdminAddress>,
 
     /// The file with the token to show, for a loopback address
     #[arg(

@@ -6,22 +6,22 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum, ValueHint};
 use wasinetd::Error;
-use wasinetd::connection::tls::{self, ClientAuth, Pair, Tls};
-use wasinetd::connection::{Front, Proxy};
-use wasinetd::network::Network;
+use wasinetd::connection::tls::{self, CertificateFiles, ClientAuth, Tls};
+use wasinetd::connection::{Handshake, TrustedProxies};
+use wasinetd::net::Cidr;
 
 use super::values::{positive, some_duration};
 
 /// What is done with a connection before a guest has it. What a guest may take counts from there.
 #[derive(Args)]
 #[command(next_help_heading = "Proxies and TLS")]
-pub(crate) struct FrontArgs {
+pub(crate) struct HandshakeArgs {
     /// Proxies of this network say in a PROXY protocol header, version 1 or 2, whom they speak for;
     /// repeat it for more. Each of their connections has to begin with one, and it is their clients to
     /// whom --allow, --deny and all limits of a source apply. From everyone else no header is taken: it
     /// goes to the guest like any other bytes
     #[arg(long, value_name = "CIDR")]
-    pub(crate) proxy_from: Vec<Network>,
+    pub(crate) proxy_from: Vec<Cidr>,
 
     /// Speak TLS with clients, and show them this certificate, with those that lead from it to one that
     /// they know; repeat it for more, of which each client gets one for the name it asks for, or the
@@ -82,15 +82,15 @@ enum ClientAuthMode {
     Optional,
 }
 
-impl FrontArgs {
+impl HandshakeArgs {
     /// As the connection wants it.
-    pub(crate) fn front(&self, tls: Option<Arc<Tls>>) -> Front {
+    pub(crate) fn front(&self, tls: Option<Arc<Tls>>) -> Handshake {
         let from = self.proxy_from.clone();
-        Front {
-            proxy: (!from.is_empty()).then_some(Proxy { from }),
+        Handshake {
+            proxy: (!from.is_empty()).then_some(TrustedProxies { from }),
             tls,
             timeout: self.handshake_timeout,
-            ..Front::default()
+            ..Handshake::default()
         }
     }
 
@@ -104,7 +104,7 @@ impl FrontArgs {
     /// # Errors
     ///
     /// [`Error::TlsPairs`] when certificates and keys are not as many.
-    pub(crate) fn tls(&self) -> Result<Option<tls::Settings>, Error> {
+    pub(crate) fn tls(&self) -> Result<Option<tls::TlsSettings>, Error> {
         let (certificates, keys) = (self.tls_cert.len(), self.tls_key.len());
         if certificates != keys || self.tls_ocsp.len() > certificates {
             return Err(Error::TlsPairs {
@@ -118,9 +118,9 @@ impl FrontArgs {
         }
         let pairs = self.tls_cert.iter().zip(&self.tls_key).enumerate();
         let clients = self.tls_client_ca.as_ref();
-        Ok(Some(tls::Settings {
+        Ok(Some(tls::TlsSettings {
             pairs: pairs
-                .map(|(place, (certificate, key))| Pair {
+                .map(|(place, (certificate, key))| CertificateFiles {
                     certificate: certificate.clone(),
                     key: key.clone(),
                     ocsp: self.tls_ocsp.get(place).cloned(),

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use wasinetd::connection;
-use wasinetd::listener::{self, Prefix, Rules};
-use wasinetd::network::Network;
+use wasinetd::listener::{self, AdmissionRules, SourcePrefix};
+use wasinetd::net::Cidr;
 use wasinetd::sandbox;
 
 use super::values::{
@@ -17,7 +17,7 @@ use super::values::{
 /// What all guests of a server share.
 #[derive(Args)]
 #[command(next_help_heading = "Limits of all guests")]
-pub(crate) struct SharedLimits {
+pub(crate) struct SharedLimitArgs {
     /// Memory of all guests together, beyond the first 1 MiB of each
     /// [default: half of the machine's, or of the cgroup's]
     #[arg(long, value_name = "SIZE", value_parser = size)]
@@ -28,12 +28,12 @@ pub(crate) struct SharedLimits {
     stack: usize,
 }
 
-impl SharedLimits {
+impl SharedLimitArgs {
     /// As the engine wants them; `memory` is what this machine has, and the guests' limits are `guests`.
     pub(crate) fn limits<'a>(
         &self,
         memory: usize,
-        guests: impl IntoIterator<Item = &'a GuestLimits>,
+        guests: impl IntoIterator<Item = &'a GuestLimitArgs>,
     ) -> sandbox::SharedLimits {
         let guests = guests.into_iter();
         sandbox::SharedLimits {
@@ -47,7 +47,7 @@ impl SharedLimits {
 /// What one guest may use: it is stopped, or refused more.
 #[derive(Args)]
 #[command(next_help_heading = "Limits of a guest")]
-pub(crate) struct GuestLimits {
+pub(crate) struct GuestLimitArgs {
     /// Memories and tables together. Many times what a protocol handler needs, and a hundred that
     /// take it all do not fill a machine
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
@@ -78,10 +78,10 @@ pub(crate) struct GuestLimits {
     max_output: usize,
 }
 
-impl GuestLimits {
+impl GuestLimitArgs {
     /// As the sandbox wants them.
-    pub(crate) fn limits(&self) -> sandbox::Limits {
-        sandbox::Limits {
+    pub(crate) fn limits(&self) -> sandbox::GuestLimits {
+        sandbox::GuestLimits {
             memory: self.max_memory,
             cpu_time: self.cpu_time,
             handles: self.max_handles,
@@ -98,11 +98,11 @@ impl GuestLimits {
 pub(crate) struct AdmissionArgs {
     /// Only clients of this network may connect; repeat it for more
     #[arg(long, value_name = "CIDR")]
-    allow: Vec<Network>,
+    allow: Vec<Cidr>,
 
     /// Clients of this network may not connect, whether allowed or not; repeat it for more
     #[arg(long, value_name = "CIDR")]
-    deny: Vec<Network>,
+    deny: Vec<Cidr>,
 
     /// Connections at once from one source, or off. Behind a proxy all clients are one source
     /// [default: half of --max-connections, so that nobody has them all]
@@ -111,7 +111,7 @@ pub(crate) struct AdmissionArgs {
 
     /// The leading bits of an IPv4 and of an IPv6 address that make a source
     #[arg(long, value_name = "V4,V6", default_value = "32,64")]
-    source_prefix: Prefix,
+    source_prefix: SourcePrefix,
 
     /// Connections begun in a second; further clients wait. Off: the server takes what it can
     #[arg(long, value_name = "N", default_value = "off", value_parser = positive_or_off, allow_hyphen_values = true)]
@@ -132,7 +132,7 @@ pub(crate) struct AdmissionArgs {
 
 impl AdmissionArgs {
     /// As the listener wants them, for so many connections at once.
-    pub(crate) fn rules(&self, max_connections: usize) -> Rules {
+    pub(crate) fn rules(&self, max_connections: usize) -> AdmissionRules {
         let per_source = match self.max_connections_per_source {
             Some(OrOff(most)) => most,
             None => Some(max_connections.div_ceil(2)),
@@ -141,7 +141,7 @@ impl AdmissionArgs {
             rate.map(|rate| u32::try_from(rate).unwrap_or(u32::MAX))
                 .and_then(NonZeroU32::new)
         };
-        Rules {
+        AdmissionRules {
             proxies: Vec::new(),
             allow: self.allow.clone(),
             deny: self.deny.clone(),
@@ -171,7 +171,7 @@ enum WhenFull {
 /// What one connection may take: it is reset. `off` is no limit.
 #[derive(Args)]
 #[command(next_help_heading = "Limits of a connection")]
-pub(crate) struct ConnectionLimits {
+pub(crate) struct ConnectionLimitArgs {
     /// Time without a byte either way. Longer than a person thinks about an answer
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration_or_off)]
     pub(super) idle_timeout: OrOff<Duration>,
@@ -204,10 +204,10 @@ pub(crate) struct ConnectionLimits {
     pub(super) max_bytes_out: OrOff<usize>,
 }
 
-impl ConnectionLimits {
+impl ConnectionLimitArgs {
     /// As the connection wants them.
-    pub(crate) fn limits(&self) -> connection::Limits {
-        connection::Limits {
+    pub(crate) fn limits(&self) -> connection::ConnectionLimits {
+        connection::ConnectionLimits {
             idle: self.idle_timeout.0,
             first_byte: self.first_byte_timeout.0,
             write: self.write_timeout.0,

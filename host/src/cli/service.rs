@@ -7,14 +7,14 @@ use bytes::Bytes;
 use clap::{Args, Parser, ValueEnum, ValueHint};
 use wasinetd::limit::Limit;
 use wasinetd::listener;
-use wasinetd::network::Network;
+use wasinetd::net::unix_socket_file::{SocketMode, SocketOwner, SocketPermissions};
+use wasinetd::net::{Cidr, ListenAddress};
 use wasinetd::sandbox::{self, Access, Destination, DirGrant};
 use wasinetd::service::Probe;
-use wasinetd::unix::{Mode, Owner, Permissions};
 
 use super::NAME_VALUE;
-use super::front::FrontArgs;
-use super::limits::{AdmissionArgs, ConnectionLimits, GuestLimits};
+use super::front::HandshakeArgs;
+use super::limits::{AdmissionArgs, ConnectionLimitArgs, GuestLimitArgs};
 use super::values::{
     OrOff, backlog, directory, duration_or_off, escaped, positive, server_name, service_name,
     size_text, some_duration, variable,
@@ -27,7 +27,7 @@ pub(crate) struct ServiceArgs {
     /// name; repeat it for more. Port 0 takes any free port
     /// [default: all sockets that systemd passes, or 127.0.0.1:7878]
     #[arg(long, value_name = "IP:PORT|unix:PATH|fd:NAME")]
-    pub(crate) listen: Vec<listener::Address>,
+    pub(crate) listen: Vec<ListenAddress>,
 
     #[command(flatten)]
     pub(crate) sockets: SocketArgs,
@@ -61,13 +61,13 @@ pub(crate) struct ServiceArgs {
     pub(crate) admission: AdmissionArgs,
 
     #[command(flatten)]
-    pub(crate) guest_limits: GuestLimits,
+    pub(crate) guest_limits: GuestLimitArgs,
 
     #[command(flatten)]
-    pub(crate) connection_limits: ConnectionLimits,
+    pub(crate) connection_limits: ConnectionLimitArgs,
 
     #[command(flatten)]
-    pub(crate) front: FrontArgs,
+    pub(crate) front: HandshakeArgs,
 
     #[command(flatten)]
     pub(crate) swap: SwapArgs,
@@ -114,11 +114,11 @@ impl ServiceArgs {
         let time_or_off = |or_off: OrOff<Duration>| or_off.0.map_or_else(off, time);
         let size_or_off = |or_off: OrOff<usize>| or_off.0.map_or_else(off, size_text);
         let rate_or_off = |rate: OrOff<usize>| rate.0.map_or_else(off, |rate| rate.to_string());
-        let many = |networks: &[Network], none: &str| match networks {
+        let many = |networks: &[Cidr], none: &str| match networks {
             [] => none.to_string(),
             some => some
                 .iter()
-                .map(Network::to_string)
+                .map(Cidr::to_string)
                 .collect::<Vec<_>>()
                 .join(","),
         };
@@ -163,12 +163,12 @@ impl ServiceArgs {
     }
 
     /// How to listen.
-    pub(crate) fn socket_settings(&self) -> listener::Settings {
-        listener::Settings {
+    pub(crate) fn socket_settings(&self) -> listener::SocketSettings {
+        listener::SocketSettings {
             backlog: self.sockets.backlog,
             reuse_port: self.sockets.reuse_port,
             keepalive: self.connection_limits.keepalive.0,
-            permissions: Permissions {
+            permissions: SocketPermissions {
                 mode: self.sockets.unix_mode,
                 owner: self.sockets.unix_owner.unwrap_or_default(),
             },
@@ -208,12 +208,12 @@ pub(crate) struct SocketArgs {
 
     /// The mode of Unix sockets, whatever the umask is: who may write to one may connect
     #[arg(long, value_name = "MODE", default_value = "0660")]
-    unix_mode: Mode,
+    unix_mode: SocketMode,
 
     /// The user and the group that Unix sockets are given to, by name or number
     /// [default: those of wasinetd]
     #[arg(long, value_name = "USER|USER:GROUP|:GROUP")]
-    unix_owner: Option<Owner>,
+    unix_owner: Option<SocketOwner>,
 }
 
 /// How a new version of the guest takes the place of the one that is served, after SIGHUP, `ctl swap`,

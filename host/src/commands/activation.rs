@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use sd_notify::listen_fds_with_names;
 use wasinetd::Error;
-use wasinetd::listener::Address;
+use wasinetd::net::ListenAddress;
 
 use super::internal;
 
@@ -13,13 +13,13 @@ pub(super) const VARIABLES: [&str; 3] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDN
 
 /// The sockets that were passed, and who has asked for them.
 #[derive(Default)]
-pub(super) struct Passed {
+pub(super) struct PassedSockets {
     sockets: Vec<(String, OwnedFd)>,
     /// The names that there were.
     names: Vec<String>,
 }
 
-impl Passed {
+impl PassedSockets {
     /// Takes them. To be called once, first of all.
     pub(super) fn take() -> Result<Self, Error> {
         let stage = "taking over the sockets of LISTEN_FDS";
@@ -41,9 +41,11 @@ impl Passed {
     }
 
     /// The addresses of all of them.
-    pub(super) fn addresses(&self) -> Vec<Address> {
+    pub(super) fn addresses(&self) -> Vec<ListenAddress> {
         let names = self.names.iter();
-        names.map(|name| Address::Passed(name.clone())).collect()
+        names
+            .map(|name| ListenAddress::Passed(name.clone()))
+            .collect()
     }
 
     /// The sockets of this name, or number.
@@ -58,7 +60,7 @@ impl Passed {
         let asked: Vec<(String, OwnedFd)> = asked;
         if asked.is_empty() {
             return Err(Error::Passed {
-                address: Address::Passed(name.into()),
+                address: ListenAddress::Passed(name.into()),
                 reason: self.missing(),
             });
         }

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use wasinetd::Error;
 use wasinetd::capacity::{self, Plan};
 use wasinetd::config::{Mistake, Mistakes};
-use wasinetd::sandbox::{Engine, Grants, Guest, Needs, Report};
+use wasinetd::sandbox::{Engine, Grants, Guest, Report, Requirements};
 use wasinetd::service::Service;
 
-use super::configured::{Checked, Configured, check_all, needs};
+use super::configured::{LoadedService, ResolvedConfig, load_all, requirements};
 use super::{fleet, read, refused, required_cache};
 use crate::cli::{CheckArgs, CompileArgs};
 
@@ -28,7 +28,7 @@ pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode, Error> {
 
 fn check_guest(args: &CheckArgs, guest: &Path) -> Result<ExitCode, Error> {
     let component = read(guest)?;
-    let needs = Needs::of(&component).map_err(refused(guest))?;
+    let needs = Requirements::of(&component).map_err(refused(guest))?;
     let limits = args.guest_limits.limits();
     needs.fit(&limits).map_err(refused(guest))?;
     let shared = [&args.guest_limits];
@@ -58,19 +58,19 @@ fn check_guest(args: &CheckArgs, guest: &Path) -> Result<ExitCode, Error> {
 /// Says whether `serve` would take a config file: all of it, up to an instance of each guest and its
 /// probe. Addresses are not looked at: they may be those of the server that runs.
 fn check_config(path: &Path) -> Result<ExitCode, Error> {
-    let configured = Configured::of_file(path)?;
-    let checked = check_all(configured.services, Some(path), HashMap::new())?;
+    let configured = ResolvedConfig::of_file(path)?;
+    let checked = load_all(configured.services, Some(path), HashMap::new())?;
     let guests = checked.iter().map(|one| &one.spec.args.guest_limits);
     let shared = configured.server.shared_limits;
     let shared = shared.limits(capacity::memory(), guests);
-    let (needs, files) = needs(&checked);
+    let (needs, files) = requirements(&checked);
     let plan = Plan::new(&needs, shared.stack, files);
     let fits = plan.max_connections(configured.max_connections)?;
     let engine = Engine::new(plan.room(1), &needs, shared, None)?;
     let mut mistakes = Vec::new();
     let mut stdout = io::stdout().lock();
     let mut accepted = Vec::new();
-    for Checked {
+    for LoadedService {
         spec,
         component,
         grants,
@@ -162,7 +162,7 @@ pub(crate) fn compile(args: &CompileArgs) -> Result<ExitCode, Error> {
     let mut stdout = io::stdout().lock();
     for path in &args.guests {
         let component = read(path)?;
-        let needs = Needs::of(&component).map_err(refused(path))?;
+        let needs = Requirements::of(&component).map_err(refused(path))?;
         needs.fit(&limits).map_err(refused(path))?;
         let plan = Plan::new(&needs, shared.stack, limits.open_files);
         let cache = required_cache(&args.cache)?;

@@ -14,31 +14,31 @@ use clap::{Arg, ArgAction, CommandFactory, Parser, ValueHint};
 use wasinetd::Error;
 use wasinetd::config::{self, Files, Key, Mistake, Mistakes, Setting, Table, Takes};
 use wasinetd::connection::tls::Tls;
-use wasinetd::listener::Address;
-use wasinetd::sandbox::{Access, Grants, Needs};
+use wasinetd::net::ListenAddress;
+use wasinetd::sandbox::{Access, Grants, Requirements};
 
 use super::successor::Guest;
 use super::{read, refused};
 use crate::cli::{
     NAME_VALUE, ServeArgs, ServerArgs, ServerTable, ServiceArgs, ServiceTable, UNIX_PATH,
 };
-use agree::Among;
+use agree::Validation;
 
 /// The service of a server that is started without a config file.
 const ONLY_SERVICE: &str = "default";
 
 /// What is to be served.
-pub(super) struct Configured {
+pub(super) struct ResolvedConfig {
     pub(super) server: ServerArgs,
     /// What the config file says of the server.
     pub(super) server_table: Table,
     /// Connections of all services at once.
     pub(super) max_connections: Option<usize>,
-    pub(super) services: Vec<Spec>,
+    pub(super) services: Vec<ServiceSpec>,
 }
 
 /// A service as it is to be.
-pub(super) struct Spec {
+pub(super) struct ServiceSpec {
     pub(super) name: String,
     pub(super) guest: PathBuf,
     /// The service whose clients it has, of these names for the server.
@@ -48,7 +48,7 @@ pub(super) struct Spec {
     pub(super) table: Table,
 }
 
-impl Spec {
+impl ServiceSpec {
     /// Where the config file has this key, or the service.
     pub(super) fn line(&self, key: &str) -> usize {
         let setting = self.table.get(key);
@@ -57,18 +57,21 @@ impl Spec {
 }
 
 /// A service whose guest and directories are there.
-pub(super) struct Checked {
-    pub(super) spec: Spec,
+pub(super) struct LoadedService {
+    pub(super) spec: ServiceSpec,
     pub(super) component: Bytes,
-    pub(super) needs: Needs,
+    pub(super) needs: Requirements,
     pub(super) grants: Grants,
     pub(super) tls: Option<Arc<Tls>>,
 }
 
-impl Configured {
+impl ResolvedConfig {
     /// What the arguments say, or the file that they name. Without either it is listened at the `usual`
     /// addresses.
-    pub(super) fn of(args: ServeArgs, usual: impl FnOnce() -> Vec<Address>) -> Result<Self, Error> {
+    pub(super) fn of(
+        args: ServeArgs,
+        usual: impl FnOnce() -> Vec<ListenAddress>,
+    ) -> Result<Self, Error> {
         match (args.config, args.guest) {
             (Some(path), _) => Self::of_file(&path),
             (None, Some(guest)) => {
@@ -80,7 +83,7 @@ impl Configured {
                     server: args.server,
                     server_table: Table::default(),
                     max_connections: service.max_connections,
-                    services: vec![Spec {
+                    services: vec![ServiceSpec {
                         name: ONLY_SERVICE.into(),
                         guest,
                         behind: None,
@@ -106,15 +109,15 @@ impl Configured {
         let base = path.parent().unwrap_or(Path::new(""));
         let (server, service) = (ServerTable::command(), ServiceTable::command());
         let (file, mut mistakes) = config::read(&text, base, &keys(&server), &keys(&service));
-        let server = parsed::<ServerTable>(&server, &file.server, &mut mistakes);
+        let server = parse_table::<ServerTable>(&server, &file.server, &mut mistakes);
         let tables = file.services.iter();
         let named = tables.filter_map(|table| table.get("name")?.values.first().cloned());
         let named: HashSet<String> = named.collect();
         let tables = file.services.into_iter();
-        let services: Vec<Spec> = tables
+        let services: Vec<ServiceSpec> = tables
             .filter_map(|table| {
-                let parsed = parsed::<ServiceTable>(&service, &table, &mut mistakes)?;
-                Some(Spec {
+                let parsed = parse_table::<ServiceTable>(&service, &table, &mut mistakes)?;
+                Some(ServiceSpec {
                     name: parsed.name,
                     guest: parsed.guest,
                     behind: parsed.behind.map(|other| (other, parsed.server_name)),
@@ -123,12 +126,12 @@ impl Configured {
                 })
             })
             .collect();
-        let among = Among {
+        let among = Validation {
             services: &services,
             named: &named,
             server: server.as_ref(),
         };
-        among.agree(&mut mistakes);
+        among.validate(&mut mistakes);
         if mistakes.is_empty() && services.is_empty() {
             mistakes.push(Mistake {
                 line: 1,
@@ -150,11 +153,11 @@ impl Configured {
 
 /// Reads the guests of `services` and opens their directories, with the components that are `known`
 /// already instead of those in files. All that is wrong is told at once where there is a config file.
-pub(super) fn check_all(
-    services: Vec<Spec>,
+pub(super) fn load_all(
+    services: Vec<ServiceSpec>,
     config: Option<&Path>,
     mut known: HashMap<Guest, Vec<u8>>,
-) -> Result<Vec<Checked>, Error> {
+) -> Result<Vec<LoadedService>, Error> {
     let mut checked = Vec::new();
     let mut mistakes = Vec::new();
     for spec in services {
@@ -166,7 +169,7 @@ pub(super) fn check_all(
         let grants = grants(&spec);
         let tls = tls(&spec).map_err(|error| ("tls-cert", error));
         match (guest, grants, tls) {
-            (Ok((component, needs)), Ok(grants), Ok(tls)) => checked.push(Checked {
+            (Ok((component, needs)), Ok(grants), Ok(tls)) => checked.push(LoadedService {
                 spec,
                 component,
                 needs,
@@ -193,24 +196,24 @@ pub(super) fn check_all(
     }
 }
 
-fn guest(spec: &Spec, component: Option<Vec<u8>>) -> Result<(Bytes, Needs), Error> {
+fn guest(spec: &ServiceSpec, component: Option<Vec<u8>>) -> Result<(Bytes, Requirements), Error> {
     let component = match component {
         Some(component) => component,
         None => read(&spec.guest)?,
     };
-    let needs = Needs::of(&component).map_err(refused(&spec.guest))?;
+    let needs = Requirements::of(&component).map_err(refused(&spec.guest))?;
     let limits = spec.args.guest_limits.limits();
     needs.fit(&limits).map_err(refused(&spec.guest))?;
     Ok((component.into(), needs))
 }
 
-fn tls(spec: &Spec) -> Result<Option<Arc<Tls>>, Error> {
+fn tls(spec: &ServiceSpec) -> Result<Option<Arc<Tls>>, Error> {
     let settings = spec.args.front.tls()?;
     Ok(settings.map(Tls::new).transpose()?.map(Arc::new))
 }
 
 /// Fails with the key that is wrong.
-fn grants(spec: &Spec) -> Result<Grants, (&'static str, Error)> {
+fn grants(spec: &ServiceSpec) -> Result<Grants, (&'static str, Error)> {
     let grants = Grants::new(&spec.args.directories(), spec.args.env.clone());
     let grants = grants.map_err(|(grant, reason)| {
         let (key, flag) = match grant.access {
@@ -267,7 +270,11 @@ fn takes(arg: &Arg) -> Takes {
 
 /// A table as the command line would have it: the same types, and the same checks. None when something
 /// is wrong, which is added to `mistakes`.
-fn parsed<T: Parser>(command: &Command, table: &Table, mistakes: &mut Vec<Mistake>) -> Option<T> {
+fn parse_table<T: Parser>(
+    command: &Command,
+    table: &Table,
+    mistakes: &mut Vec<Mistake>,
+) -> Option<T> {
     let before = mistakes.len();
     for setting in &table.settings {
         // One by one, so that one that is wrong does not hide the others.
@@ -363,9 +370,9 @@ fn first_line(error: &clap::Error) -> String {
 }
 
 /// What an instance of any of them takes out of a pool, and how many files it can have open.
-pub(super) fn needs(services: &[Checked]) -> (Needs, usize) {
+pub(super) fn requirements(services: &[LoadedService]) -> (Requirements, usize) {
     let needs = services.iter().map(|one| one.needs);
-    let needs = needs.fold(Needs::default(), |all, one| all.or(&one));
+    let needs = needs.fold(Requirements::default(), |all, one| all.or(&one));
     let files = services.iter().map(|one| {
         let args = &one.spec.args;
         let opens = !args.directories().is_empty() || !args.network.allow_connect.is_empty();

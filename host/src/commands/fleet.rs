@@ -12,33 +12,34 @@ use tokio::sync::Semaphore;
 use tracing::warn;
 use wasinetd::Error;
 use wasinetd::connection::tls::Tls;
-use wasinetd::connection::{Front, Open};
+use wasinetd::connection::{ConnectionRegistry, Handshake};
 use wasinetd::lifecycle::{Controller, Lifecycle};
 use wasinetd::limit::Limit;
-use wasinetd::listener::{Address, Bound, Incoming, Joining, Listening};
+use wasinetd::listener::{BoundSockets, Incoming, ListeningSockets, MergeHandle};
+use wasinetd::net::ListenAddress;
 use wasinetd::sandbox::{Engine, Grants, SharedLimits};
-use wasinetd::service::{Route, Service, Services, Settings};
-use wasinetd::spans::Spans;
+use wasinetd::service::{Service, ServiceSettings, Services, SniRoute};
+use wasinetd::telemetry::spans::SpanSender;
 
-use super::activation::Passed;
-use super::configured::Spec;
-use super::successor::{Inherited, Served, Socket};
+use super::activation::PassedSockets;
+use super::configured::ServiceSpec;
+use super::successor::{HandedOver, HandedOverSocket, InheritedFds};
 use crate::cli::{Dispatch, ServiceArgs};
-use doors::{Accepting, Port};
-pub(super) use reload::{Changes, NotChanged, Ready};
+use doors::{AcceptPolicy, Endpoint};
+pub(super) use reload::{AppliedChanges, ApplyError, ReadyService};
 
 /// What the threads of one kind of dispatch are given.
-pub(super) struct Threads {
+pub(super) struct ShardGroup {
     pub(super) dispatch: Dispatch,
     pub(super) handles: Vec<Handle>,
-    pub(super) joining: Vec<Joining<Incoming<Arc<Route>>>>,
+    pub(super) joining: Vec<MergeHandle<Incoming<Arc<SniRoute>>>>,
 }
 
 /// What all services share.
-pub(super) struct Shared {
+pub(super) struct SharedResources {
     pub(super) engine: Engine,
-    pub(super) open: Arc<Open>,
-    pub(super) spans: Option<Arc<Spans>>,
+    pub(super) open: Arc<ConnectionRegistry>,
+    pub(super) spans: Option<Arc<SpanSender>>,
     pub(super) limits: SharedLimits,
     /// The places for connections.
     pub(super) places: Arc<Semaphore>,
@@ -46,7 +47,7 @@ pub(super) struct Shared {
     pub(super) drain_timeout: Duration,
 }
 
-impl Shared {
+impl SharedResources {
     /// The connections that a service may have at once.
     fn most(&self, args: &ServiceArgs) -> usize {
         let most = args.max_connections.unwrap_or(self.max_connections);
@@ -55,55 +56,57 @@ impl Shared {
 }
 
 /// The services that are served.
-pub(super) struct Fleet {
-    shared: Shared,
+pub(super) struct Supervisor {
+    shared: SharedResources,
     services: Services,
-    state: Mutex<State>,
+    state: Mutex<SupervisorState>,
 }
 
-struct State {
+struct SupervisorState {
     /// None when there are to be no new connections any more.
-    threads: Option<Vec<Threads>>,
-    running: Vec<Running>,
+    threads: Option<Vec<ShardGroup>>,
+    running: Vec<RunningService>,
     /// Of those that are no more in the config file, and still have connections.
     leaving: Vec<Arc<Controller>>,
-    closing: Vec<Closing>,
+    closing: Vec<DrainingEndpoint>,
 }
 
 /// An address that nobody listens at any more, where the last clients are accepted.
-struct Closing {
-    asked: Address,
+struct DrainingEndpoint {
+    asked: ListenAddress,
     controller: Arc<Controller>,
 }
 
 /// A service that is served.
-struct Running {
-    spec: Spec,
+struct RunningService {
+    spec: ServiceSpec,
     service: Arc<Service>,
     /// What its clients are led by.
-    route: Arc<Route>,
+    route: Arc<SniRoute>,
     tls: Option<Arc<Tls>>,
     grants: Grants,
-    accepting: Accepting,
+    accepting: AcceptPolicy,
     controller: Arc<Controller>,
-    ports: Vec<Port>,
+    ports: Vec<Endpoint>,
 }
 
 /// The addresses that `spec` asks for, ours and not yet listened at.
 pub(super) fn bind(
-    spec: &Spec,
+    spec: &ServiceSpec,
     shards: usize,
-    inherited: &mut Inherited,
-    passed: &mut Passed,
-) -> Result<Vec<(Address, Bound)>, Error> {
+    inherited: &mut InheritedFds,
+    passed: &mut PassedSockets,
+) -> Result<Vec<(ListenAddress, BoundSockets)>, Error> {
     let settings = spec.args.socket_settings();
     let mut all = Vec::new();
     for address in &spec.args.listen {
         let (sockets, file) = inherited.sockets(&spec.name, address);
         let bound = match address {
-            _ if !sockets.is_empty() => Bound::adopt(address, sockets, file, &settings)?,
-            Address::Passed(name) => Bound::passed(address, passed.sockets(name)?, &settings)?,
-            _ => vec![Bound::new(address, shards, &settings)?],
+            _ if !sockets.is_empty() => BoundSockets::adopt(address, sockets, file, &settings)?,
+            ListenAddress::Passed(name) => {
+                BoundSockets::passed(address, passed.sockets(name)?, &settings)?
+            }
+            _ => vec![BoundSockets::new(address, shards, &settings)?],
         };
         all.extend(bound.into_iter().map(|bound| (address.clone(), bound)));
     }
@@ -112,7 +115,7 @@ pub(super) fn bind(
 
 /// What has changed of a service.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Change {
+pub(super) enum FileChange {
     /// Its guest's file.
     Guest(String),
     /// A file of TLS.
@@ -120,18 +123,22 @@ pub(super) enum Change {
 }
 
 /// The files of a service that are to be watched. Those of TLS always are: certificates expire.
-pub(super) fn watched(spec: &Spec, tls: Option<&Tls>) -> Vec<(Change, PathBuf)> {
-    let guest = || (Change::Guest(spec.name.clone()), spec.guest.clone());
+pub(super) fn watched(spec: &ServiceSpec, tls: Option<&Tls>) -> Vec<(FileChange, PathBuf)> {
+    let guest = || (FileChange::Guest(spec.name.clone()), spec.guest.clone());
     let mut watched: Vec<_> = spec.args.swap.watch.then(guest).into_iter().collect();
     for file in tls.into_iter().flat_map(Tls::files) {
-        watched.push((Change::Tls(spec.name.clone()), file));
+        watched.push((FileChange::Tls(spec.name.clone()), file));
     }
     watched
 }
 
 /// What a service is made within.
-pub(super) fn settings(spec: &Spec, grants: Grants, spans: Option<Arc<Spans>>) -> Settings {
-    Settings {
+pub(super) fn settings(
+    spec: &ServiceSpec,
+    grants: Grants,
+    spans: Option<Arc<SpanSender>>,
+) -> ServiceSettings {
+    ServiceSettings {
         name: spec.name.clone(),
         limits: spec.args.connection_limits.limits(),
         sandbox: spec.args.guest_limits.limits(),
@@ -142,18 +149,18 @@ pub(super) fn settings(spec: &Spec, grants: Grants, spans: Option<Arc<Spans>>) -
     }
 }
 
-impl Fleet {
+impl Supervisor {
     /// Serves `ready` with `threads`. To be called within the runtime that looks after the services.
     pub(super) fn new(
-        shared: Shared,
-        threads: Vec<Threads>,
+        shared: SharedResources,
+        threads: Vec<ShardGroup>,
         services: Services,
-        ready: Vec<Ready>,
+        ready: Vec<ReadyService>,
     ) -> Result<Self, Error> {
         let fleet = Self {
             shared,
             services,
-            state: Mutex::new(State {
+            state: Mutex::new(SupervisorState {
                 threads: Some(threads),
                 running: Vec::new(),
                 leaving: Vec::new(),
@@ -164,12 +171,12 @@ impl Fleet {
         Ok(fleet)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, SupervisorState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where clients can connect to, and the services that they come to there.
-    pub(super) fn addresses(&self) -> Vec<(String, Address)> {
+    pub(super) fn addresses(&self) -> Vec<(String, ListenAddress)> {
         let state = self.state();
         let running = state.running.iter();
         let addresses = running.flat_map(|running| {
@@ -193,7 +200,7 @@ impl Fleet {
 
     /// The sockets that are listened at, and the components that are served. None is swapped until it is
     /// dropped.
-    pub(super) async fn to_hand_over(&self) -> std::io::Result<Served> {
+    pub(super) async fn to_hand_over(&self) -> std::io::Result<HandedOver> {
         let services: Vec<_> = {
             let state = self.state();
             let services = state.running.iter();
@@ -201,10 +208,10 @@ impl Fleet {
         };
         let mut turns = Vec::new();
         for service in services {
-            turns.push(service.turn().await);
+            turns.push(service.lock_swaps().await);
         }
         let state = self.state();
-        let mut served = Served {
+        let mut served = HandedOver {
             _turns: turns,
             sockets: Vec::new(),
             guests: Vec::new(),
@@ -215,7 +222,7 @@ impl Fleet {
             served.guests.push((name.clone(), guest.clone(), component));
             for port in &running.ports {
                 for socket in port.listening.try_clone_sockets()? {
-                    served.sockets.push(Socket {
+                    served.sockets.push(HandedOverSocket {
                         service: name.clone(),
                         asked: port.asked.clone(),
                         listening: port.listening.clone(),
@@ -242,7 +249,7 @@ impl Fleet {
     }
 
     /// The files that are to be watched.
-    pub(super) fn watched(&self) -> Vec<(Change, PathBuf)> {
+    pub(super) fn watched(&self) -> Vec<(FileChange, PathBuf)> {
         let state = self.state();
         let services = state.running.iter();
         services
@@ -261,7 +268,7 @@ impl Fleet {
     /// What each limit is set to, for each service.
     pub(super) fn limits(&self) -> Vec<(String, Vec<(Limit, String)>)> {
         let state = self.state();
-        let limits = |one: &Running| {
+        let limits = |one: &RunningService| {
             let args = &one.spec.args;
             (
                 one.spec.name.clone(),
@@ -286,7 +293,7 @@ impl Fleet {
     }
 
     /// Has all services drain. Another process goes on at those addresses.
-    pub(super) fn drain(&self, is_handed_over: impl Fn(&Arc<Listening>) -> bool) {
+    pub(super) fn drain(&self, is_handed_over: impl Fn(&Arc<ListeningSockets>) -> bool) {
         let mut state = self.state();
         let state = &mut *state;
         state.threads = None;
@@ -298,7 +305,7 @@ impl Fleet {
                     true => drop(port.controller.hand_over()),
                     false => port.controller.drain(),
                 }
-                state.closing.push(Closing {
+                state.closing.push(DrainingEndpoint {
                     asked: port.asked,
                     controller: port.controller,
                 });
@@ -315,10 +322,10 @@ fn route(
     tls: &Option<Arc<Tls>>,
     controller: &Controller,
     service: &Arc<Service>,
-) -> Arc<Route> {
-    let front = Front {
+) -> Arc<SniRoute> {
+    let front = Handshake {
         lifecycle: Some(controller.lifecycle()),
         ..args.front.front(tls.clone())
     };
-    Arc::new(Route::new(front, service.clone()))
+    Arc::new(SniRoute::new(front, service.clone()))
 }

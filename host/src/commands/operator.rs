@@ -10,28 +10,28 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tracing::{info, warn};
 use wasinetd::Error;
-use wasinetd::admin::{Admin, Obeyed, Reloaded};
+use wasinetd::admin::{Admin, ReloadResult, RestartResult};
 use wasinetd::config::Table;
 use wasinetd::lifecycle::Controller;
 
-use super::configured::{Checked, Configured, check_all, wrong};
-use super::fleet::{Change, Changes, Fleet, NotChanged, watched};
+use super::configured::{LoadedService, ResolvedConfig, load_all, wrong};
+use super::fleet::{AppliedChanges, ApplyError, FileChange, Supervisor, watched};
 use super::read;
-use super::successor::Handover;
-use super::supervisor::Supervisor;
-use super::watch::Watched;
+use super::successor::Upgrade;
+use super::supervisor::ServiceManager;
+use super::watch::FileWatcher;
 
 /// What it is done with.
-pub(super) struct Operator<'a> {
-    pub(super) supervisor: &'a Supervisor,
-    pub(super) fleet: &'a Fleet,
+pub(super) struct ControlLoop<'a> {
+    pub(super) supervisor: &'a ServiceManager,
+    pub(super) fleet: &'a Supervisor,
     /// The config file, with what it says of the server, which only a new process follows.
     pub(super) config: Option<(PathBuf, Table)>,
     pub(super) controller: &'a Controller,
     pub(super) admin: Option<&'a Admin>,
     pub(super) drain: mpsc::Sender<()>,
     /// Those who watch files are told by it.
-    pub(super) files: mpsc::Sender<Files>,
+    pub(super) files: mpsc::Sender<WatchRequest>,
     /// Reloads that wait for their turn.
     pub(super) waiting: AtomicUsize,
     /// Whose turn it is to reload or to hand over: a successor serves what this one has served.
@@ -39,9 +39,12 @@ pub(super) struct Operator<'a> {
 }
 
 /// What is to be done about the files that are watched.
-pub(super) enum Files {
+pub(super) enum WatchRequest {
     /// Watch these as well, or say why that cannot be.
-    Add(Vec<(Change, PathBuf)>, oneshot::Sender<Result<(), Error>>),
+    Add(
+        Vec<(FileChange, PathBuf)>,
+        oneshot::Sender<Result<(), Error>>,
+    ),
     /// Watch those of the services that there are by now, and look at all once more: they may have changed
     /// since they were read.
     Reloaded,
@@ -49,11 +52,11 @@ pub(super) enum Files {
     Settle(oneshot::Sender<()>),
 }
 
-impl Operator<'_> {
+impl ControlLoop<'_> {
     /// Serves what the files say by now, at each item, and says what came of it, until the server drains.
     pub(super) async fn reload(
         &self,
-        reloads: impl Stream<Item = Option<oneshot::Sender<Reloaded>>>,
+        reloads: impl Stream<Item = Option<oneshot::Sender<ReloadResult>>>,
     ) {
         let reloading = async {
             let mut reloads = pin!(reloads);
@@ -81,30 +84,30 @@ impl Operator<'_> {
     /// they have changed that are to be watched.
     pub(super) async fn follow_files(
         &self,
-        mut watched: Watched<Change>,
-        mut asked: mpsc::Receiver<Files>,
+        mut watched: FileWatcher<FileChange>,
+        mut asked: mpsc::Receiver<WatchRequest>,
     ) {
         let following = async {
             loop {
                 let (changes, settled) = tokio::select! {
                     change = watched.next() => (vec![change], None),
                     Some(asked) = asked.recv() => match asked {
-                        Files::Add(files, done) => {
+                        WatchRequest::Add(files, done) => {
                             // Whoever asked may have gone.
                             let _ = done.send(watched.add(files));
                             continue;
                         }
-                        Files::Reloaded => {
+                        WatchRequest::Reloaded => {
                             watched.keep(&self.fleet.watched());
                             (watched.all(), None)
                         }
-                        Files::Settle(done) => (watched.changed_by_now(), Some(done)),
+                        WatchRequest::Settle(done) => (watched.changed_by_now(), Some(done)),
                     }
                 };
                 for change in changes {
                     match change {
-                        Change::Guest(name) => self.swap_from_file(&name).await,
-                        Change::Tls(name) => self.read_certificates(Some(&name)).await,
+                        FileChange::Guest(name) => self.swap_from_file(&name).await,
+                        FileChange::Tls(name) => self.read_certificates(Some(&name)).await,
                     }
                 }
                 if let Some(settled) = settled {
@@ -116,19 +119,22 @@ impl Operator<'_> {
     }
 
     /// Has files watched that are not yet.
-    async fn watch(&self, services: &[Checked]) -> Result<(), Error> {
+    async fn watch(&self, services: &[LoadedService]) -> Result<(), Error> {
         let files = services.iter();
         let files = files.flat_map(|one| watched(&one.spec, one.tls.as_deref()));
         let (done, answer) = oneshot::channel();
         // Nobody is there when the server drains, and then nothing else comes of it either.
-        let _ = self.files.send(Files::Add(files.collect(), done)).await;
+        let _ = self
+            .files
+            .send(WatchRequest::Add(files.collect(), done))
+            .await;
         answer.await.unwrap_or(Ok(()))
     }
 
     /// Serves what files have that have changed already.
     async fn settle(&self) {
         let (done, settled) = oneshot::channel();
-        let _ = self.files.send(Files::Settle(done)).await;
+        let _ = self.files.send(WatchRequest::Settle(done)).await;
         // As above.
         let _ = settled.await;
     }
@@ -142,12 +148,12 @@ impl Operator<'_> {
         }
     }
 
-    async fn read_again(&self) -> Reloaded {
+    async fn read_again(&self) -> ReloadResult {
         match &self.config {
             Some((path, table)) => {
                 let changes = self.follow_config(path.clone(), table).await?;
                 self.read_certificates(None).await;
-                let _ = self.files.send(Files::Reloaded).await;
+                let _ = self.files.send(WatchRequest::Reloaded).await;
                 Ok(changes)
             }
             None => {
@@ -168,10 +174,10 @@ impl Operator<'_> {
         let failed = |error| super::internal("reading the config file")(error);
         let (server, services) = reading.await.map_err(failed)??;
         self.watch(&services).await?;
-        let changes = self.fleet.turn_into(services).await;
+        let changes = self.fleet.apply_config(services).await;
         let changes = changes.map_err(|not_changed| match not_changed {
-            NotChanged::Mistakes(mistakes) => wrong(&path, mistakes),
-            NotChanged::Error(error) => error,
+            ApplyError::Mistakes(mistakes) => wrong(&path, mistakes),
+            ApplyError::Error(error) => error,
         })?;
         let mut text = described(&changes);
         if !server.same_but(before, &[]) {
@@ -204,7 +210,7 @@ impl Operator<'_> {
     }
 
     /// Swaps a service to what its guest's file has.
-    async fn swap(&self, name: &str) -> Reloaded {
+    async fn swap(&self, name: &str) -> ReloadResult {
         let Some((service, file)) = self.fleet.guest_of(name) else {
             // Only a reload removes services, and this is called by one, or for files of a service.
             return Ok(format!("{name} is gone"));
@@ -225,8 +231,8 @@ impl Operator<'_> {
     /// sockets are not to be kept open then, and a new process that is on its way is of no use.
     pub(super) async fn restart(
         &self,
-        restarts: impl Stream<Item = Option<oneshot::Sender<Obeyed>>>,
-        handover: Handover,
+        restarts: impl Stream<Item = Option<oneshot::Sender<RestartResult>>>,
+        handover: Upgrade,
     ) {
         let lifecycle = self.controller.lifecycle();
         let mut restarts = pin!(restarts);
@@ -252,7 +258,7 @@ impl Operator<'_> {
         }
     }
 
-    async fn hand_over(&self, handover: &Handover) -> Obeyed {
+    async fn hand_over(&self, handover: &Upgrade) -> RestartResult {
         let _turn = self.turn.lock().await;
         self.settle().await;
         let served = self.fleet.to_hand_over().await;
@@ -301,13 +307,13 @@ impl Operator<'_> {
 }
 
 /// What a config file says now, with what it says of the server.
-fn wanted(path: &Path) -> Result<(Table, Vec<Checked>), Error> {
-    let configured = Configured::of_file(path)?;
-    let services = check_all(configured.services, Some(path), Default::default())?;
+fn wanted(path: &Path) -> Result<(Table, Vec<LoadedService>), Error> {
+    let configured = ResolvedConfig::of_file(path)?;
+    let services = load_all(configured.services, Some(path), Default::default())?;
     Ok((configured.server_table, services))
 }
 
-fn described(changes: &Changes) -> String {
+fn described(changes: &AppliedChanges) -> String {
     let parts = [
         ("added", &changes.added),
         ("changed", &changes.changed),

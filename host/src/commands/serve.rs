@@ -15,24 +15,25 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tracing::{info, warn};
 use wasinetd::Error;
-use wasinetd::admin::{self, Admin, Logs, Operated};
+use wasinetd::admin::{self, Admin, AdminState, LogStream};
 use wasinetd::capacity::{self, Plan};
 use wasinetd::connection;
 use wasinetd::lifecycle::Controller;
 use wasinetd::limit;
-use wasinetd::listener::{self, Address, Gathered, Incoming};
+use wasinetd::listener::{self, Incoming, MergedStreams};
+use wasinetd::net::ListenAddress;
 use wasinetd::sandbox::Engine;
-use wasinetd::server::{self, Ended, Pulse, Shards, Stop};
-use wasinetd::service::{self, Route, Services};
-use wasinetd::spans::Spans;
+use wasinetd::server::{self, DrainOutcome, Liveness, Shards, StopRequest};
+use wasinetd::service::{self, Services, SniRoute};
+use wasinetd::telemetry::spans::SpanSender;
 
-use super::activation::Passed;
-use super::configured::{Checked, Configured, check_all, needs};
-use super::fleet::{self, Fleet, Ready, Shared, Threads};
-use super::operator::Operator;
-use super::successor::{self, Handover, Inherited};
-use super::supervisor::Supervisor;
-use super::watch::Watched;
+use super::activation::PassedSockets;
+use super::configured::{LoadedService, ResolvedConfig, load_all, requirements};
+use super::fleet::{self, ReadyService, ShardGroup, SharedResources, Supervisor};
+use super::operator::ControlLoop;
+use super::successor::{self, InheritedFds, Upgrade};
+use super::supervisor::ServiceManager;
+use super::watch::FileWatcher;
 use super::{cache, internal, token};
 use crate::cli::{Dispatch, ServeArgs, ServerArgs};
 use crate::logging;
@@ -45,29 +46,29 @@ const EX_TEMPFAIL: u8 = 75;
 pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     capacity::raise_open_files()?;
     let since = SystemTime::now();
-    let mut inherited = Inherited::take();
-    let mut passed = Passed::take()?;
+    let mut inherited = InheritedFds::take();
+    let mut passed = PassedSockets::take()?;
     let program = successor::program().map_err(internal("finding the program"))?;
     let config = args.config.clone();
-    let configured = Configured::of(args, || usual_addresses(&inherited, &passed))?;
+    let configured = ResolvedConfig::of(args, || usual_addresses(&inherited, &passed))?;
     let server = configured.server;
     // Before there are threads.
     let admin = admin(&server, &mut inherited)?;
     let known = inherited.guests();
     let known = known.map_err(internal("taking over the guests"))?;
-    let logs = Logs::default();
+    let logs = LogStream::default();
     let _log = logging::start(server.log_format, server.log_level, logs.clone());
     // Before the files are read, so that no change of them is missed.
     let guests = configured.services.iter();
     let guests = guests.flat_map(|spec| fleet::watched(spec, None));
-    let mut watched = Watched::new(guests.collect())?;
-    let checked = check_all(configured.services, config.as_deref(), known)?;
+    let mut watched = FileWatcher::new(guests.collect())?;
+    let checked = load_all(configured.services, config.as_deref(), known)?;
     let files = checked.iter();
     let files = files.flat_map(|one| fleet::watched(&one.spec, one.tls.as_deref()));
     watched.add(files.collect())?;
     let limits = checked.iter().map(|one| &one.spec.args.guest_limits);
     let limits = server.shared_limits.limits(capacity::memory(), limits);
-    let (needs, files) = needs(&checked);
+    let (needs, files) = requirements(&checked);
     let plan = Plan::new(&needs, limits.stack, files);
     let max_connections = plan.max_connections(configured.max_connections)?;
     let shards = shards(&server, &checked, config.is_some())?;
@@ -87,9 +88,13 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     let cache = cache(&server.cache)?;
     let room = plan.room(max_connections);
     let engine = Engine::new(room, &needs, limits.clone(), cache)?;
-    let spans = server.otlp.as_deref().map(Spans::to_collector).transpose();
+    let spans = server
+        .otlp
+        .as_deref()
+        .map(SpanSender::to_collector)
+        .transpose();
     let spans = spans.map_err(internal("setting up --otlp"))?.map(Arc::new);
-    let shared = Shared {
+    let shared = SharedResources {
         engine: engine.clone(),
         open: Arc::default(),
         spans: spans.clone(),
@@ -100,7 +105,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     };
     let ready = bound
         .into_iter()
-        .map(|(checked, bound)| Ready::new(&shared, checked, bound))
+        .map(|(checked, bound)| ReadyService::new(&shared, checked, bound))
         .collect::<Result<Vec<_>, _>>()?;
     let control = runtime::Builder::new_current_thread()
         .enable_all()
@@ -114,11 +119,11 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
     drop(passed);
     let admin_socket = admin.as_ref().map(Admin::try_clone_socket).transpose();
     let admin_socket = admin_socket.map_err(internal("keeping a socket for a successor"))?;
-    let handover = Handover::new(admin_socket, program);
+    let handover = Upgrade::new(admin_socket, program);
 
     let controller = Controller::default();
     let lifecycle = controller.lifecycle();
-    let pulse = Pulse::new(
+    let pulse = Liveness::new(
         shards
             .iter()
             .flat_map(|(_, shards)| shards.handles())
@@ -130,25 +135,25 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         .unzip();
     let open = shared.open.clone();
     let services = Services::default();
-    let fleet = Arc::new(Fleet::new(shared, threads, services.clone(), ready)?);
+    let fleet = Arc::new(Supervisor::new(shared, threads, services.clone(), ready)?);
     announce(&fleet, config.is_some(), admin.as_ref());
     let (restarts, restart) = mpsc::channel(1);
     let (reloads, reload) = mpsc::channel(1);
     let (drain, drains) = mpsc::channel(1);
     let (files, file) = mpsc::channel(1);
-    let wishes = received(drains).map(|()| Stop::Drain);
+    let wishes = received(drains).map(|()| StopRequest::Drain);
     let serving = server::serve(
         connections,
-        connection::handle::<Route>,
+        connection::handle::<SniRoute>,
         &controller,
-        stream::select(signals.stop.map(|()| Stop::Now), wishes),
+        stream::select(signals.stop.map(|()| StopRequest::Now), wishes),
         server.drain_timeout,
     );
     let limits = {
         let fleet = fleet.clone();
         move || fleet.limits()
     };
-    let operated = Operated {
+    let operated = AdminState {
         registry: registry(&engine, services.clone()),
         services,
         open,
@@ -161,8 +166,8 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         reloads,
         since,
     };
-    let supervisor = Supervisor::new();
-    let operator = Operator {
+    let supervisor = ServiceManager::new();
+    let operator = ControlLoop {
         supervisor: &supervisor,
         fleet: &fleet,
         config: config.map(|path| (path, configured.server_table)),
@@ -224,14 +229,15 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         spans.close();
     }
     match ended {
-        Ended::Drained => Ok(ExitCode::SUCCESS),
-        Ended::Cut => Ok(ExitCode::from(EX_TEMPFAIL)),
+        DrainOutcome::Drained => Ok(ExitCode::SUCCESS),
+        DrainOutcome::Cut => Ok(ExitCode::from(EX_TEMPFAIL)),
     }
 }
 
 /// Where to listen if nothing else is said: at what was passed, or at the usual address.
-fn usual_addresses(inherited: &Inherited, passed: &Passed) -> Vec<Address> {
-    const USUAL: Address = Address::Ip(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7878));
+fn usual_addresses(inherited: &InheritedFds, passed: &PassedSockets) -> Vec<ListenAddress> {
+    const USUAL: ListenAddress =
+        ListenAddress::Ip(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7878));
     let given = [inherited.passed(), passed.addresses()];
     let mut given = given.into_iter().filter(|addresses| !addresses.is_empty());
     given.next().unwrap_or_else(|| vec![USUAL])
@@ -241,7 +247,7 @@ fn usual_addresses(inherited: &Inherited, passed: &Passed) -> Vec<Address> {
 /// the other one by and by, and threads that have nothing to do cost nothing.
 fn shards(
     server: &ServerArgs,
-    services: &[Checked],
+    services: &[LoadedService],
     has_config: bool,
 ) -> Result<Vec<(Dispatch, Shards)>, Error> {
     let is_wanted = |kind: &Dispatch| {
@@ -256,12 +262,12 @@ fn shards(
         .collect()
 }
 
-type Connections = Gathered<Incoming<Arc<Route>>>;
+type Connections = MergedStreams<Incoming<Arc<SniRoute>>>;
 
 /// Where connections are added that such threads are to handle.
-fn gather(dispatch: Dispatch, shards: Shards) -> (Threads, (Shards, Vec<Connections>)) {
-    let (joining, gathered) = (0..shards.count()).map(|_| Gathered::new()).unzip();
-    let threads = Threads {
+fn gather(dispatch: Dispatch, shards: Shards) -> (ShardGroup, (Shards, Vec<Connections>)) {
+    let (joining, gathered) = (0..shards.count()).map(|_| MergedStreams::new()).unzip();
+    let threads = ShardGroup {
         dispatch,
         handles: shards.handles(),
         joining,
@@ -270,12 +276,12 @@ fn gather(dispatch: Dispatch, shards: Shards) -> (Threads, (Shards, Vec<Connecti
 }
 
 /// What operators connect to.
-fn admin(args: &ServerArgs, inherited: &mut Inherited) -> Result<Option<Admin>, Error> {
+fn admin(args: &ServerArgs, inherited: &mut InheritedFds) -> Result<Option<Admin>, Error> {
     let Some(address) = &args.admin else {
         return Ok(None);
     };
     let token = args.admin_token_file.as_deref().map(token).transpose()?;
-    if let (admin::Address::Loopback(_), None) = (address, &token) {
+    if let (admin::AdminAddress::Loopback(_), None) = (address, &token) {
         return Err(Error::NoToken);
     }
     let adopt = |socket, file| Admin::adopt(address, token.clone(), socket, file);
@@ -347,7 +353,7 @@ fn warn_of_capacity(asked: Option<usize>, plan: &Plan, max_connections: usize) {
 }
 
 /// What is not as one might think of the sockets.
-fn warn_of_sockets(ready: &[Ready], passed: &Passed) {
+fn warn_of_sockets(ready: &[ReadyService], passed: &PassedSockets) {
     let rest = passed.rest();
     if !rest.is_empty() {
         warn!(
@@ -358,7 +364,7 @@ fn warn_of_sockets(ready: &[Ready], passed: &Passed) {
     }
     let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn");
     let most = most.ok().and_then(|most| most.trim().parse::<u32>().ok());
-    let backlog = ready.iter().map(Ready::backlog).max().unwrap_or(0);
+    let backlog = ready.iter().map(ReadyService::backlog).max().unwrap_or(0);
     if let Some(most) = most.filter(|most| *most < backlog) {
         warn!(
             backlog,
@@ -370,7 +376,7 @@ fn warn_of_sockets(ready: &[Ready], passed: &Passed) {
 }
 
 /// Tells who started us where to connect. The one thing that goes to standard output.
-fn announce(fleet: &Fleet, by_name: bool, admin: Option<&Admin>) {
+fn announce(fleet: &Supervisor, by_name: bool, admin: Option<&Admin>) {
     let mut stdout = io::stdout().lock();
     for (name, address) in fleet.addresses() {
         // The server is of use even where nobody reads this.

@@ -21,9 +21,10 @@ use bytes::Bytes;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
-use wasinetd::listener::{Address, Listening};
-use wasinetd::service::Turn;
-use wasinetd::unix::Identity;
+use wasinetd::listener::ListeningSockets;
+use wasinetd::net::ListenAddress;
+use wasinetd::net::unix_socket_file::FileIdentity;
+use wasinetd::service::SwapLock;
 
 use super::{activation, is_kept};
 
@@ -40,9 +41,9 @@ const READY: Duration = Duration::from_secs(120);
 
 /// What this process was handed over by another one.
 #[derive(Default)]
-pub(super) struct Inherited {
-    listening: Vec<Listener>,
-    admin: Option<(RawFd, OwnedFd, Option<Identity>)>,
+pub(super) struct InheritedFds {
+    listening: Vec<InheritedListener>,
+    admin: Option<(RawFd, OwnedFd, Option<FileIdentity>)>,
     guests: Vec<(Guest, OwnedFd)>,
     ready: Option<OwnedFd>,
     /// The numbers of sockets that are of no use.
@@ -53,19 +54,19 @@ pub(super) struct Inherited {
 pub(super) type Guest = (String, PathBuf);
 
 /// A socket that was handed over.
-struct Listener {
+struct InheritedListener {
     /// As the other process knows it.
     number: RawFd,
     service: String,
     /// As it was asked for. None if it is no address to us.
-    asked: Option<Address>,
+    asked: Option<ListenAddress>,
     /// Where it is.
-    at: Address,
-    file: Option<Identity>,
+    at: ListenAddress,
+    file: Option<FileIdentity>,
     socket: OwnedFd,
 }
 
-impl Inherited {
+impl InheritedFds {
     /// Takes it. To be called once, first of all.
     pub(super) fn take() -> Self {
         let mut inherited = Self::default();
@@ -81,10 +82,10 @@ impl Inherited {
             match kind {
                 "listen" => {
                     let (file, asked) = of_it.split_once(' ').unwrap_or((of_it, ""));
-                    let Ok(at) = Address::of(&descriptor) else {
+                    let Ok(at) = ListenAddress::of(&descriptor) else {
                         continue;
                     };
-                    inherited.listening.push(Listener {
+                    inherited.listening.push(InheritedListener {
                         number,
                         service: service.into(),
                         asked: asked.parse().ok(),
@@ -108,10 +109,10 @@ impl Inherited {
     }
 
     /// The addresses of all sockets that were passed to the first process of this server.
-    pub(super) fn passed(&self) -> Vec<Address> {
+    pub(super) fn passed(&self) -> Vec<ListenAddress> {
         let mut passed = Vec::new();
         for address in self.listening.iter().filter_map(|one| one.asked.as_ref()) {
-            if matches!(address, Address::Passed(_)) && !passed.contains(address) {
+            if matches!(address, ListenAddress::Passed(_)) && !passed.contains(address) {
                 passed.push(address.clone());
             }
         }
@@ -122,16 +123,16 @@ impl Inherited {
     pub(super) fn sockets(
         &mut self,
         service: &str,
-        address: &Address,
-    ) -> (Vec<OwnedFd>, Option<Identity>) {
-        let is_asked = |one: &Listener| {
+        address: &ListenAddress,
+    ) -> (Vec<OwnedFd>, Option<FileIdentity>) {
+        let is_asked = |one: &InheritedListener| {
             let asked = one.asked.as_ref();
             asked.is_some_and(|asked| is_kept((&one.service, asked), (service, address)))
         };
         // Any port was asked for before, and that one is now.
-        let is_found = |one: &Listener| {
+        let is_found = |one: &InheritedListener| {
             let asked = one.asked.as_ref();
-            one.at == *address && asked.is_some_and(Address::takes_any_port)
+            one.at == *address && asked.is_some_and(ListenAddress::takes_any_port)
         };
         let mut all = self.listening.iter();
         let found = all.clone().find(|one| is_asked(one));
@@ -140,7 +141,7 @@ impl Inherited {
         };
         let (at, file) = (found.at.clone(), found.file);
         let these = self.listening.extract_if(.., |one| match address {
-            Address::Passed(_) => is_asked(one),
+            ListenAddress::Passed(_) => is_asked(one),
             _ => one.at == at && (is_asked(one) || is_found(one)),
         });
         (these.map(|one| one.socket).collect(), file)
@@ -149,7 +150,7 @@ impl Inherited {
     /// The socket that operators connect to, with its file if it has one, for whoever may have use for it.
     pub(super) fn admin<T>(
         &mut self,
-        adopt: impl FnOnce(OwnedFd, Option<Identity>) -> Option<T>,
+        adopt: impl FnOnce(OwnedFd, Option<FileIdentity>) -> Option<T>,
     ) -> Option<T> {
         let (number, socket, file) = self.admin.take()?;
         let adopted = adopt(socket, file);
@@ -209,32 +210,32 @@ fn own(number: RawFd) -> Option<(RawFd, OwnedFd)> {
 }
 
 /// What a successor is started with.
-pub(super) struct Handover {
+pub(super) struct Upgrade {
     program: PathBuf,
     arguments: Vec<OsString>,
-    admin: Option<(OwnedFd, Option<Identity>)>,
+    admin: Option<(OwnedFd, Option<FileIdentity>)>,
 }
 
 /// What is served when it is handed over.
-pub(super) struct Served {
-    pub(super) sockets: Vec<Socket>,
+pub(super) struct HandedOver {
+    pub(super) sockets: Vec<HandedOverSocket>,
     /// The guests, each with its service, its file and its component.
     pub(super) guests: Vec<(String, PathBuf, Bytes)>,
     /// Held so that it stays what is served.
-    pub(super) _turns: Vec<Turn>,
+    pub(super) _turns: Vec<SwapLock>,
 }
 
 /// A socket that a service listens at.
-pub(super) struct Socket {
+pub(super) struct HandedOverSocket {
     pub(super) service: String,
-    pub(super) asked: Address,
-    pub(super) listening: Arc<Listening>,
+    pub(super) asked: ListenAddress,
+    pub(super) listening: Arc<ListeningSockets>,
     pub(super) socket: OwnedFd,
 }
 
-impl Handover {
+impl Upgrade {
     /// Of the program that is installed where this one was, with the arguments of this one.
-    pub(super) fn new(admin: Option<(OwnedFd, Option<Identity>)>, program: PathBuf) -> Self {
+    pub(super) fn new(admin: Option<(OwnedFd, Option<FileIdentity>)>, program: PathBuf) -> Self {
         Self {
             program,
             arguments: env::args_os().skip(1).collect(),
@@ -247,14 +248,14 @@ impl Handover {
     /// # Errors
     ///
     /// Says why it does not. It is gone then, as it is when the wait is given up.
-    pub(super) async fn start(&self, served: &Served) -> Result<Successor, String> {
+    pub(super) async fn start(&self, served: &HandedOver) -> Result<NewProcess, String> {
         let failed = |error: io::Error| format!("{:?} cannot be started: {error}", self.program);
         if std::process::id() == 1 {
             return Err("this is the first process of its container, which ends with it; start a new container instead".into());
         }
         let (ready, tell) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
         let spawned = self.spawn(served, &tell);
-        let mut successor = Successor {
+        let mut successor = NewProcess {
             child: Some(spawned.map_err(failed)?),
             left: Vec::new(),
             answers_operators: true,
@@ -291,7 +292,7 @@ impl Handover {
         }
     }
 
-    fn spawn(&self, served: &Served, ready: &OwnedFd) -> io::Result<Child> {
+    fn spawn(&self, served: &HandedOver, ready: &OwnedFd) -> io::Result<Child> {
         let guests = served.guests.iter();
         let guests = guests
             .map(|(service, file, component)| {
@@ -340,7 +341,7 @@ impl Handover {
     }
 }
 
-fn text(file: Option<Identity>) -> String {
+fn text(file: Option<FileIdentity>) -> String {
     file.map_or_else(|| "-".into(), |file| file.to_string())
 }
 
@@ -352,13 +353,13 @@ fn in_memory(component: &[u8]) -> io::Result<OwnedFd> {
 }
 
 /// A process that is to take over. It is ended when this is dropped, unless it has.
-pub(super) struct Successor {
+pub(super) struct NewProcess {
     child: Option<Child>,
-    left: Vec<Arc<Listening>>,
+    left: Vec<Arc<ListeningSockets>>,
     answers_operators: bool,
 }
 
-impl Successor {
+impl NewProcess {
     /// Its number.
     pub(super) fn pid(&self) -> u32 {
         self.child.as_ref().map_or(0, Child::id)
@@ -370,7 +371,7 @@ impl Successor {
     }
 
     /// Whether it listens there.
-    pub(super) fn listens_at(&self, listening: &Arc<Listening>) -> bool {
+    pub(super) fn listens_at(&self, listening: &Arc<ListeningSockets>) -> bool {
         let mut left = self.left.iter();
         !left.any(|left| Arc::ptr_eq(left, listening))
     }
@@ -390,7 +391,7 @@ impl Successor {
     }
 }
 
-impl Drop for Successor {
+impl Drop for NewProcess {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
             // It may have ended by itself.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tracing::{debug, warn};
-use wasinetd::server::Pulse;
+use wasinetd::server::Liveness;
 
 /// How long the last words may take to be heard when the server ends.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -14,12 +14,12 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Who has started us, and wants to know how we are.
 ///
 /// A thread tells it: a manager that does not listen is not to hold up anyone.
-pub(super) struct Supervisor {
+pub(super) struct ServiceManager {
     words: Option<Sender<Vec<NotifyState<'static>>>>,
     told: Receiver<()>,
 }
 
-impl Supervisor {
+impl ServiceManager {
     pub(super) fn new() -> Self {
         let (words, said) = mpsc::channel::<Vec<NotifyState<'static>>>();
         let (done, told) = mpsc::channel();
@@ -70,20 +70,20 @@ impl Supervisor {
 
     /// Says again and again that all threads go on, as often as it is wanted: in half of the time after
     /// which the service manager takes the server for stuck (`WatchdogSec=`). Says nothing while one is.
-    pub(super) async fn watchdog(&self, pulse: &Pulse) {
+    pub(super) async fn watchdog(&self, pulse: &Liveness) {
         let within = sd_notify::watchdog_enabled();
         let Some(within) = within.filter(|within| *within > Duration::ZERO) else {
             return;
         };
         loop {
-            pulse.beat().await;
+            pulse.check().await;
             self.tell(vec![NotifyState::Watchdog]);
             tokio::time::sleep(within / 2).await;
         }
     }
 }
 
-impl Drop for Supervisor {
+impl Drop for ServiceManager {
     fn drop(&mut self) {
         drop(self.words.take());
         let _ = self.told.recv_timeout(LAST_WORDS);

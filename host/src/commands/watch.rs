@@ -27,8 +27,8 @@ type Identity = Option<(u64, u64, u64, i64, i64)>;
 ///
 /// It is their directories that are watched: whoever renames another file to the name of one does not touch
 /// that.
-pub(super) struct Watched<T> {
-    files: Vec<File<T>>,
+pub(super) struct FileWatcher<T> {
+    files: Vec<WatchedFile<T>>,
     watcher: RecommendedWatcher,
     events: UnboundedReceiver<Event>,
     /// What the files are called: of others in their directories nothing is to be heard.
@@ -36,7 +36,7 @@ pub(super) struct Watched<T> {
     directories: HashSet<PathBuf>,
 }
 
-struct File<T> {
+struct WatchedFile<T> {
     meaning: T,
     path: PathBuf,
     /// What it is called by its path, and by itself.
@@ -49,7 +49,7 @@ struct File<T> {
     being_written: bool,
 }
 
-impl<T: Clone + PartialEq> Watched<T> {
+impl<T: Clone + PartialEq> FileWatcher<T> {
     /// Watches `files`.
     ///
     /// # Errors
@@ -93,7 +93,7 @@ impl<T: Clone + PartialEq> Watched<T> {
             }
             self.watch_directories(&path)
                 .map_err(|error| cannot_watch(&path, &error))?;
-            new.push(File::new(meaning, path));
+            new.push(WatchedFile::new(meaning, path));
         }
         self.files.extend(new);
         self.name();
@@ -151,7 +151,7 @@ impl<T: Clone + PartialEq> Watched<T> {
     /// What those changes mean that would be told of when it has been quiet for long enough.
     pub(super) fn changed_by_now(&mut self) -> Vec<T> {
         self.note_all();
-        let changed = self.files.iter_mut().filter_map(File::take);
+        let changed = self.files.iter_mut().filter_map(WatchedFile::take);
         changed.collect()
     }
 
@@ -180,7 +180,7 @@ impl<T: Clone + PartialEq> Watched<T> {
     }
 }
 
-impl<T: Clone> File<T> {
+impl<T: Clone> WatchedFile<T> {
     fn new(meaning: T, path: PathBuf) -> Self {
         let real = std::fs::canonicalize(&path).ok();
         let names = [Some(&path), real.as_ref()].map(|path| path?.file_name());

@@ -11,7 +11,7 @@ use crate::limit::Limit;
 /// What a connection may take. The defaults are those of the command line, where each has its
 /// reason. None is no limit.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Limits {
+pub struct ConnectionLimits {
     /// How long no byte may be moved either way.
     pub idle: Option<Duration>,
     /// How long a guest that waits for the client may get nothing at all, from the start.
@@ -26,7 +26,7 @@ pub struct Limits {
     pub bytes_out: Option<u64>,
 }
 
-impl Default for Limits {
+impl Default for ConnectionLimits {
     fn default() -> Self {
         Self {
             idle: Some(Duration::from_secs(60)),
@@ -41,7 +41,7 @@ impl Default for Limits {
 
 /// When things happened on a connection, as far as a limit of time depends on it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Times {
+pub(super) struct Activity {
     began: Instant,
     /// A byte was moved last.
     moved: Instant,
@@ -52,7 +52,7 @@ pub(super) struct Times {
     stuck: Option<Instant>,
 }
 
-impl Times {
+impl Activity {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             began: now,
@@ -107,7 +107,7 @@ impl Times {
     }
 
     /// The limit that is met next, and when, if nothing happens until then.
-    fn next(&self, limits: &Limits) -> Option<(Instant, Limit)> {
+    fn next(&self, limits: &ConnectionLimits) -> Option<(Instant, Limit)> {
         let after = |since: Option<Instant>, limit: Option<Duration>, name| {
             // A time beyond what the clock can tell never comes.
             Some((since?.checked_add(limit?)?, name))
@@ -133,15 +133,15 @@ impl Times {
 /// It is set when the connection first waits, and set again only when it goes off or has to go off
 /// earlier: what a connection does meanwhile costs nothing here.
 #[derive(Default)]
-pub(super) struct Timer(Option<Pin<Box<Sleep>>>);
+pub(super) struct LimitTimer(Option<Pin<Box<Sleep>>>);
 
-impl Timer {
+impl LimitTimer {
     /// Ready with a limit that was met. To be polled whenever `times` may have changed.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        times: &Times,
-        limits: &Limits,
+        times: &Activity,
+        limits: &ConnectionLimits,
     ) -> Poll<Limit> {
         let Some((when, limit)) = times.next(limits) else {
             return Poll::Pending;
@@ -169,20 +169,20 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn limits() -> Limits {
-        Limits {
+    fn limits() -> ConnectionLimits {
+        ConnectionLimits {
             idle: Some(10 * SECOND),
             first_byte: Some(3 * SECOND),
             write: Some(5 * SECOND),
             lifetime: Some(100 * SECOND),
-            ..Limits::default()
+            ..ConnectionLimits::default()
         }
     }
 
     #[test]
     fn what_comes_first_is_met_first() {
         let now = Instant::now();
-        let mut times = Times::new(now);
+        let mut times = Activity::new(now);
         assert_eq!(
             times.next(&limits()),
             Some((now + 10 * SECOND, Limit::IdleTimeout))
@@ -213,18 +213,18 @@ mod tests {
     #[test]
     fn no_limit_is_never_met() {
         let now = Instant::now();
-        let none = Limits {
+        let none = ConnectionLimits {
             idle: None,
             first_byte: None,
             write: None,
             lifetime: None,
-            ..Limits::default()
+            ..ConnectionLimits::default()
         };
-        assert_eq!(Times::new(now).next(&none), None);
-        let endless = Limits {
+        assert_eq!(Activity::new(now).next(&none), None);
+        let endless = ConnectionLimits {
             lifetime: Some(Duration::MAX),
             ..none
         };
-        assert_eq!(Times::new(now).next(&endless), None);
+        assert_eq!(Activity::new(now).next(&endless), None);
     }
 }

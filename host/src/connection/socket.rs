@@ -20,8 +20,8 @@ use socket2::{SockAddr, SockRef};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-use crate::listener::StreamSocket;
-use crate::sandbox::Address;
+use crate::net::StreamSocket;
+use crate::net::TransportAddress;
 
 /// A socket that does not block.
 ///
@@ -115,12 +115,12 @@ impl Socket {
     }
 
     /// Where the client has connected to.
-    pub(super) fn local_address(&self) -> io::Result<Address> {
+    pub(super) fn local_address(&self) -> io::Result<TransportAddress> {
         Ok(address(SockRef::from(&self.fd()?).local_addr()?))
     }
 
     /// Where the client has connected from.
-    pub(super) fn remote_address(&self) -> io::Result<Address> {
+    pub(super) fn remote_address(&self) -> io::Result<TransportAddress> {
         Ok(address(SockRef::from(&self.fd()?).peer_addr()?))
     }
 
@@ -449,10 +449,10 @@ fn remember_peeks(socket: BorrowedFd<'_>) -> bool {
 }
 
 /// An address of the kernel's, for the guest.
-fn address(address: SockAddr) -> Address {
+fn address(address: SockAddr) -> TransportAddress {
     match address.as_socket() {
-        Some(ip) => Address::Ip(ip),
-        None => Address::Unix(address.as_pathname().map(PathBuf::from)),
+        Some(ip) => TransportAddress::Ip(ip),
+        None => TransportAddress::Unix(address.as_pathname().map(PathBuf::from)),
     }
 }
 

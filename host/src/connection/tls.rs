@@ -1,8 +1,8 @@
 //! TLS: what the server shows and asks for, and the handshake.
 
 mod certificates;
-mod handshakes;
-mod secured;
+mod handshake_limit;
+mod stream;
 
 use std::io;
 use std::path::PathBuf;
@@ -15,18 +15,18 @@ use rustls::version::{TLS12, TLS13};
 use rustls::{Error as TlsError, ServerConfig};
 use tracing::info;
 
-use super::channel::Channel;
-use super::front::HandshakeOutcome;
+use super::handshake::HandshakeOutcome;
+use super::stream::MaybeTls;
 use crate::Error;
 use crate::listener::Source;
 use certificates::Certificates;
-use handshakes::Handshakes;
-use secured::Failed;
-pub(super) use secured::Secured;
+use handshake_limit::HandshakeLimit;
+use stream::Failed;
+pub(super) use stream::TlsStream;
 
 /// A certificate with its key.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Pair {
+pub struct CertificateFiles {
     /// The file of the certificate, and of those that lead from it to one that clients know: PEM.
     pub certificate: PathBuf,
     /// The file of the private key: PEM, not encrypted.
@@ -55,9 +55,9 @@ pub struct ClientAuth {
 
 /// What is shown to clients, and asked of them.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Settings {
+pub struct TlsSettings {
     /// One or more. The first is for clients that ask for a name that there is none for.
-    pub pairs: Vec<Pair>,
+    pub pairs: Vec<CertificateFiles>,
     /// The protocols to be agreed on (ALPN, RFC 7301), in the order of preference. Without any, none
     /// is.
     pub alpn: Vec<String>,
@@ -71,9 +71,9 @@ pub struct Settings {
 
 /// TLS as it is spoken with each client: with what is in the files, as they were read last.
 pub struct Tls {
-    settings: Settings,
+    settings: TlsSettings,
     config: ArcSwap<ServerConfig>,
-    handshakes: Handshakes,
+    handshakes: HandshakeLimit,
 }
 
 impl Tls {
@@ -82,10 +82,10 @@ impl Tls {
     /// # Errors
     ///
     /// [`Error::Tls`] with the file and what is wrong with it.
-    pub fn new(settings: Settings) -> Result<Self, Error> {
+    pub fn new(settings: TlsSettings) -> Result<Self, Error> {
         Ok(Self {
             config: ArcSwap::new(config(&settings)?),
-            handshakes: Handshakes::new(settings.handshakes),
+            handshakes: HandshakeLimit::new(settings.handshakes),
             settings,
         })
     }
@@ -104,7 +104,7 @@ impl Tls {
 
     /// The files that it is made of.
     pub fn files(&self) -> Vec<PathBuf> {
-        let of_pair = |pair: &Pair| {
+        let of_pair = |pair: &CertificateFiles| {
             [Some(&pair.certificate), Some(&pair.key), pair.ocsp.as_ref()]
                 .map(Option::<&PathBuf>::cloned)
         };
@@ -119,7 +119,7 @@ impl Tls {
     /// Goes through the handshake with a client of `source`.
     pub(super) async fn shake_hands(
         &self,
-        channel: &mut Channel,
+        channel: &mut MaybeTls,
         source: Option<Source>,
     ) -> Result<(), Refused> {
         let gone = |error: io::Error| {
@@ -197,7 +197,7 @@ fn outcome_of(error: &TlsError) -> HandshakeOutcome {
     }
 }
 
-fn config(settings: &Settings) -> Result<Arc<ServerConfig>, Error> {
+fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, Error> {
     let provider: Arc<CryptoProvider> = Arc::new(ring::default_provider());
     let certificates = Certificates::read(&settings.pairs, &provider)?;
     info!(

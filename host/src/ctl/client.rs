@@ -9,18 +9,18 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
-use wasinetd::admin::Address;
+use wasinetd::admin::AdminAddress;
 
 use super::CtlError;
 
 /// Asks one server.
-pub(super) struct Client {
-    address: Address,
+pub(super) struct AdminClient {
+    address: AdminAddress,
     token: Option<String>,
 }
 
-impl Client {
-    pub(super) fn new(address: Address, token: Option<String>) -> Self {
+impl AdminClient {
+    pub(super) fn new(address: AdminAddress, token: Option<String>) -> Self {
         Self { address, token }
     }
 
@@ -89,11 +89,11 @@ impl Client {
                 message: "a name of a service has letters, digits, - and _".into(),
             })?;
         let response = match &self.address {
-            Address::Unix(path) => match UnixStream::connect(path).await {
+            AdminAddress::Unix(path) => match UnixStream::connect(path).await {
                 Ok(stream) => self.send_on(stream, request).await?,
                 Err(error) => return Err(self.failed(error)),
             },
-            Address::Loopback(address) => match TcpStream::connect(address).await {
+            AdminAddress::Loopback(address) => match TcpStream::connect(address).await {
                 Ok(stream) => self.send_on(stream, request).await?,
                 Err(error) => return Err(self.failed(error)),
             },

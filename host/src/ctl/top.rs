@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use wasinetd::admin::model::{Bucket, Connection, Service, Status};
 
-use super::client::Client;
+use super::client::AdminClient;
 use super::table::Table;
 use super::{CtlError, age, short, size};
 
@@ -17,7 +17,7 @@ const SHOWN: usize = 15;
 
 /// Prints a view each `interval`, `count` times or until it is interrupted.
 pub(super) async fn watch(
-    client: &Client,
+    client: &AdminClient,
     interval: Duration,
     count: Option<usize>,
 ) -> Result<(), CtlError> {

@@ -14,21 +14,21 @@ use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLim
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::limit::Limit;
-use crate::network::Network;
-use crate::peer::Peer;
+use crate::net::Cidr;
+use crate::net::Peer;
 
 /// What is asked of clients before they are served. By default nothing is.
 #[derive(Clone, Debug, Default)]
-pub struct Rules {
+pub struct AdmissionRules {
     /// The only sources that may connect, unless there are none.
-    pub allow: Vec<Network>,
+    pub allow: Vec<Cidr>,
     /// Sources that may not connect, whether allowed or not. Neither concerns the clients of Unix sockets,
     /// whom the permissions of a file let in.
-    pub deny: Vec<Network>,
+    pub deny: Vec<Cidr>,
     /// Proxies: they are let in, and it is their clients of whom all of this is asked.
-    pub proxies: Vec<Network>,
+    pub proxies: Vec<Cidr>,
     /// What counts as one source.
-    pub prefix: Prefix,
+    pub prefix: SourcePrefix,
     /// Connections at once from one source.
     pub connections_per_source: Option<usize>,
     /// Connections begun in a second, and at once after a pause.
@@ -39,14 +39,14 @@ pub struct Rules {
 
 /// How many leading bits of an address tell sources apart.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Prefix {
+pub struct SourcePrefix {
     /// Of an IPv4 address.
     pub v4: u8,
     /// Of an IPv6 address.
     pub v6: u8,
 }
 
-impl Default for Prefix {
+impl Default for SourcePrefix {
     /// One IPv4 address, and the IPv6 network of one site (RFC 6177), which has as many addresses
     /// as it likes.
     fn default() -> Self {
@@ -57,18 +57,18 @@ impl Default for Prefix {
 /// What is wrong with the text of a [`Prefix`].
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[error("not a number from 1 to 32 and one from 1 to 128, such as 32,64")]
-pub struct PrefixError;
+pub struct SourcePrefixError;
 
-impl FromStr for Prefix {
-    type Err = PrefixError;
+impl FromStr for SourcePrefix {
+    type Err = SourcePrefixError;
 
-    fn from_str(text: &str) -> Result<Self, PrefixError> {
+    fn from_str(text: &str) -> Result<Self, SourcePrefixError> {
         let bits = |text: &str, most| {
             let bits = text.parse().ok();
             bits.filter(|bits| (1..=most).contains(bits))
-                .ok_or(PrefixError)
+                .ok_or(SourcePrefixError)
         };
-        let (v4, v6) = text.split_once(',').ok_or(PrefixError)?;
+        let (v4, v6) = text.split_once(',').ok_or(SourcePrefixError)?;
         Ok(Self {
             v4: bits(v4, 32)?,
             v6: bits(v6, 128)?,
@@ -76,7 +76,7 @@ impl FromStr for Prefix {
     }
 }
 
-impl Prefix {
+impl SourcePrefix {
     /// The source that `peer` belongs to.
     fn source(self, peer: Peer) -> Source {
         match peer {
@@ -109,7 +109,7 @@ pub(crate) enum Source {
 pub struct Admission(Arc<Shared>);
 
 struct Shared {
-    rules: Rules,
+    rules: AdmissionRules,
     counted: Arc<Counted>,
     rate: Option<Arc<DefaultDirectRateLimiter>>,
     rate_per_source: Option<Arc<DefaultKeyedRateLimiter<Source>>>,
@@ -126,13 +126,13 @@ const SWEEP: u32 = 4096;
 
 impl Admission {
     /// With nobody counted yet.
-    pub fn new(rules: Rules) -> Self {
+    pub fn new(rules: AdmissionRules) -> Self {
         Self(Arc::new(Shared::new(rules)))
     }
 
     /// The same clients, by other rules: those who are counted still are, and who came too fast for a
     /// rate that has not changed still does.
-    pub fn with(&self, rules: Rules) -> Self {
+    pub fn with(&self, rules: AdmissionRules) -> Self {
         let (before, mut new) = (&self.0, Shared::new(rules));
         new.counted = before.counted.clone();
         if new.rules.rate == before.rules.rate {
@@ -155,18 +155,18 @@ impl Admission {
 
     /// Lets in who has connected, and counts it until the place is dropped. Or says which limit is in
     /// its way.
-    pub(super) fn admit(&self, peer: Peer) -> Result<SourcePlace, Limit> {
+    pub(super) fn admit(&self, peer: Peer) -> Result<SourcePermit, Limit> {
         if let Peer::Ip(address) = peer {
             let mut proxies = self.0.rules.proxies.iter();
             if proxies.any(|proxy| proxy.contains(address.ip())) {
-                return Ok(SourcePlace::OfProxy(self.clone()));
+                return Ok(SourcePermit::OfProxy(self.clone()));
             }
         }
         self.admit_client(peer)
     }
 
-    fn admit_client(&self, peer: Peer) -> Result<SourcePlace, Limit> {
-        let Rules {
+    fn admit_client(&self, peer: Peer) -> Result<SourcePermit, Limit> {
+        let AdmissionRules {
             allow,
             deny,
             prefix,
@@ -174,7 +174,7 @@ impl Admission {
             ..
         } = &self.0.rules;
         if let Peer::Ip(address) = peer {
-            let among = |networks: &[Network]| networks.iter().any(|n| n.contains(address.ip()));
+            let among = |networks: &[Cidr]| networks.iter().any(|n| n.contains(address.ip()));
             if among(deny) {
                 return Err(Limit::Deny);
             }
@@ -185,7 +185,7 @@ impl Admission {
         let source = prefix.source(peer);
         let place = match connections_per_source {
             Some(most) => self.place(source, *most)?,
-            None => SourcePlace::Uncounted,
+            None => SourcePermit::Uncounted,
         };
         if let Some(rate) = &self.0.rate_per_source {
             if self.0.since_sweep.fetch_add(1, Ordering::Relaxed) == SWEEP {
@@ -198,19 +198,19 @@ impl Admission {
         Ok(place)
     }
 
-    fn place(&self, source: Source, most: usize) -> Result<SourcePlace, Limit> {
+    fn place(&self, source: Source, most: usize) -> Result<SourcePermit, Limit> {
         let mut open = self.0.counted.lock();
         let count = open.entry(source).or_default();
         if *count >= most {
             return Err(Limit::MaxConnectionsPerSource);
         }
         *count += 1;
-        Ok(SourcePlace::Counted(self.0.counted.clone(), source))
+        Ok(SourcePermit::Counted(self.0.counted.clone(), source))
     }
 }
 
 impl Shared {
-    fn new(rules: Rules) -> Self {
+    fn new(rules: AdmissionRules) -> Self {
         let quota = Quota::per_second;
         let direct = |rate| Arc::new(RateLimiter::direct(quota(rate)));
         let keyed = |rate| Arc::new(RateLimiter::keyed(quota(rate)));
@@ -231,7 +231,7 @@ impl Counted {
 }
 
 /// A client's place among those of its source. Given back when it is dropped.
-pub(super) enum SourcePlace {
+pub(super) enum SourcePermit {
     /// Nobody counts.
     Uncounted,
     /// One of those of this source.
@@ -240,7 +240,7 @@ pub(super) enum SourcePlace {
     OfProxy(Admission),
 }
 
-impl SourcePlace {
+impl SourcePermit {
     /// Whose it is, where that counts.
     pub(super) fn source(&self) -> Option<Source> {
         match self {
@@ -258,7 +258,7 @@ impl SourcePlace {
     }
 }
 
-impl Drop for SourcePlace {
+impl Drop for SourcePermit {
     fn drop(&mut self) {
         let Self::Counted(counted, source) = self else {
             return;
@@ -278,7 +278,7 @@ mod tests {
 
     use super::*;
 
-    fn admission(rules: Rules) -> Admission {
+    fn admission(rules: AdmissionRules) -> Admission {
         Admission::new(rules)
     }
 
@@ -290,16 +290,16 @@ mod tests {
         SocketAddr::new(address, 4711).into()
     }
 
-    fn networks(texts: &[&str]) -> Vec<Network> {
+    fn networks(texts: &[&str]) -> Vec<Cidr> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
     }
 
     #[test]
     fn who_is_denied_is_denied_though_allowed() {
-        let admission = admission(Rules {
+        let admission = admission(AdmissionRules {
             allow: networks(&["10.0.0.0/8", "2001:db8::/32"]),
             deny: networks(&["10.1.0.0/16"]),
-            ..Rules::default()
+            ..AdmissionRules::default()
         });
         assert!(admission.admit(address("10.2.3.4")).is_ok());
         assert!(admission.admit(address("2001:db8::1")).is_ok());
@@ -320,11 +320,11 @@ mod tests {
 
     #[test]
     fn a_user_is_a_source_and_of_no_network() {
-        let admission = admission(Rules {
+        let admission = admission(AdmissionRules {
             allow: networks(&["192.0.2.0/24"]),
             deny: networks(&["0.0.0.0/0", "::/0"]),
             connections_per_source: Some(1),
-            ..Rules::default()
+            ..AdmissionRules::default()
         });
         let user = |uid, pid| Peer::Unix { uid, pid };
         let first = admission.admit(user(1000, 1)).unwrap();
@@ -339,9 +339,9 @@ mod tests {
 
     #[test]
     fn a_source_is_a_prefix_and_forgotten_when_it_is_gone() {
-        let admission = admission(Rules {
+        let admission = admission(AdmissionRules {
             connections_per_source: Some(2),
-            ..Rules::default()
+            ..AdmissionRules::default()
         });
         let full = Some(Limit::MaxConnectionsPerSource);
         let first = admission.admit(address("2001:db8:0:1::1")).unwrap();
@@ -358,10 +358,10 @@ mod tests {
 
     #[test]
     fn a_source_begins_so_many_and_others_are_not_concerned() {
-        let admission = admission(Rules {
+        let admission = admission(AdmissionRules {
             rate_per_source: NonZeroU32::new(3),
             connections_per_source: Some(100),
-            ..Rules::default()
+            ..AdmissionRules::default()
         });
         for _ in 0..3 {
             assert!(admission.admit(address("192.0.2.1")).is_ok());
@@ -377,11 +377,11 @@ mod tests {
 
     #[test]
     fn it_is_the_clients_of_a_proxy_who_are_let_in_or_not() {
-        let admission = admission(Rules {
+        let admission = admission(AdmissionRules {
             proxies: networks(&["10.0.0.0/8"]),
             deny: networks(&["10.0.0.0/8", "192.0.2.7"]),
             connections_per_source: Some(1),
-            ..Rules::default()
+            ..AdmissionRules::default()
         });
         let mut places: Vec<_> = (0..3)
             .map(|_| admission.admit(address("10.0.0.1")).unwrap())
@@ -403,14 +403,14 @@ mod tests {
 
     #[test]
     fn other_rules_are_for_the_same_clients() {
-        let rules = Rules {
+        let rules = AdmissionRules {
             connections_per_source: Some(2),
             rate_per_source: NonZeroU32::new(2),
-            ..Rules::default()
+            ..AdmissionRules::default()
         };
         let before = admission(rules.clone());
         let first = before.admit(address("192.0.2.1")).unwrap();
-        let fewer = before.with(Rules {
+        let fewer = before.with(AdmissionRules {
             connections_per_source: Some(1),
             ..rules.clone()
         });
@@ -423,7 +423,7 @@ mod tests {
         let more = fewer.with(rules.clone());
         let fast = Some(Limit::AcceptRatePerSource);
         assert_eq!(more.admit(address("192.0.2.1")).err(), fast);
-        let faster = more.with(Rules {
+        let faster = more.with(AdmissionRules {
             rate_per_source: NonZeroU32::new(3),
             ..rules
         });
@@ -432,9 +432,13 @@ mod tests {
 
     #[test]
     fn a_prefix_is_two_numbers_of_bits() {
-        assert_eq!("24,48".parse(), Ok(Prefix { v4: 24, v6: 48 }));
+        assert_eq!("24,48".parse(), Ok(SourcePrefix { v4: 24, v6: 48 }));
         for text in ["", "24", "0,64", "33,64", "32,0", "32,129", "32,64,", "a,b"] {
-            assert_eq!(text.parse::<Prefix>(), Err(PrefixError), "{text}");
+            assert_eq!(
+                text.parse::<SourcePrefix>(),
+                Err(SourcePrefixError),
+                "{text}"
+            );
         }
     }
 
@@ -446,13 +450,13 @@ mod tests {
             .with_generator(clients)
             .for_each(|(most, bits, clients)| {
                 let most = usize::from(most % 4) + 1;
-                let admission = admission(Rules {
-                    prefix: Prefix {
+                let admission = admission(AdmissionRules {
+                    prefix: SourcePrefix {
                         v4: bits % 32 + 1,
                         v6: 64,
                     },
                     connections_per_source: Some(most),
-                    ..Rules::default()
+                    ..AdmissionRules::default()
                 });
                 let mut places = Vec::new();
                 for (client, leaves) in clients {
@@ -487,9 +491,9 @@ mod tests {
 
     #[test]
     fn all_together_begin_so_many() {
-        let admission = admission(Rules {
+        let admission = admission(AdmissionRules {
             rate: NonZeroU32::new(2),
-            ..Rules::default()
+            ..AdmissionRules::default()
         });
         assert!(admission.take_turn().is_ok());
         assert!(admission.take_turn().is_ok());

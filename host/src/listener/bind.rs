@@ -1,7 +1,7 @@
 //! Sockets that listen, of all kinds, and the clients that they accept.
 
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -10,17 +10,18 @@ use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, sockopt};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, acceptfrom_with, recv, send};
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use rustix::net::{SocketFlags, accept_with, acceptfrom_with};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
-use super::Address;
 use crate::Error;
-use crate::peer::Peer;
-use crate::unix::{self, Failed, Identity, Permissions, SocketFile};
+use crate::net::unix_socket_file::{
+    self, FileIdentity, SocketFileError, SocketPermissions, UnixSocketFile,
+};
+use crate::net::{ListenAddress, Peer, StreamSocket};
 
 /// How sockets are to listen.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Settings {
+pub struct SocketSettings {
     /// The clients that the kernel keeps for us while we are full or busy, at each socket. It lowers this
     /// to `net.core.somaxconn`.
     pub backlog: u32,
@@ -30,33 +31,33 @@ pub struct Settings {
     /// there. One that is gone has its connection ended in twice that.
     pub keepalive: Option<Duration>,
     /// Who may connect to Unix sockets.
-    pub permissions: Permissions,
+    pub permissions: SocketPermissions,
 }
 
-impl Default for Settings {
+impl Default for SocketSettings {
     /// The backlog is the default of `net.core.somaxconn`.
     fn default() -> Self {
         Self {
             backlog: 4096,
             reuse_port: false,
             keepalive: None,
-            permissions: Permissions::default(),
+            permissions: SocketPermissions::default(),
         }
     }
 }
 
 /// An address that is ours. Clients are not answered before [`Bound::listen`].
-pub struct Bound {
-    asked: Address,
+pub struct BoundSockets {
+    asked: ListenAddress,
     sockets: Vec<Socket>,
-    settings: Settings,
+    settings: SocketSettings,
     /// Of a Unix socket that is ours.
-    file: Option<SocketFile>,
+    file: Option<UnixSocketFile>,
     /// It listens already, as another process has set it up.
     adopted: bool,
 }
 
-impl Bound {
+impl BoundSockets {
     /// Takes an address. A TCP port has a socket for each of `shards`: the kernel spreads clients over
     /// them. A path has one, for all.
     ///
@@ -64,14 +65,18 @@ impl Bound {
     ///
     /// [`Error::Listen`] when it cannot be had, [`Error::Passed`] for sockets that only
     /// [`Bound::passed`] can take.
-    pub fn new(address: &Address, shards: usize, settings: &Settings) -> Result<Self, Error> {
+    pub fn new(
+        address: &ListenAddress,
+        shards: usize,
+        settings: &SocketSettings,
+    ) -> Result<Self, Error> {
         let (sockets, file) = match address {
-            Address::Ip(at) => bind_all(*at, shards, settings)
+            ListenAddress::Ip(at) => bind_all(*at, shards, settings)
                 .map(|sockets| (sockets, None))
                 .map_err(with_fix),
-            Address::Unix(path) => unix::bind(path, backlog(settings))
+            ListenAddress::Unix(path) => unix_socket_file::bind(path, backlog(settings))
                 .map(|(socket, file)| (vec![socket], Some(file))),
-            Address::Passed(_) => {
+            ListenAddress::Passed(_) => {
                 let reason = "sockets are passed when a process starts, and it has none of that name left; stop and start the unit";
                 return Err(Error::passed(address, reason));
             }
@@ -94,17 +99,17 @@ impl Bound {
     ///
     /// [`Error::Passed`] when they are not what they were.
     pub fn adopt(
-        address: &Address,
+        address: &ListenAddress,
         sockets: Vec<OwnedFd>,
-        file: Option<Identity>,
-        settings: &Settings,
+        file: Option<FileIdentity>,
+        settings: &SocketSettings,
     ) -> Result<Vec<Self>, Error> {
         let mut bound = group(address, sockets, settings)?;
         for one in &mut bound {
             one.adopted = true;
-            if let (Address::Unix(path), Some(file)) = (address, file) {
+            if let (ListenAddress::Unix(path), Some(file)) = (address, file) {
                 // Where it is gone there is nothing to remove.
-                one.file = SocketFile::adopt(path, file);
+                one.file = UnixSocketFile::adopt(path, file);
             }
         }
         Ok(bound)
@@ -117,9 +122,9 @@ impl Bound {
     ///
     /// [`Error::Passed`] when one is not a stream socket that listens.
     pub fn passed(
-        address: &Address,
+        address: &ListenAddress,
         sockets: Vec<OwnedFd>,
-        settings: &Settings,
+        settings: &SocketSettings,
     ) -> Result<Vec<Self>, Error> {
         group(address, sockets, settings)
     }
@@ -129,12 +134,12 @@ impl Bound {
     /// # Errors
     ///
     /// [`Error::Listen`] when another server listens there.
-    pub fn listen(self) -> Result<Listening, Error> {
-        let address = Address::of(&self.sockets[0]).map_err(with_fix);
+    pub fn listen(self) -> Result<ListeningSockets, Error> {
+        let address = ListenAddress::of(&self.sockets[0]).map_err(with_fix);
         let address = address.map_err(cannot_listen(&self.asked))?;
-        let listening = Listening {
+        let listening = ListeningSockets {
             address,
-            shared: matches!(self.asked, Address::Passed(_)),
+            shared: matches!(self.asked, ListenAddress::Passed(_)),
             asked: self.asked,
             sockets: self.sockets,
             file: self.file.map(Arc::new),
@@ -148,19 +153,19 @@ impl Bound {
 }
 
 /// An address that clients can connect to.
-pub struct Listening {
+pub struct ListeningSockets {
     /// With the port that was found where any was asked for, and where a socket is that was passed.
-    pub address: Address,
-    asked: Address,
+    pub address: ListenAddress,
+    asked: ListenAddress,
     /// One for each shard, or fewer.
     sockets: Vec<Socket>,
     shared: bool,
-    file: Option<Arc<SocketFile>>,
+    file: Option<Arc<UnixSocketFile>>,
     /// How it is to listen once it is taken over from another process.
-    adopted: Option<Settings>,
+    adopted: Option<SocketSettings>,
 }
 
-impl Listening {
+impl ListeningSockets {
     /// Has what was adopted listen as was asked for. To be called when the other process does not go on
     /// with it any more.
     ///
@@ -175,7 +180,7 @@ impl Listening {
     }
 
     /// The file of a Unix socket that is ours.
-    pub fn file(&self) -> Option<Identity> {
+    pub fn file(&self) -> Option<FileIdentity> {
         self.file.as_ref().map(|file| file.identity())
     }
 
@@ -185,7 +190,7 @@ impl Listening {
     /// # Errors
     ///
     /// [`Error::Listen`] when another server listens there, or when an owner cannot be given.
-    pub fn set_up(&self, settings: &Settings) -> Result<(), Error> {
+    pub fn set_up(&self, settings: &SocketSettings) -> Result<(), Error> {
         let set_up = |socket: &Socket| {
             set_keepalive(socket, settings.keepalive)?;
             match self.shared {
@@ -212,7 +217,7 @@ impl Listening {
     pub fn by_shard(&self, shards: usize) -> Result<Vec<Vec<Listener>>, Error> {
         let mut spread: Vec<Vec<Listener>> = (0..shards).map(|_| Vec::new()).collect();
         let port = match &self.address {
-            Address::Ip(address) => Some(address.port()),
+            ListenAddress::Ip(address) => Some(address.port()),
             _ => None,
         };
         for n in 0..self.sockets.len().max(shards) {
@@ -247,7 +252,7 @@ pub struct Listener {
     /// None at a Unix socket.
     port: Option<u16>,
     shared: bool,
-    file: Option<Arc<SocketFile>>,
+    file: Option<Arc<UnixSocketFile>>,
 }
 
 impl AsFd for Listener {
@@ -274,7 +279,7 @@ impl Listener {
     }
 
     /// Its file, if it has one that may be ours.
-    pub(super) fn file(&self) -> Option<Arc<SocketFile>> {
+    pub(super) fn file(&self) -> Option<Arc<UnixSocketFile>> {
         self.file.clone()
     }
 
@@ -312,48 +317,15 @@ fn of_user(socket: UnixStream) -> io::Result<(StreamSocket, Peer)> {
     Ok((StreamSocket::Unix(socket), peer))
 }
 
-/// The socket of a client, which does not block, and which no runtime knows of.
-#[derive(Debug)]
-pub enum StreamSocket {
-    /// TCP.
-    Tcp(TcpStream),
-    /// A Unix socket.
-    Unix(UnixStream),
-}
-
-impl AsFd for StreamSocket {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(socket) => socket.as_fd(),
-            Self::Unix(socket) => socket.as_fd(),
-        }
-    }
-}
-
-impl StreamSocket {
-    /// Sends a text that is to be the last, without waiting for anything.
-    pub(super) fn answer(&self, text: &[u8]) {
-        // What the client has sent is taken: closing a socket with something unread resets it,
-        // and the text with it. A client that sends on may miss it.
-        let _ = recv(self, &mut [0; 4096], RecvFlags::DONTWAIT);
-        let _ = send(self, text, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-        let _ = SockRef::from(self).shutdown(Shutdown::Write);
-    }
-
-    /// Makes the end of the connection a reset. It fails for no socket that is open. At a Unix socket
-    /// it is one if the client has sent anything.
-    pub(super) fn reset_when_dropped(&self) {
-        if let Self::Tcp(socket) = self {
-            let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
-        }
-    }
-}
-
-fn backlog(settings: &Settings) -> i32 {
+fn backlog(settings: &SocketSettings) -> i32 {
     i32::try_from(settings.backlog).unwrap_or(i32::MAX)
 }
 
-fn bind_all(address: SocketAddr, shards: usize, settings: &Settings) -> io::Result<Vec<Socket>> {
+fn bind_all(
+    address: SocketAddr,
+    shards: usize,
+    settings: &SocketSettings,
+) -> io::Result<Vec<Socket>> {
     // Sockets that share a port by SO_REUSEPORT would share it with those of another server of ours
     // that was started by mistake. The first one is bound without, and so meets any other.
     let first = bind(address, settings.reuse_port)?;
@@ -415,8 +387,12 @@ fn set_keepalive(socket: &Socket, keepalive: Option<Duration>) -> io::Result<()>
 }
 
 /// Sockets that listen already, those with the same address together.
-fn group(asked: &Address, sockets: Vec<OwnedFd>, settings: &Settings) -> Result<Vec<Bound>, Error> {
-    let mut groups: Vec<(Address, Bound)> = Vec::new();
+fn group(
+    asked: &ListenAddress,
+    sockets: Vec<OwnedFd>,
+    settings: &SocketSettings,
+) -> Result<Vec<BoundSockets>, Error> {
+    let mut groups: Vec<(ListenAddress, BoundSockets)> = Vec::new();
     for socket in sockets {
         let number = socket.as_raw_fd();
         let wrong = |what: &str| {
@@ -434,7 +410,7 @@ fn group(asked: &Address, sockets: Vec<OwnedFd>, settings: &Settings) -> Result<
         if !socket.is_listener().unwrap_or(false) {
             return Err(wrong("does not listen (systemd: Accept=no)"));
         }
-        let Ok(address) = Address::of(&socket) else {
+        let Ok(address) = ListenAddress::of(&socket) else {
             return Err(wrong("has neither an IP address nor a path"));
         };
         prepare(&socket)
@@ -442,7 +418,7 @@ fn group(asked: &Address, sockets: Vec<OwnedFd>, settings: &Settings) -> Result<
         match groups.iter_mut().find(|(at, _)| *at == address) {
             Some((_, bound)) => bound.sockets.push(socket),
             None => {
-                let bound = Bound {
+                let bound = BoundSockets {
                     asked: asked.clone(),
                     sockets: vec![socket],
                     settings: *settings,
@@ -456,7 +432,7 @@ fn group(asked: &Address, sockets: Vec<OwnedFd>, settings: &Settings) -> Result<
     Ok(groups.into_iter().map(|(_, bound)| bound).collect())
 }
 
-fn with_fix(error: io::Error) -> Failed {
+fn with_fix(error: io::Error) -> SocketFileError {
     let fix = match error.kind() {
         io::ErrorKind::AddrInUse => {
             "stop the server that holds the port, or choose another one (port 0 takes any that is free)"
@@ -472,7 +448,7 @@ fn with_fix(error: io::Error) -> Failed {
     (error, fix)
 }
 
-fn cannot_listen(address: &Address) -> impl Fn(Failed) -> Error {
+fn cannot_listen(address: &ListenAddress) -> impl Fn(SocketFileError) -> Error {
     |(source, fix)| Error::Listen {
         address: address.clone(),
         source,

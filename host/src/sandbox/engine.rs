@@ -19,10 +19,10 @@ use wasmtime_wasi::{p2, p3};
 
 use super::cache::{self, Cache};
 use super::digest::Digest;
-use super::inspect::{MAX_CORE_INSTANCES, Needs};
-use super::limits::{self, Budget, SharedLimits};
-use super::turns::Clock;
-use super::{State, network, tcp};
+use super::fairness::EpochClock;
+use super::limits::{self, MemoryBudget, SharedLimits};
+use super::requirements::{MAX_CORE_INSTANCES, Requirements};
+use super::{StoreState, host_network, host_tcp};
 use crate::Error;
 
 /// How much of what a guest has written to stays in memory and is written over with zeros when its
@@ -42,7 +42,7 @@ const WASM_PAGE_BYTES: usize = 64 << 10;
 
 /// The room in the pool of an engine.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Room {
+pub struct PoolSize {
     /// Instances at once.
     pub connections: usize,
     /// Stacks at once: more than connections, for a guest that blocks in a call of the host leaves
@@ -56,14 +56,14 @@ pub struct Engine(Arc<Inner>);
 
 struct Inner {
     wasmtime: wasmtime::Engine,
-    linker: Linker<State>,
-    clock: Clock,
+    linker: Linker<StoreState>,
+    clock: EpochClock,
     limits: SharedLimits,
-    budget: Arc<Budget>,
+    budget: Arc<MemoryBudget>,
     cache: Option<Cache>,
     /// What its code is known by in the cache.
     key: String,
-    room: Needs,
+    room: Requirements,
     /// How many there may be at once.
     instances: usize,
     /// Stops when the last clone is dropped.
@@ -78,8 +78,8 @@ impl Engine {
     ///
     /// [`Error::Pool`] when the system does not let us have the address space.
     pub fn new(
-        room: Room,
-        needs: &Needs,
+        room: PoolSize,
+        needs: &Requirements,
         limits: SharedLimits,
         cache: Option<Cache>,
     ) -> Result<Self, Error> {
@@ -88,7 +88,7 @@ impl Engine {
             .map_err(|error| Error::pool(room.connections, error))?;
         let linker =
             linker(&wasmtime).map_err(|error| Error::internal("linking the host", error))?;
-        let clock = Clock::default();
+        let clock = EpochClock::default();
         let ticker = Ticker::start(wasmtime.clone(), clock.clone());
         Ok(Self(Arc::new(Inner {
             key: cache::key(&wasmtime),
@@ -98,7 +98,7 @@ impl Engine {
             wasmtime,
             linker,
             clock,
-            budget: Arc::new(Budget::new(limits.total_memory)),
+            budget: Arc::new(MemoryBudget::new(limits.total_memory)),
             limits,
             _ticker: ticker,
         })))
@@ -107,14 +107,14 @@ impl Engine {
     /// Adds to `registry` what the sandboxes take together.
     pub fn register(&self, registry: &mut Registry) {
         limits::register(self.budget().clone(), registry);
-        registry.register_collector(Box::new(Pool(self.clone())));
+        registry.register_collector(Box::new(PoolCollector(self.clone())));
     }
 
     pub(super) fn wasmtime(&self) -> &wasmtime::Engine {
         &self.0.wasmtime
     }
 
-    pub(super) fn clock(&self) -> &Clock {
+    pub(super) fn clock(&self) -> &EpochClock {
         &self.0.clock
     }
 
@@ -138,30 +138,30 @@ impl Engine {
     }
 
     /// What there is for each instance.
-    pub(super) fn room(&self) -> &Needs {
+    pub(super) fn pool_requirements(&self) -> &Requirements {
         &self.0.room
     }
 
     /// The memory that the sandboxes share.
-    pub(super) fn budget(&self) -> &Arc<Budget> {
+    pub(super) fn budget(&self) -> &Arc<MemoryBudget> {
         &self.0.budget
     }
 
-    pub(super) fn linker(&self) -> &Linker<State> {
+    pub(super) fn linker(&self) -> &Linker<StoreState> {
         &self.0.linker
     }
 }
 
 /// What is in use of the pool, for the metrics.
-struct Pool(Engine);
+struct PoolCollector(Engine);
 
-impl fmt::Debug for Pool {
+impl fmt::Debug for PoolCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Pool").finish_non_exhaustive()
     }
 }
 
-impl Collector for Pool {
+impl Collector for PoolCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let Some(pool) = self.0.wasmtime().pooling_allocator_metrics() else {
             return Ok(());
@@ -207,7 +207,7 @@ impl Collector for Pool {
     }
 }
 
-fn config(room: Room, needs: &Needs, limits: &SharedLimits) -> Config {
+fn config(room: PoolSize, needs: &Requirements, limits: &SharedLimits) -> Config {
     // One more, for a version that is tried before it is served: it is not to wait for a place of a
     // connection, nor to take one.
     let instances = room.connections.saturating_add(1);
@@ -244,11 +244,11 @@ fn config(room: Room, needs: &Needs, limits: &SharedLimits) -> Config {
 
 /// Links what the world `wasinetd:tcp/connection-handler` lists, and `wasi:sockets` for guests that
 /// may connect somewhere. A guest that imports anything more is refused when it is loaded.
-fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<State>> {
+fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<StoreState>> {
     let mut linker = Linker::new(engine);
-    tcp::add_to_linker(&mut linker)?;
+    host_tcp::add_to_linker(&mut linker)?;
     link_p2(&mut linker)?;
-    network::add_to_linker(&mut linker)?;
+    host_network::add_to_linker(&mut linker)?;
     p3::cli::add_to_linker(&mut linker)?;
     p3::clocks::add_to_linker(&mut linker)?;
     p3::filesystem::add_to_linker(&mut linker)?;
@@ -256,33 +256,36 @@ fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<State>> {
     Ok(linker)
 }
 
-fn link_p2(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+fn link_p2(linker: &mut Linker<StoreState>) -> wasmtime::Result<()> {
     use p2::bindings::{cli, clocks, filesystem, io, random};
     use wasmtime_wasi::cli::{WasiCli, WasiCliView};
     use wasmtime_wasi::clocks::{WasiClocks, WasiClocksView};
     use wasmtime_wasi::filesystem::{WasiFilesystem, WasiFilesystemView};
     use wasmtime_wasi::random::{WasiRandom, WasiRandomView};
 
-    io::error::add_to_linker::<State, Table>(linker, |state| &mut state.table)?;
-    io::poll::add_to_linker::<State, Table>(linker, |state| &mut state.table)?;
-    io::streams::add_to_linker::<State, Table>(linker, |state| &mut state.table)?;
-    cli::environment::add_to_linker::<State, WasiCli>(linker, State::cli)?;
-    cli::exit::add_to_linker::<State, WasiCli>(linker, State::cli)?;
-    cli::stdin::add_to_linker::<State, WasiCli>(linker, State::cli)?;
-    cli::stdout::add_to_linker::<State, WasiCli>(linker, State::cli)?;
-    cli::stderr::add_to_linker::<State, WasiCli>(linker, State::cli)?;
-    cli::terminal_input::add_to_linker::<State, WasiCli>(linker, State::cli)?;
-    cli::terminal_output::add_to_linker::<State, WasiCli>(linker, State::cli)?;
-    cli::terminal_stdin::add_to_linker::<State, WasiCli>(linker, State::cli)?;
-    cli::terminal_stdout::add_to_linker::<State, WasiCli>(linker, State::cli)?;
-    cli::terminal_stderr::add_to_linker::<State, WasiCli>(linker, State::cli)?;
-    clocks::monotonic_clock::add_to_linker::<State, WasiClocks>(linker, State::clocks)?;
-    clocks::wall_clock::add_to_linker::<State, WasiClocks>(linker, State::clocks)?;
-    filesystem::types::add_to_linker::<State, WasiFilesystem>(linker, State::filesystem)?;
-    filesystem::preopens::add_to_linker::<State, WasiFilesystem>(linker, State::filesystem)?;
-    random::random::add_to_linker::<State, WasiRandom>(linker, State::random)?;
-    random::insecure::add_to_linker::<State, WasiRandom>(linker, State::random)?;
-    random::insecure_seed::add_to_linker::<State, WasiRandom>(linker, State::random)?;
+    io::error::add_to_linker::<StoreState, Table>(linker, |state| &mut state.table)?;
+    io::poll::add_to_linker::<StoreState, Table>(linker, |state| &mut state.table)?;
+    io::streams::add_to_linker::<StoreState, Table>(linker, |state| &mut state.table)?;
+    cli::environment::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::exit::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::stdin::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::stdout::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::stderr::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::terminal_input::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::terminal_output::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::terminal_stdin::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::terminal_stdout::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::terminal_stderr::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    clocks::monotonic_clock::add_to_linker::<StoreState, WasiClocks>(linker, StoreState::clocks)?;
+    clocks::wall_clock::add_to_linker::<StoreState, WasiClocks>(linker, StoreState::clocks)?;
+    filesystem::types::add_to_linker::<StoreState, WasiFilesystem>(linker, StoreState::filesystem)?;
+    filesystem::preopens::add_to_linker::<StoreState, WasiFilesystem>(
+        linker,
+        StoreState::filesystem,
+    )?;
+    random::random::add_to_linker::<StoreState, WasiRandom>(linker, StoreState::random)?;
+    random::insecure::add_to_linker::<StoreState, WasiRandom>(linker, StoreState::random)?;
+    random::insecure_seed::add_to_linker::<StoreState, WasiRandom>(linker, StoreState::random)?;
     Ok(())
 }
 
@@ -300,7 +303,7 @@ struct Ticker {
 }
 
 impl Ticker {
-    fn start(engine: wasmtime::Engine, clock: Clock) -> Self {
+    fn start(engine: wasmtime::Engine, clock: EpochClock) -> Self {
         let (stop, stopped) = mpsc::channel();
         let thread = thread::spawn(move || {
             let mut last = Instant::now();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use wasmtime_wasi::filesystem::WasiFilesystemCtx;
 use wasmtime_wasi::{FsPerms, WasiCtx};
 
-use super::network::{Destination, Destinations};
+use super::host_network::{Destination, Destinations};
 
 /// What a guest may do in a directory.
 #[derive(Clone, Copy, Debug, PartialEq)]

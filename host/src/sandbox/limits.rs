@@ -17,7 +17,7 @@ use crate::limit::Limit;
 
 /// What a sandbox may use. The defaults are those of the command line, where each has its reason.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Limits {
+pub struct GuestLimits {
     /// Its linear memories and tables together, in bytes.
     pub memory: usize,
     /// For how long it may compute. Waiting does not count.
@@ -32,7 +32,7 @@ pub struct Limits {
     pub output: usize,
 }
 
-impl Default for Limits {
+impl Default for GuestLimits {
     fn default() -> Self {
         Self {
             memory: 64 << 20,
@@ -59,7 +59,7 @@ pub struct SharedLimits {
 impl Default for SharedLimits {
     fn default() -> Self {
         Self {
-            memory: Limits::default().memory,
+            memory: GuestLimits::default().memory,
             total_memory: usize::MAX,
             stack: 512 << 10,
         }
@@ -72,12 +72,12 @@ impl Default for SharedLimits {
 pub const FREE_MEMORY: usize = 1 << 20;
 
 /// The memory that all sandboxes may take beyond what is free to each.
-pub(super) struct Budget {
+pub(super) struct MemoryBudget {
     bytes: usize,
     left: AtomicUsize,
 }
 
-impl Budget {
+impl MemoryBudget {
     pub(super) fn new(bytes: usize) -> Self {
         Self {
             bytes,
@@ -104,19 +104,19 @@ impl Budget {
 }
 
 /// Adds to `registry` what is taken of `budget`.
-pub(super) fn register(budget: Arc<Budget>, registry: &mut Registry) {
-    registry.register_collector(Box::new(Taken(budget)));
+pub(super) fn register(budget: Arc<MemoryBudget>, registry: &mut Registry) {
+    registry.register_collector(Box::new(BudgetCollector(budget)));
 }
 
-struct Taken(Arc<Budget>);
+struct BudgetCollector(Arc<MemoryBudget>);
 
-impl fmt::Debug for Taken {
+impl fmt::Debug for BudgetCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Taken").finish_non_exhaustive()
     }
 }
 
-impl Collector for Taken {
+impl Collector for BudgetCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let gauge = ConstGauge::new(self.0.taken() as i64);
         let metric = encoder.encode_descriptor(
@@ -130,17 +130,17 @@ impl Collector for Taken {
 }
 
 /// Counts the memory of one sandbox.
-pub(super) struct Memory {
+pub(super) struct MemoryLimiter {
     used: usize,
     most: usize,
     /// What was taken from the budget of all.
     taken: usize,
-    budget: Arc<Budget>,
+    budget: Arc<MemoryBudget>,
     transport: SharedTransport,
 }
 
-impl Memory {
-    pub(super) fn new(most: usize, budget: Arc<Budget>, transport: SharedTransport) -> Self {
+impl MemoryLimiter {
+    pub(super) fn new(most: usize, budget: Arc<MemoryBudget>, transport: SharedTransport) -> Self {
         Self {
             used: 0,
             most,
@@ -158,7 +158,7 @@ impl Memory {
                 true
             }
             Some(limit) => {
-                lock(&self.transport).limited(limit);
+                lock(&self.transport).limit_hit(limit);
                 false
             }
         }
@@ -179,7 +179,7 @@ impl Memory {
     }
 }
 
-impl Drop for Memory {
+impl Drop for MemoryLimiter {
     fn drop(&mut self) {
         self.budget.give_back(self.taken);
     }
@@ -191,7 +191,7 @@ fn may_be(desired: usize, maximum: Option<usize>) -> bool {
     maximum.is_none_or(|maximum| desired <= maximum)
 }
 
-impl ResourceLimiter for Memory {
+impl ResourceLimiter for MemoryLimiter {
     fn memory_growing(
         &mut self,
         current: usize,
@@ -215,19 +215,19 @@ impl ResourceLimiter for Memory {
 
 /// Why a guest was stopped, when it was for a limit.
 #[derive(Debug)]
-pub(super) struct Stopped(pub(super) Limit);
+pub(super) struct LimitExceeded(pub(super) Limit);
 
-impl fmt::Display for Stopped {
+impl fmt::Display for LimitExceeded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the limit {} was met", self.0)
     }
 }
 
-impl std::error::Error for Stopped {}
+impl std::error::Error for LimitExceeded {}
 
 /// The limit that a call of a guest ended for.
 pub(super) fn of_error(error: &wasmtime::Error) -> Option<Limit> {
-    if let Some(Stopped(limit)) = error.downcast_ref() {
+    if let Some(LimitExceeded(limit)) = error.downcast_ref() {
         return Some(*limit);
     }
     if let Some(wasmtime::Trap::StackOverflow) = error.downcast_ref() {

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 
-use super::turns::{self, Clock};
+use super::fairness::{self, EpochClock};
 use super::{SharedTransport, lock};
 use crate::limit::Limit;
 
@@ -26,12 +26,12 @@ const LINE_OVERHEAD: usize = 100;
 #[derive(Clone)]
 pub(super) struct OutputLimit {
     bytes: usize,
-    clock: Clock,
+    clock: EpochClock,
     transport: SharedTransport,
 }
 
 impl OutputLimit {
-    pub(super) fn new(bytes: usize, clock: Clock, transport: SharedTransport) -> Self {
+    pub(super) fn new(bytes: usize, clock: EpochClock, transport: SharedTransport) -> Self {
         Self {
             bytes,
             clock,
@@ -112,7 +112,7 @@ impl Lines {
                 limit = %Limit::MaxOutput,
                 "no more of what this guest prints is logged"
             );
-            lock(&self.limit.transport).limited(Limit::MaxOutput);
+            lock(&self.limit.transport).limit_hit(Limit::MaxOutput);
         }
     }
 }
@@ -123,7 +123,7 @@ impl AsyncWrite for Lines {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        ready!(turns::poll_lasts(&self.limit.clock, cx));
+        ready!(fairness::poll_lasts(&self.limit.clock, cx));
         self.write(bytes);
         Poll::Ready(Ok(bytes.len()))
     }

@@ -15,15 +15,15 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// How many connections are open on a shard.
 #[derive(Default)]
-pub(super) struct Load {
+pub(super) struct ShardLoad {
     open: AtomicUsize,
 }
 
-impl Load {
+impl ShardLoad {
     /// Counts a connection in, until the place is dropped.
-    pub(super) fn place(self: Arc<Self>) -> Place {
+    pub(super) fn place(self: Arc<Self>) -> LoadGuard {
         self.open.fetch_add(1, Ordering::Relaxed);
-        Place(self)
+        LoadGuard(self)
     }
 
     fn open(&self) -> usize {
@@ -32,9 +32,9 @@ impl Load {
 }
 
 /// An open connection's part of a [`Load`].
-pub(super) struct Place(Arc<Load>);
+pub(super) struct LoadGuard(Arc<ShardLoad>);
 
-impl Drop for Place {
+impl Drop for LoadGuard {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, Ordering::Relaxed);
     }
@@ -53,10 +53,10 @@ fn passes_on(own: usize, other: usize) -> bool {
 pub(super) struct Balanced<S: Stream> {
     /// None when it has ended.
     connections: Option<S>,
-    load: Arc<Load>,
+    load: Arc<ShardLoad>,
     passed_on: UnboundedReceiver<S::Item>,
     /// Empty when our own stream has ended: theirs end when nobody can pass on anything.
-    others: Vec<(Arc<Load>, UnboundedSender<S::Item>)>,
+    others: Vec<(Arc<ShardLoad>, UnboundedSender<S::Item>)>,
     /// The one to compare with next.
     next: usize,
 }
@@ -68,7 +68,7 @@ pub(super) fn balanced<S: Stream>(connections: Vec<S>) -> Vec<Balanced<S>> {
         .iter()
         .map(|_| {
             let (sender, receiver) = unbounded_channel();
-            ((Arc::new(Load::default()), sender), receiver)
+            ((Arc::new(ShardLoad::default()), sender), receiver)
         })
         .unzip();
     connections
@@ -90,7 +90,7 @@ pub(super) fn balanced<S: Stream>(connections: Vec<S>) -> Vec<Balanced<S>> {
 }
 
 impl<S: Stream> Balanced<S> {
-    pub(super) fn load(&self) -> Arc<Load> {
+    pub(super) fn load(&self) -> Arc<ShardLoad> {
         self.load.clone()
     }
 

@@ -7,7 +7,7 @@ use futures::Stream;
 use futures::channel::oneshot;
 use tokio::runtime::{Builder, Handle, Runtime};
 
-use super::balance::{Balanced, Load, balanced};
+use super::balance::{Balanced, ShardLoad, balanced};
 use super::{Dispatch, dispatch_all};
 use crate::Error;
 
@@ -92,16 +92,16 @@ impl Shards {
 }
 
 /// Tells whether the threads that connections run on go on.
-pub struct Pulse(Vec<Handle>);
+pub struct Liveness(Vec<Handle>);
 
-impl Pulse {
+impl Liveness {
     /// Of these runtimes.
     pub fn new(runtimes: Vec<Handle>) -> Self {
         Self(runtimes)
     }
 
     /// Resolves when each has had a turn. One that has ended, as those do that have drained, needs none.
-    pub async fn beat(&self) {
+    pub async fn check(&self) {
         for runtime in &self.0 {
             let _ = runtime.spawn(async {}).await;
         }
@@ -115,7 +115,7 @@ where
     H: Fn(S::Item) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    let load: Arc<Load> = connections.load();
+    let load: Arc<ShardLoad> = connections.load();
     let handler = |connection| {
         let place = load.clone().place();
         let handling = handler(connection);
@@ -160,7 +160,7 @@ mod tests {
     fn there_is_no_pulse_while_a_thread_is_stuck() {
         for dispatch in [Dispatch::Concurrent, Dispatch::Spawn] {
             let shards = Shards::new(dispatch, 1).unwrap();
-            let pulse = Pulse::new(shards.handles());
+            let pulse = Liveness::new(shards.handles());
             let (is_stuck, stuck) = oneshot::channel();
             let (go_on, release) = mpsc::channel::<()>();
             let held = Arc::new(Mutex::new(Some((is_stuck, release))));
@@ -178,10 +178,10 @@ mod tests {
             let control = Builder::new_current_thread().enable_all().build().unwrap();
             control.block_on(async {
                 stuck.await.unwrap();
-                let beat = timeout(Duration::from_millis(100), pulse.beat());
+                let beat = timeout(Duration::from_millis(100), pulse.check());
                 assert!(beat.await.is_err(), "{dispatch:?}");
                 go_on.send(()).unwrap();
-                pulse.beat().await;
+                pulse.check().await;
             });
         }
     }

@@ -10,7 +10,8 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 
 use crate::limit::Limit;
-use crate::sandbox::{Address, Transport};
+use crate::net::TransportAddress;
+use crate::sandbox::Transport;
 
 /// A question, and how the answer begins.
 #[derive(Clone, Debug)]
@@ -33,7 +34,7 @@ impl Probe {
 }
 
 /// The connection from the host itself that a probe is sent on.
-pub(super) struct Asked {
+pub(super) struct ProbeTransport {
     question: Vec<u8>,
     /// What of the question was received.
     received: usize,
@@ -43,7 +44,7 @@ pub(super) struct Asked {
     waker: Option<Waker>,
 }
 
-impl Asked {
+impl ProbeTransport {
     pub(super) fn transport(probe: &Probe) -> Arc<Mutex<Self>> {
         Arc::new(Mutex::new(Self {
             question: probe.send.clone(),
@@ -90,17 +91,17 @@ impl Asked {
     }
 }
 
-impl Transport for Asked {
+impl Transport for ProbeTransport {
     /// No connection has it: those of clients begin at 1.
     fn id(&self) -> u64 {
         0
     }
 
-    fn remote_address(&self) -> Address {
+    fn remote_address(&self) -> TransportAddress {
         SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()
     }
 
-    fn local_address(&self) -> io::Result<Address> {
+    fn local_address(&self) -> io::Result<TransportAddress> {
         Ok(self.remote_address())
     }
 
@@ -140,7 +141,7 @@ impl Transport for Asked {
 
     fn close_sending(&mut self) {}
 
-    fn limited(&mut self, _: Limit) {}
+    fn limit_hit(&mut self, _: Limit) {}
 
     fn release(&mut self) {}
 

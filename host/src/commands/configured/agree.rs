@@ -4,15 +4,15 @@ use std::collections::HashSet;
 
 use wasinetd::admin;
 use wasinetd::config::Mistake;
-use wasinetd::listener::Address;
+use wasinetd::net::ListenAddress;
 
-use super::Spec;
+use super::ServiceSpec;
 use crate::cli::ServerTable;
 
 /// What there is in a config file.
-pub(super) struct Among<'a> {
+pub(super) struct Validation<'a> {
     /// The services that nothing is wrong with by themselves.
-    pub(super) services: &'a [Spec],
+    pub(super) services: &'a [ServiceSpec],
     /// The names of all services.
     pub(super) named: &'a HashSet<String>,
     /// What is said of the server, if nothing is wrong with that.
@@ -48,9 +48,9 @@ const OF_THE_LISTENER: [&str; 25] = [
     "max-handshakes",
 ];
 
-impl Among<'_> {
+impl Validation<'_> {
     /// Adds to `mistakes` what is wrong between them.
-    pub(super) fn agree(&self, mistakes: &mut Vec<Mistake>) {
+    pub(super) fn validate(&self, mistakes: &mut Vec<Mistake>) {
         let mut names: HashSet<&str> = HashSet::new();
         for (n, spec) in self.services.iter().enumerate() {
             let mut wrong = |key: &str, text: String| {
@@ -90,7 +90,7 @@ impl Among<'_> {
     fn behind(
         &self,
         n: usize,
-        spec: &Spec,
+        spec: &ServiceSpec,
         other: &str,
         names: &[String],
         wrong: &mut impl FnMut(&str, String),
@@ -114,7 +114,7 @@ impl Among<'_> {
             Some(_) => {}
         }
         for name in names {
-            let has_it = |one: &&Spec| {
+            let has_it = |one: &&ServiceSpec| {
                 one.behind.as_ref().is_some_and(|(before, names)| {
                     before == other && names.iter().any(|one| one.eq_ignore_ascii_case(name))
                 })
@@ -127,11 +127,11 @@ impl Among<'_> {
     }
 
     /// A service has its addresses for itself.
-    fn listen(&self, n: usize, spec: &Spec, wrong: &mut impl FnMut(&str, String)) {
+    fn listen(&self, n: usize, spec: &ServiceSpec, wrong: &mut impl FnMut(&str, String)) {
         let admin = self.server.and_then(|server| server.server.admin.as_ref());
         let admin = admin.map(|address| match address {
-            admin::Address::Unix(path) => Address::Unix(path.clone()),
-            admin::Address::Loopback(address) => Address::Ip(*address),
+            admin::AdminAddress::Unix(path) => ListenAddress::Unix(path.clone()),
+            admin::AdminAddress::Loopback(address) => ListenAddress::Ip(*address),
         });
         for (m, address) in spec.args.listen.iter().enumerate() {
             if admin
@@ -148,7 +148,7 @@ impl Among<'_> {
                 of_others.flat_map(|one| one.args.listen.iter().map(move |at| (one, at)));
             let own = spec.args.listen[..m].iter().map(|at| (spec, at));
             for (other, at) in of_others.chain(own) {
-                let shares = |spec: &Spec| spec.args.socket_settings().reuse_port;
+                let shares = |spec: &ServiceSpec| spec.args.socket_settings().reuse_port;
                 let share = shares(spec) && shares(other);
                 if *address == *at && !address.takes_any_port() {
                     let text = format!("{address} is the service {:?}'s already", other.name);

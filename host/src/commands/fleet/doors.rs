@@ -5,48 +5,49 @@ use std::sync::Arc;
 use wasinetd::Error;
 use wasinetd::lifecycle::Controller;
 use wasinetd::listener::{
-    Address, Admission, Incoming, Joining, Listening, Places, Rules, WhenFull,
+    Admission, AdmissionRules, ConnectionLimit, Incoming, ListeningSockets, MergeHandle, WhenFull,
 };
-use wasinetd::service::Route;
+use wasinetd::net::ListenAddress;
+use wasinetd::service::SniRoute;
 
-use super::{Shared, Threads};
+use super::{ShardGroup, SharedResources};
 use crate::cli::{Dispatch, ServiceArgs};
 
 /// An address that a service listens at.
-pub(super) struct Port {
+pub(super) struct Endpoint {
     /// As it was asked for.
-    pub(super) asked: Address,
-    pub(super) listening: Arc<Listening>,
+    pub(super) asked: ListenAddress,
+    pub(super) listening: Arc<ListeningSockets>,
     /// Of whoever accepts there for the service.
     pub(super) controller: Arc<Controller>,
 }
 
 /// An address where all is ready for clients to be accepted.
-pub(super) struct Door {
-    port: Port,
+pub(super) struct PreparedEndpoint {
+    port: Endpoint,
     shards: Vec<Shard>,
 }
 
 struct Shard {
-    joining: Joining<Incoming<Arc<Route>>>,
-    incoming: Incoming<Arc<Route>>,
+    joining: MergeHandle<Incoming<Arc<SniRoute>>>,
+    incoming: Incoming<Arc<SniRoute>>,
 }
 
 /// How clients of a service are accepted.
 #[derive(Clone)]
-pub(super) struct Accepting {
+pub(super) struct AcceptPolicy {
     dispatch: Dispatch,
-    places: Places,
+    places: ConnectionLimit,
     when_full: WhenFull,
     admission: Admission,
 }
 
-impl Accepting {
+impl AcceptPolicy {
     /// For a service that has no clients yet.
-    pub(super) fn new(shared: &Shared, args: &ServiceArgs) -> Self {
+    pub(super) fn new(shared: &SharedResources, args: &ServiceArgs) -> Self {
         Self {
             dispatch: args.dispatch,
-            places: Places::new(shared.places.clone(), shared.most(args)),
+            places: ConnectionLimit::new(shared.places.clone(), shared.most(args)),
             when_full: when_full(args),
             admission: Admission::new(rules(shared, args)),
         }
@@ -54,7 +55,7 @@ impl Accepting {
 
     /// For a service that has clients: they count as they did. How many places there are is for
     /// [`Self::resize`] to say.
-    pub(super) fn with(&self, shared: &Shared, args: &ServiceArgs) -> Self {
+    pub(super) fn with(&self, shared: &SharedResources, args: &ServiceArgs) -> Self {
         Self {
             dispatch: args.dispatch,
             places: self.places.clone(),
@@ -64,7 +65,7 @@ impl Accepting {
     }
 
     /// From now on there are as many places as the arguments say.
-    pub(super) fn resize(&self, shared: &Shared, args: &ServiceArgs) {
+    pub(super) fn resize(&self, shared: &SharedResources, args: &ServiceArgs) {
         self.places.resize(shared.most(args));
     }
 }
@@ -78,25 +79,25 @@ fn when_full(args: &ServiceArgs) -> WhenFull {
     }
 }
 
-fn rules(shared: &Shared, args: &ServiceArgs) -> Rules {
-    Rules {
+fn rules(shared: &SharedResources, args: &ServiceArgs) -> AdmissionRules {
+    AdmissionRules {
         proxies: args.front.proxy_from.clone(),
         ..args.admission.rules(shared.most(args))
     }
 }
 
-impl Door {
+impl PreparedEndpoint {
     /// For the clients at an address, of which nobody is accepted yet.
     ///
     /// # Errors
     ///
     /// [`Error::Internal`] when the process has no more files.
     pub(super) fn new(
-        threads: &[Threads],
-        accepting: &Accepting,
-        route: &Arc<Route>,
-        asked: Address,
-        listening: Arc<Listening>,
+        threads: &[ShardGroup],
+        accepting: &AcceptPolicy,
+        route: &Arc<SniRoute>,
+        asked: ListenAddress,
+        listening: Arc<ListeningSockets>,
     ) -> Result<Self, Error> {
         let controller = Arc::new(Controller::default());
         let mut shards = Vec::new();
@@ -121,7 +122,7 @@ impl Door {
                 });
             }
         }
-        let port = Port {
+        let port = Endpoint {
             asked,
             listening,
             controller,
@@ -130,17 +131,17 @@ impl Door {
     }
 
     /// Where it is.
-    pub(super) fn address(&self) -> &Address {
+    pub(super) fn address(&self) -> &ListenAddress {
         &self.port.listening.address
     }
 
     /// Whether these sockets are those behind it.
-    pub(super) fn is_of(&self, listening: &Arc<Listening>) -> bool {
+    pub(super) fn is_of(&self, listening: &Arc<ListeningSockets>) -> bool {
         Arc::ptr_eq(&self.port.listening, listening)
     }
 
     /// Clients are accepted from now on.
-    pub(super) fn open(self) -> Port {
+    pub(super) fn open(self) -> Endpoint {
         for Shard { joining, incoming } in self.shards {
             joining.add(incoming);
         }

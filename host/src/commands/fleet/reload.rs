@@ -12,53 +12,57 @@ use wasinetd::Error;
 use wasinetd::config::Mistake;
 use wasinetd::connection::tls::Tls;
 use wasinetd::lifecycle::Controller;
-use wasinetd::listener::{self, Address, Bound, Listening};
+use wasinetd::listener::{self, BoundSockets, ListeningSockets};
+use wasinetd::net::ListenAddress;
 use wasinetd::sandbox::Grants;
-use wasinetd::service::{Named, Prepared, Route, Service};
+use wasinetd::service::{NamedService, PreparedVersion, Service, SniRoute};
 
-use super::doors::{Accepting, Door, Port};
-use super::{Closing, Fleet, Running, Shared, State, Threads, route, settings};
-use crate::commands::configured::{Checked, Spec};
+use super::doors::{AcceptPolicy, Endpoint, PreparedEndpoint};
+use super::{
+    DrainingEndpoint, RunningService, ShardGroup, SharedResources, Supervisor, SupervisorState,
+    route, settings,
+};
+use crate::commands::configured::{LoadedService, ServiceSpec};
 use crate::commands::{is_kept, not_swapped};
 
 /// What a reload has changed, by the names of the services.
 #[derive(Debug, Default)]
-pub(in crate::commands) struct Changes {
+pub(in crate::commands) struct AppliedChanges {
     pub(in crate::commands) added: Vec<String>,
     pub(in crate::commands) changed: Vec<String>,
     pub(in crate::commands) removed: Vec<String>,
     /// Those that are to share their ports with other processes, or no more, once they are bound anew.
     pub(in crate::commands) bound_as_before: Vec<String>,
     /// Where clients are accepted since.
-    listening: Vec<(String, Address)>,
+    listening: Vec<(String, ListenAddress)>,
 }
 
 /// Why nothing has changed.
-pub(in crate::commands) enum NotChanged {
+pub(in crate::commands) enum ApplyError {
     /// For all of this that the config file says.
     Mistakes(Vec<Mistake>),
     /// For another reason.
     Error(Error),
 }
 
-impl From<Error> for NotChanged {
+impl From<Error> for ApplyError {
     fn from(error: Error) -> Self {
         Self::Error(error)
     }
 }
 
 /// What is to be done for a service.
-struct Plan {
-    checked: Checked,
-    before: Option<Before>,
-    addresses: Vec<Planned>,
+struct ServicePlan {
+    checked: LoadedService,
+    before: Option<CurrentService>,
+    addresses: Vec<PlannedEndpoint>,
 }
 
 /// A service that is served already.
-struct Before {
+struct CurrentService {
     service: Arc<Service>,
-    route: Arc<Route>,
-    accepting: Accepting,
+    route: Arc<SniRoute>,
+    accepting: AcceptPolicy,
     controller: Arc<Controller>,
     tls: Option<Arc<Tls>>,
     /// Whether more than its guest and its addresses is to be another.
@@ -66,48 +70,52 @@ struct Before {
 }
 
 /// An address that a service is to have.
-enum Planned {
+enum PlannedEndpoint {
     /// It has it, and it stays as it is.
-    Kept(Arc<Listening>),
+    Kept(Arc<ListeningSockets>),
     /// One of the services has it, and listens there with such settings.
-    Moved(Address, Arc<Listening>, listener::Settings),
+    Moved(
+        ListenAddress,
+        Arc<ListeningSockets>,
+        listener::SocketSettings,
+    ),
     /// Nobody of us has it.
-    Free(Address, Bound),
+    Free(ListenAddress, BoundSockets),
 }
 
 /// A service whose guest is ready.
-pub(in crate::commands) struct Ready {
-    spec: Spec,
+pub(in crate::commands) struct ReadyService {
+    spec: ServiceSpec,
     service: Arc<Service>,
     tls: Option<Arc<Tls>>,
     grants: Grants,
     /// Nothing for one that is new.
-    before: Option<(Before, Prepared)>,
-    addresses: Vec<Planned>,
+    before: Option<(CurrentService, PreparedVersion)>,
+    addresses: Vec<PlannedEndpoint>,
 }
 
 /// A service as it is to be.
-struct Next {
-    running: Running,
+struct NextService {
+    running: RunningService,
     /// What it is to be besides, of one that is served already.
-    prepared: Option<Prepared>,
+    prepared: Option<PreparedVersion>,
     is_other: bool,
     /// It goes on at TCP ports that were bound for one of the services before.
     has_old_ports: bool,
-    kept: Vec<Arc<Listening>>,
-    doors: Vec<Door>,
+    kept: Vec<Arc<ListeningSockets>>,
+    doors: Vec<PreparedEndpoint>,
 }
 
-impl Ready {
+impl ReadyService {
     /// Compiles the guest of a service that is not served yet.
     ///
     /// # Errors
     ///
     /// [`Error::GuestRefused`] when it cannot be run.
     pub(in crate::commands) fn new(
-        shared: &Shared,
-        checked: Checked,
-        bound: Vec<(Address, Bound)>,
+        shared: &SharedResources,
+        checked: LoadedService,
+        bound: Vec<(ListenAddress, BoundSockets)>,
     ) -> Result<Self, Error> {
         let settings = settings(&checked.spec, checked.grants.clone(), shared.spans.clone());
         let (engine, open) = (shared.engine.clone(), shared.open.clone());
@@ -116,7 +124,7 @@ impl Ready {
             path: checked.spec.guest.clone(),
             reason,
         })?;
-        let free = |(asked, bound)| Planned::Free(asked, bound);
+        let free = |(asked, bound)| PlannedEndpoint::Free(asked, bound);
         Ok(Self {
             spec: checked.spec,
             service: Arc::new(service),
@@ -133,17 +141,17 @@ impl Ready {
     }
 }
 
-impl Fleet {
+impl Supervisor {
     /// Becomes what `wanted` says. Connections that are open are not touched. Nothing changes unless all
     /// of it can be. Not to be called twice at once.
     ///
     /// # Errors
     ///
     /// Says what is in the way.
-    pub(in crate::commands) async fn turn_into(
+    pub(in crate::commands) async fn apply_config(
         &self,
-        wanted: Vec<Checked>,
-    ) -> Result<Changes, NotChanged> {
+        wanted: Vec<LoadedService>,
+    ) -> Result<AppliedChanges, ApplyError> {
         self.closed(&wanted).await;
         let mut mistakes = Vec::new();
         let mut ready = Vec::new();
@@ -158,7 +166,7 @@ impl Fleet {
             }
         }
         if !mistakes.is_empty() {
-            return Err(NotChanged::Mistakes(mistakes));
+            return Err(ApplyError::Mistakes(mistakes));
         }
         let changes = self.commit(ready)?;
         for (service, address) in &changes.listening {
@@ -172,12 +180,12 @@ impl Fleet {
     }
 
     /// Waits for the last clients of addresses that are wanted again.
-    async fn closed(&self, wanted: &[Checked]) {
+    async fn closed(&self, wanted: &[LoadedService]) {
         /// It takes no longer than handshakes do that are under way.
         const PATIENCE: Duration = Duration::from_secs(3);
         /// How soon it is noticed. Arbitrary.
         const OFTEN: Duration = Duration::from_millis(10);
-        let are_wanted = |closing: &Closing| {
+        let are_wanted = |closing: &DrainingEndpoint| {
             let mut wanted = wanted.iter().flat_map(|one| &one.spec.args.listen);
             let is_wanted = wanted.any(|address| address.is_taken_by(&closing.asked));
             is_wanted && closing.controller.is_followed()
@@ -193,12 +201,16 @@ impl Fleet {
 
     /// What is to be done for each of the services that are wanted, with the addresses that they take. Those
     /// that cannot be had are among the mistakes.
-    fn plan(&self, wanted: Vec<Checked>, mistakes: &mut Vec<Mistake>) -> Result<Vec<Plan>, Error> {
+    fn plan(
+        &self,
+        wanted: Vec<LoadedService>,
+        mistakes: &mut Vec<Mistake>,
+    ) -> Result<Vec<ServicePlan>, Error> {
         let state = self.state();
         let Some(threads) = &state.threads else {
             return Err(Error::Draining);
         };
-        let mut ports: Vec<(&Running, &Port)> = Vec::new();
+        let mut ports: Vec<(&RunningService, &Endpoint)> = Vec::new();
         for running in &state.running {
             ports.extend(running.ports.iter().map(|port| (running, port)));
         }
@@ -207,7 +219,7 @@ impl Fleet {
             let spec = &checked.spec;
             let mut running = state.running.iter();
             let running = running.find(|one| one.spec.name == spec.name);
-            let before = running.map(|running| Before {
+            let before = running.map(|running| CurrentService {
                 service: running.service.clone(),
                 route: running.route.clone(),
                 accepting: running.accepting.clone(),
@@ -219,7 +231,7 @@ impl Fleet {
                     .same_but(&spec.table, &["guest", "listen"])
                     || !running.grants.has_directories_of(&checked.grants),
             });
-            let of_kind = |threads: &&Threads| threads.dispatch == spec.args.dispatch;
+            let of_kind = |threads: &&ShardGroup| threads.dispatch == spec.args.dispatch;
             let shards = threads.iter().filter(of_kind);
             let shards = shards.map(|threads| threads.handles.len()).sum();
             let settings = spec.args.socket_settings();
@@ -227,8 +239,8 @@ impl Fleet {
             for asked in &spec.args.listen {
                 let held = take(&mut ports, &spec.name, asked);
                 if held.is_empty() {
-                    match Bound::new(asked, shards, &settings) {
-                        Ok(bound) => addresses.push(Planned::Free(asked.clone(), bound)),
+                    match BoundSockets::new(asked, shards, &settings) {
+                        Ok(bound) => addresses.push(PlannedEndpoint::Free(asked.clone(), bound)),
                         Err(error) => mistakes.push(Mistake {
                             line: spec.line("listen"),
                             text: format!("listen: {}", in_our_way(&state, error)),
@@ -239,15 +251,15 @@ impl Fleet {
                     let listening = port.listening.clone();
                     let is_same = before.as_ref().is_some_and(|before| !before.is_other);
                     match is_same && holder.spec.name == spec.name {
-                        true => Planned::Kept(listening),
+                        true => PlannedEndpoint::Kept(listening),
                         false => {
                             let settings = holder.spec.args.socket_settings();
-                            Planned::Moved(asked.clone(), listening, settings)
+                            PlannedEndpoint::Moved(asked.clone(), listening, settings)
                         }
                     }
                 }));
             }
-            plans.push(Plan {
+            plans.push(ServicePlan {
                 checked,
                 before,
                 addresses,
@@ -257,8 +269,8 @@ impl Fleet {
     }
 
     /// Makes the guest ready.
-    async fn make_ready(&self, plan: Plan) -> Result<Ready, Error> {
-        let Checked {
+    async fn make_ready(&self, plan: ServicePlan) -> Result<ReadyService, Error> {
+        let LoadedService {
             spec,
             component,
             grants,
@@ -280,7 +292,7 @@ impl Fleet {
                 (Arc::new(made.map_err(refused)?), None)
             }
         };
-        Ok(Ready {
+        Ok(ReadyService {
             spec,
             service,
             tls,
@@ -296,7 +308,7 @@ impl Fleet {
     /// # Errors
     ///
     /// Says what is in the way. Nothing has changed then.
-    pub(super) fn commit(&self, ready: Vec<Ready>) -> Result<Changes, Error> {
+    pub(super) fn commit(&self, ready: Vec<ReadyService>) -> Result<AppliedChanges, Error> {
         let mut state = self.state();
         let state = &mut *state;
         let Some(threads) = &state.threads else {
@@ -306,7 +318,7 @@ impl Fleet {
         let all = ready.into_iter().map(|ready| {
             let new = ready.spec.args.socket_settings();
             for planned in &ready.addresses {
-                if let Planned::Moved(_, listening, old) = planned {
+                if let PlannedEndpoint::Moved(_, listening, old) = planned {
                     moved.push((listening.clone(), *old, new));
                 }
             }
@@ -318,16 +330,16 @@ impl Fleet {
     }
 
     /// Nothing here fails.
-    fn apply(&self, state: &mut State, all: Vec<Next>) -> Changes {
-        let mut changes = Changes::default();
-        let mut before: HashMap<String, Running> = std::mem::take(&mut state.running)
+    fn apply(&self, state: &mut SupervisorState, all: Vec<NextService>) -> AppliedChanges {
+        let mut changes = AppliedChanges::default();
+        let mut before: HashMap<String, RunningService> = std::mem::take(&mut state.running)
             .into_iter()
             .map(|running| (running.spec.name.clone(), running))
             .collect();
-        let mut ports: Vec<Port> = Vec::new();
+        let mut ports: Vec<Endpoint> = Vec::new();
         let mut doors = Vec::new();
         for one in all {
-            let Next {
+            let NextService {
                 mut running,
                 prepared,
                 is_other,
@@ -345,11 +357,11 @@ impl Fleet {
                 None => {
                     let (service, lifecycle) =
                         (running.service.clone(), running.controller.lifecycle());
-                    tokio::spawn(async move { service.tend(&lifecycle).await });
+                    tokio::spawn(async move { service.watch_old_versions(&lifecycle).await });
                     changes.added.push(name.clone());
                 }
                 Some(old) => {
-                    let is_kept = |port: &Port| {
+                    let is_kept = |port: &Endpoint| {
                         let mut kept = kept.iter();
                         kept.any(|listening| Arc::ptr_eq(listening, &port.listening))
                     };
@@ -358,7 +370,7 @@ impl Fleet {
                     if is_other {
                         running.accepting.resize(&self.shared, &running.spec.args);
                     }
-                    let is_shared = |spec: &Spec| spec.args.socket_settings().reuse_port;
+                    let is_shared = |spec: &ServiceSpec| spec.args.socket_settings().reuse_port;
                     if has_old_ports && is_shared(&old.spec) != is_shared(&running.spec) {
                         changes.bound_as_before.push(name.clone());
                     }
@@ -397,14 +409,16 @@ impl Fleet {
                 port.controller.pass_on();
             } else {
                 port.controller.drain();
-                state.closing.push(Closing {
+                state.closing.push(DrainingEndpoint {
                     asked: port.asked,
                     controller: port.controller,
                 });
             }
         }
         for (running, doors) in state.running.iter_mut().zip(doors) {
-            running.ports.extend(doors.into_iter().map(Door::open));
+            running
+                .ports
+                .extend(doors.into_iter().map(PreparedEndpoint::open));
         }
         let is_there = |controller: &Arc<Controller>| Arc::strong_count(controller) > 1;
         state.leaving.retain(is_there);
@@ -412,7 +426,7 @@ impl Fleet {
             old.controller.drain();
             state.leaving.push(old.controller);
             let patience = self.shared.drain_timeout;
-            tokio::spawn(leave(old.service, controllers, patience));
+            tokio::spawn(retire(old.service, controllers, patience));
             changes.removed.push(old.spec.name);
         }
         changes
@@ -422,15 +436,15 @@ impl Fleet {
 /// The ports of those that are left for whoever asks for an address: one, or all whose sockets were passed
 /// by that name.
 fn take<'a>(
-    ports: &mut Vec<(&'a Running, &'a Port)>,
+    ports: &mut Vec<(&'a RunningService, &'a Endpoint)>,
     service: &str,
-    asked: &Address,
-) -> Vec<(&'a Running, &'a Port)> {
-    let is_it = |(holder, port): &(&Running, &Port)| {
+    asked: &ListenAddress,
+) -> Vec<(&'a RunningService, &'a Endpoint)> {
+    let is_it = |(holder, port): &(&RunningService, &Endpoint)| {
         is_kept((&holder.spec.name, &port.asked), (service, asked))
     };
     match asked {
-        Address::Passed(_) => ports.extract_if(.., |one| is_it(one)).collect(),
+        ListenAddress::Passed(_) => ports.extract_if(.., |one| is_it(one)).collect(),
         _ => {
             let found = ports.iter().position(is_it);
             found.map(|n| ports.remove(n)).into_iter().collect()
@@ -439,8 +453,12 @@ fn take<'a>(
 }
 
 /// A service as it is to be, with clients that can connect to its addresses, and wait there.
-fn next(shared: &Shared, threads: &[Threads], ready: Ready) -> Result<Next, Error> {
-    let Ready {
+fn next(
+    shared: &SharedResources,
+    threads: &[ShardGroup],
+    ready: ReadyService,
+) -> Result<NextService, Error> {
+    let ReadyService {
         spec,
         service,
         tls,
@@ -457,7 +475,7 @@ fn next(shared: &Shared, threads: &[Threads], ready: Ready) -> Result<Next, Erro
         before => {
             let accepting = match before {
                 Some(before) => before.accepting.with(shared, &spec.args),
-                None => Accepting::new(shared, &spec.args),
+                None => AcceptPolicy::new(shared, &spec.args),
             };
             (
                 route(&spec.args, &tls, &controller, &service),
@@ -467,26 +485,28 @@ fn next(shared: &Shared, threads: &[Threads], ready: Ready) -> Result<Next, Erro
         }
     };
     let has_old_ports = addresses.iter().any(|planned| match planned {
-        Planned::Kept(listening) | Planned::Moved(_, listening, _) => {
-            matches!(listening.address, Address::Ip(_))
+        PlannedEndpoint::Kept(listening) | PlannedEndpoint::Moved(_, listening, _) => {
+            matches!(listening.address, ListenAddress::Ip(_))
         }
-        Planned::Free(..) => false,
+        PlannedEndpoint::Free(..) => false,
     });
     let mut kept = Vec::new();
     let mut doors = Vec::new();
     for planned in addresses {
         let (asked, listening) = match planned {
-            Planned::Kept(listening) => {
+            PlannedEndpoint::Kept(listening) => {
                 kept.push(listening);
                 continue;
             }
-            Planned::Moved(asked, listening, _) => (asked, listening),
-            Planned::Free(asked, bound) => (asked, Arc::new(bound.listen()?)),
+            PlannedEndpoint::Moved(asked, listening, _) => (asked, listening),
+            PlannedEndpoint::Free(asked, bound) => (asked, Arc::new(bound.listen()?)),
         };
-        doors.push(Door::new(threads, &accepting, &route, asked, listening)?);
+        doors.push(PreparedEndpoint::new(
+            threads, &accepting, &route, asked, listening,
+        )?);
     }
-    Ok(Next {
-        running: Running {
+    Ok(NextService {
+        running: RunningService {
             spec,
             service,
             route,
@@ -505,7 +525,13 @@ fn next(shared: &Shared, threads: &[Threads], ready: Ready) -> Result<Next, Erro
 }
 
 /// Has sockets that listen with the first settings do so with the second: all, or none.
-fn set_up(moved: &[(Arc<Listening>, listener::Settings, listener::Settings)]) -> Result<(), Error> {
+fn set_up(
+    moved: &[(
+        Arc<ListeningSockets>,
+        listener::SocketSettings,
+        listener::SocketSettings,
+    )],
+) -> Result<(), Error> {
     for (n, (listening, _, new)) in moved.iter().enumerate() {
         if let Err(error) = listening.set_up(new) {
             for (listening, old, _) in &moved[..=n] {
@@ -519,11 +545,11 @@ fn set_up(moved: &[(Arc<Listening>, listener::Settings, listener::Settings)]) ->
 }
 
 /// Has the clients of services led to those behind them.
-fn lead_by_name(services: &[Running]) {
+fn lead_by_name(services: &[RunningService]) {
     for one in services {
         let behind = services.iter().filter_map(|other| {
             let (before, names) = other.spec.behind.as_ref()?;
-            (*before == one.spec.name).then(|| Named {
+            (*before == one.spec.name).then(|| NamedService {
                 names: names.clone(),
                 service: other.service.clone(),
             })
@@ -533,7 +559,7 @@ fn lead_by_name(services: &[Running]) {
 }
 
 /// Ends what is left of a service that is gone when its time is up.
-async fn leave(service: Arc<Service>, controllers: Vec<Arc<Controller>>, patience: Duration) {
+async fn retire(service: Arc<Service>, controllers: Vec<Arc<Controller>>, patience: Duration) {
     /// How soon it is noticed that nobody is left. Arbitrary.
     const OFTEN: Duration = Duration::from_millis(200);
     /// Those who have it and lead nobody to it: this one, and who tends it.
@@ -556,7 +582,7 @@ async fn leave(service: Arc<Service>, controllers: Vec<Arc<Controller>>, patienc
 }
 
 /// Says so if it is we who hold what cannot be had.
-fn in_our_way(state: &State, error: Error) -> Error {
+fn in_our_way(state: &SupervisorState, error: Error) -> Error {
     let ports = state.running.iter().flat_map(|running| &running.ports);
     let mut ours = ports.flat_map(|port| [&port.asked, &port.listening.address]);
     match error {

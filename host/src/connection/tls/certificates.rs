@@ -21,7 +21,7 @@ use x509_cert::der::{Decode, Tag, Tagged};
 use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
-use super::Pair;
+use super::CertificateFiles;
 use crate::Error;
 use crate::sandbox::ClientCertificate;
 
@@ -86,7 +86,10 @@ pub(super) struct Certificates {
 
 impl Certificates {
     /// Reads them.
-    pub(super) fn read(pairs: &[Pair], provider: &CryptoProvider) -> Result<Self, Error> {
+    pub(super) fn read(
+        pairs: &[CertificateFiles],
+        provider: &CryptoProvider,
+    ) -> Result<Self, Error> {
         let mut certificates = Self {
             all: Vec::new(),
             by_name: HashMap::new(),
@@ -136,7 +139,10 @@ impl ResolvesServerCert for Certificates {
 }
 
 /// A certificate with its key, and the names that it is for.
-fn read_pair(pair: &Pair, provider: &CryptoProvider) -> Result<(CertifiedKey, Vec<String>), Error> {
+fn read_pair(
+    pair: &CertificateFiles,
+    provider: &CryptoProvider,
+) -> Result<(CertifiedKey, Vec<String>), Error> {
     const FLAG: &str = "--tls-cert";
     const KEY_FLAG: &str = "--tls-key";
     let chain = read_certificates(FLAG, &pair.certificate)?;
@@ -196,7 +202,7 @@ fn read_ocsp(path: &Path) -> Result<Vec<u8>, Error> {
 }
 
 /// What is no reason not to serve.
-fn warn_of(pair: &Pair, certificate: &Certificate) {
+fn warn_of(pair: &CertificateFiles, certificate: &Certificate) {
     let (path, key) = (&pair.certificate, &pair.key);
     if let Ok(metadata) = std::fs::metadata(key)
         && metadata.mode() & 0o007 != 0
@@ -262,11 +268,11 @@ pub(super) fn describe_client(certificate: &CertificateDer<'_>) -> ClientCertifi
 mod tests {
     use super::*;
 
-    fn certified(names: &[&str]) -> (tempfile::TempDir, Pair) {
+    fn certified(names: &[&str]) -> (tempfile::TempDir, CertificateFiles) {
         let names: Vec<String> = names.iter().map(|name| (*name).into()).collect();
         let made = rcgen::generate_simple_self_signed(names).unwrap();
         let directory = tempfile::tempdir().unwrap();
-        let pair = Pair {
+        let pair = CertificateFiles {
             certificate: directory.path().join("cert.pem"),
             key: directory.path().join("key.pem"),
             ocsp: None,
@@ -322,7 +328,7 @@ mod tests {
         let text = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n";
         std::fs::write(&broken, text).unwrap();
         let missing = directory.path().join("missing.pem");
-        let bad = |change: &dyn Fn(&mut Pair)| {
+        let bad = |change: &dyn Fn(&mut CertificateFiles)| {
             let mut pair = good.clone();
             change(&mut pair);
             Certificates::read(&[pair], &provider())

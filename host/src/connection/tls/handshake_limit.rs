@@ -10,7 +10,7 @@ use crate::listener::Source;
 
 /// The places for handshakes. Nobody has more than half of them: clients that begin one and go no further
 /// would keep those of others waiting.
-pub(super) struct Handshakes {
+pub(super) struct HandshakeLimit {
     places: Arc<Semaphore>,
     /// Of one source.
     most: usize,
@@ -19,20 +19,20 @@ pub(super) struct Handshakes {
 }
 
 /// A place, given back when it is dropped.
-pub(super) struct Place<'a> {
+pub(super) struct HandshakePermit<'a> {
     // In this order: who waits among those of its source is not to be let on before there is a place.
     _among_all: Option<OwnedSemaphorePermit>,
-    _of_source: Option<OfSource<'a>>,
+    _of_source: Option<SourceHandshakePermit<'a>>,
 }
 
 /// One of the places of a source, or the wish for one.
-struct OfSource<'a> {
-    handshakes: &'a Handshakes,
+struct SourceHandshakePermit<'a> {
+    handshakes: &'a HandshakeLimit,
     source: Source,
     permit: Option<OwnedSemaphorePermit>,
 }
 
-impl Handshakes {
+impl HandshakeLimit {
     /// So many at once.
     pub(super) fn new(most: usize) -> Self {
         Self {
@@ -43,9 +43,9 @@ impl Handshakes {
     }
 
     /// A place for a client of `source`, as soon as there is one. Where sources do not count, there is none.
-    pub(super) async fn place(&self, source: Option<Source>) -> Place<'_> {
+    pub(super) async fn place(&self, source: Option<Source>) -> HandshakePermit<'_> {
         let mut has_waited = false;
-        let mut of_source = source.map(|source| OfSource {
+        let mut of_source = source.map(|source| SourceHandshakePermit {
             handshakes: self,
             source,
             permit: None,
@@ -53,7 +53,7 @@ impl Handshakes {
         if let Some(place) = &mut of_source {
             place.permit = take(self.places_of(place.source), &mut has_waited).await;
         }
-        Place {
+        HandshakePermit {
             _among_all: take(self.places.clone(), &mut has_waited).await,
             _of_source: of_source,
         }
@@ -84,7 +84,7 @@ async fn take(places: Arc<Semaphore>, has_waited: &mut bool) -> Option<OwnedSema
     places.acquire_owned().await.ok()
 }
 
-impl Drop for OfSource<'_> {
+impl Drop for SourceHandshakePermit<'_> {
     fn drop(&mut self) {
         self.permit = None;
         let mut of_source = self.handshakes.of_source();
@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn no_source_has_more_than_half() {
-        let handshakes = Handshakes::new(4);
+        let handshakes = HandshakeLimit::new(4);
         let place = |of| handshakes.place(of).now_or_never();
         let mut places = vec![place(source(1)).unwrap(), place(source(1)).unwrap()];
         assert!(place(source(1)).is_none());
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn who_waits_is_next_and_forgotten_when_it_gives_up() {
-        let handshakes = Handshakes::new(1);
+        let handshakes = HandshakeLimit::new(1);
         let first = handshakes.place(source(1)).now_or_never().unwrap();
         let mut second = Box::pin(handshakes.place(source(1)));
         assert!(second.as_mut().now_or_never().is_none());

@@ -9,9 +9,9 @@ use tokio::runtime;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::{Settings, SwapError};
+use super::{ServiceSettings, SwapError};
 use crate::sandbox::{Engine, Failure, Guest};
-use crate::service::probe::{Asked, Probe};
+use crate::service::probe::{Probe, ProbeTransport};
 
 /// How long a new version may take until it is ready. Compiling a guest takes less than a second, of
 /// hundreds of MB some ten.
@@ -28,7 +28,7 @@ const NICENESS: i32 = 10;
 /// that is `known` already spares compiling it.
 pub(super) fn load(
     engine: &Engine,
-    settings: &Settings,
+    settings: &ServiceSettings,
     component: &[u8],
     known: Option<&Guest>,
 ) -> Result<Arc<Guest>, String> {
@@ -57,7 +57,7 @@ pub(super) fn load(
 
 /// Whether it comes as far as an instance.
 async fn try_out(guest: &Guest) -> Result<(), String> {
-    let nobody = Asked::transport(&Probe::NOTHING);
+    let nobody = ProbeTransport::transport(&Probe::NOTHING);
     match timeout(INSTANTIATED, guest.try_out(nobody)).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(failure)) => Err(format!(
@@ -72,16 +72,16 @@ async fn try_out(guest: &Guest) -> Result<(), String> {
 
 /// Whether it answers a probe as it is to.
 async fn ask(guest: &Guest, probe: &Probe) -> Result<(), String> {
-    let asked = Asked::transport(probe);
+    let asked = ProbeTransport::transport(probe);
     let handling = guest.handle(asked.clone());
-    let answered = Asked::answered(asked.clone());
+    let answered = ProbeTransport::answered(asked.clone());
     let ended = tokio::select! {
         biased;
-        () = answered => return Asked::verdict(&asked),
+        () = answered => return ProbeTransport::verdict(&asked),
         ended = handling => Ok(ended),
         () = tokio::time::sleep(probe.timeout) => Err(()),
     };
-    let got = Asked::verdict(&asked);
+    let got = ProbeTransport::verdict(&asked);
     let wrong = match (got, ended) {
         (Ok(()), _) => return Ok(()),
         (Err(wrong), Ok(Ok(()))) => format!("{wrong}, and ended"),

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
-use crate::network::{Network, NetworkError};
+use crate::net::{Cidr, CidrError};
 
 /// Addresses, and one TCP port there, that guests may connect to.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,11 +18,11 @@ pub struct Destination {
 #[derive(Clone, Debug, PartialEq)]
 enum Host {
     /// An address is a network of one.
-    Network(Network),
+    Network(Cidr),
     Name {
         name: String,
         /// Where the name may lead. None is any public address.
-        within: Option<Network>,
+        within: Option<Cidr>,
     },
 }
 
@@ -123,10 +123,10 @@ impl FromStr for Destination {
             Some((port, network)) => (port, Some(network)),
             None => (rest, None),
         };
-        let network = match host.parse::<Network>() {
+        let network = match host.parse::<Cidr>() {
             Ok(network) => Some(network),
-            Err(NetworkError::Mapped) => return Err(DestinationError::Mapped),
-            Err(NetworkError::Form) => None,
+            Err(CidrError::Mapped) => return Err(DestinationError::Mapped),
+            Err(CidrError::Form) => None,
         };
         let is_ipv6 = network.is_some_and(|network| network.is_ipv6());
         if is_ipv6 != bracketed || port.contains(':') {
@@ -148,8 +148,8 @@ impl FromStr for Destination {
                     .map(str::parse)
                     .transpose()
                     .map_err(|error| match error {
-                        NetworkError::Form => DestinationError::Network,
-                        NetworkError::Mapped => DestinationError::Mapped,
+                        CidrError::Form => DestinationError::Network,
+                        CidrError::Mapped => DestinationError::Mapped,
                     })?,
             },
         };

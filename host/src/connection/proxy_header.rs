@@ -9,17 +9,17 @@ use std::task::{Poll, ready};
 use ppp::{v1, v2};
 
 use super::socket::Socket;
-use crate::network::Network;
+use crate::net::Cidr;
 
 /// Who is a proxy.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Proxy {
+pub struct TrustedProxies {
     /// From these networks each connection begins with a header. From all others none does: there what
     /// looks like one is the client's, like any other bytes.
-    pub from: Vec<Network>,
+    pub from: Vec<Cidr>,
 }
 
-impl Proxy {
+impl TrustedProxies {
     /// Whether a connection of `peer` begins with a header.
     pub(super) fn is_at(&self, peer: SocketAddr) -> bool {
         self.from.iter().any(|network| network.contains(peer.ip()))
@@ -28,7 +28,7 @@ impl Proxy {
 
 /// What a header says.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Header {
+pub(super) enum ProxyHeader {
     /// The proxy speaks for this client, which connected to that address.
     Client(SocketAddr, SocketAddr),
     /// The proxy speaks for itself, or for somebody without an address of IP: version 1's `UNKNOWN`,
@@ -38,7 +38,7 @@ pub(super) enum Header {
 
 /// Why there is no header.
 #[derive(Debug)]
-pub(super) enum NoHeader {
+pub(super) enum ProxyHeaderError {
     /// There was none before the end of the stream, nor anything else: how some proxies ask whether
     /// we are there.
     Nothing,
@@ -94,7 +94,7 @@ fn extent(bytes: &[u8]) -> Result<Extent, String> {
 }
 
 /// Reads a header that is there to its end.
-fn parse(header: &[u8]) -> Result<Header, String> {
+fn parse(header: &[u8]) -> Result<ProxyHeader, String> {
     if header.starts_with(b"PROXY ") {
         let parsed = v1::Header::try_from(header).map_err(|error| error.to_string())?;
         return Ok(match parsed.addresses {
@@ -106,14 +106,14 @@ fn parse(header: &[u8]) -> Result<Header, String> {
                 (ip.source_address, ip.source_port),
                 (ip.destination_address, ip.destination_port),
             ),
-            v1::Addresses::Unknown => Header::NoClient,
+            v1::Addresses::Unknown => ProxyHeader::NoClient,
         });
     }
     /// The version and the command of one that the proxy sends for itself: whatever follows is left out,
     /// the family of addresses as well.
     const LOCAL: u8 = 0x20;
     if header.get(v2::PROTOCOL_PREFIX.len()) == Some(&LOCAL) {
-        return Ok(Header::NoClient);
+        return Ok(ProxyHeader::NoClient);
     }
     let parsed = v2::Header::try_from(header).map_err(|error| error.to_string())?;
     Ok(match (parsed.protocol, parsed.addresses) {
@@ -126,16 +126,16 @@ fn parse(header: &[u8]) -> Result<Header, String> {
             (ip.destination_address, ip.destination_port),
         ),
         (v2::Protocol::Datagram, _) => return Err("it is about datagrams".into()),
-        _ => Header::NoClient,
+        _ => ProxyHeader::NoClient,
     })
 }
 
-fn client(source: impl Into<SocketAddr>, destination: impl Into<SocketAddr>) -> Header {
-    Header::Client(source.into(), destination.into())
+fn client(source: impl Into<SocketAddr>, destination: impl Into<SocketAddr>) -> ProxyHeader {
+    ProxyHeader::Client(source.into(), destination.into())
 }
 
 /// Takes the header off the beginning of a connection, and nothing that follows it.
-pub(super) async fn receive(socket: &mut Socket) -> Result<Header, NoHeader> {
+pub(super) async fn receive(socket: &mut Socket) -> Result<ProxyHeader, ProxyHeaderError> {
     let mut header = Vec::new();
     loop {
         let extent = poll_fn(|cx| {
@@ -145,9 +145,9 @@ pub(super) async fn receive(socket: &mut Socket) -> Result<Header, NoHeader> {
             let before = header.len();
             header.extend_from_slice(&next[..n]);
             let extent = match n {
-                0 if before == 0 => Err(NoHeader::Nothing),
-                0 => Err(NoHeader::Gone),
-                _ => extent(&header).map_err(NoHeader::Bad),
+                0 if before == 0 => Err(ProxyHeaderError::Nothing),
+                0 => Err(ProxyHeaderError::Gone),
+                _ => extent(&header).map_err(ProxyHeaderError::Bad),
             }?;
             if let Extent::Of(length) = extent {
                 header.truncate(length);
@@ -158,13 +158,13 @@ pub(super) async fn receive(socket: &mut Socket) -> Result<Header, NoHeader> {
         })
         .await?;
         if let Extent::Of(_) = extent {
-            return parse(&header).map_err(NoHeader::Bad);
+            return parse(&header).map_err(ProxyHeaderError::Bad);
         }
     }
 }
 
-fn gone(_: io::Error) -> NoHeader {
-    NoHeader::Gone
+fn gone(_: io::Error) -> ProxyHeaderError {
+    ProxyHeaderError::Gone
 }
 
 #[cfg(test)]
@@ -186,12 +186,12 @@ mod tests {
 
     const IPV4: [u8; 12] = [192, 0, 2, 1, 198, 51, 100, 2, 0xdc, 0x04, 1, 0xbb];
 
-    fn expected() -> Header {
+    fn expected() -> ProxyHeader {
         client(([192, 0, 2, 1], 56324), ([198, 51, 100, 2], 443))
     }
 
     /// What is read of `bytes`, and how many of them are the header.
-    fn read(bytes: &[u8]) -> Result<(Header, usize), String> {
+    fn read(bytes: &[u8]) -> Result<(ProxyHeader, usize), String> {
         match extent(bytes)? {
             Extent::Of(length) => Ok((parse(&bytes[..length])?, length)),
             Extent::More => Err("more".into()),
@@ -206,19 +206,19 @@ mod tests {
         let with_more = [&IPV4[..], &[0x04, 0, 3, 1, 2, 3]].concat();
         for (header, says) in [
             (V1.to_vec(), expected()),
-            (b"PROXY UNKNOWN\r\n".to_vec(), Header::NoClient),
-            (b"PROXY UNKNOWN ffff:: ffff:: 1 2\r\n".to_vec(), Header::NoClient),
+            (b"PROXY UNKNOWN\r\n".to_vec(), ProxyHeader::NoClient),
+            (b"PROXY UNKNOWN ffff:: ffff:: 1 2\r\n".to_vec(), ProxyHeader::NoClient),
             (
                 b"PROXY TCP6 2020:2020:2020:2020:2020:2020:2020:2020 3030:3030:3030:3030:3030:3030:3030:3030 1 2\r\n".to_vec(),
-                Header::Client(v6, to_v6),
+                ProxyHeader::Client(v6, to_v6),
             ),
             (v2(1, 0x11, &IPV4), expected()),
             (v2(1, 0x11, &with_more), expected()),
-            (v2(1, 0x21, &[&ipv6[..], &[0, 1, 0, 2]].concat()), Header::Client(v6, to_v6)),
-            (v2(0, 0x11, &IPV4), Header::NoClient),
-            (v2(0, 0, &[]), Header::NoClient),
-            (v2(1, 0, b"whatever"), Header::NoClient),
-            (v2(1, 0x31, &[b'x'; 216]), Header::NoClient),
+            (v2(1, 0x21, &[&ipv6[..], &[0, 1, 0, 2]].concat()), ProxyHeader::Client(v6, to_v6)),
+            (v2(0, 0x11, &IPV4), ProxyHeader::NoClient),
+            (v2(0, 0, &[]), ProxyHeader::NoClient),
+            (v2(1, 0, b"whatever"), ProxyHeader::NoClient),
+            (v2(1, 0x31, &[b'x'; 216]), ProxyHeader::NoClient),
         ] {
             let length = header.len();
             let followed = [&header[..], b"\r\n\r\nGET /"].concat();

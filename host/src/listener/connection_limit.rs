@@ -8,7 +8,7 @@ use tokio_util::sync::PollSemaphore;
 
 /// The places that a service has, of those that all services share. Clones are the same ones.
 #[derive(Clone)]
-pub struct Places {
+pub struct ConnectionLimit {
     all: Arc<Semaphore>,
     of_service: Arc<Semaphore>,
     /// How many the service has.
@@ -16,12 +16,12 @@ pub struct Places {
 }
 
 /// A place, given back when it is dropped.
-pub(super) struct Taken {
+pub(super) struct ConnectionPermit {
     _of_service: OwnedSemaphorePermit,
     _of_all: OwnedSemaphorePermit,
 }
 
-impl Places {
+impl ConnectionLimit {
     /// So many of `all` places, for one service.
     pub fn new(all: Arc<Semaphore>, count: usize) -> Self {
         Self {
@@ -53,16 +53,16 @@ impl Places {
     }
 
     /// A place, if there is one right now.
-    pub(super) fn try_take(&self) -> Option<Taken> {
-        Some(Taken {
+    pub(super) fn try_take(&self) -> Option<ConnectionPermit> {
+        Some(ConnectionPermit {
             _of_service: self.of_service.clone().try_acquire_owned().ok()?,
             _of_all: self.all.clone().try_acquire_owned().ok()?,
         })
     }
 
     /// A line to stand in for a place.
-    pub(super) fn line(&self) -> Line {
-        Line {
+    pub(super) fn line(&self) -> PermitQueue {
+        PermitQueue {
             of_service: PollSemaphore::new(self.of_service.clone()),
             of_all: PollSemaphore::new(self.all.clone()),
         }
@@ -70,21 +70,21 @@ impl Places {
 }
 
 /// Stands in line for places.
-pub(super) struct Line {
+pub(super) struct PermitQueue {
     of_service: PollSemaphore,
     of_all: PollSemaphore,
 }
 
-impl Line {
+impl PermitQueue {
     /// Ready with a place. Neither half of one is held by whoever waits for the other.
-    pub(super) fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken> {
+    pub(super) fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<ConnectionPermit> {
         const OPEN: &str = "it is never closed";
         let Poll::Ready(of_service) = self.of_service.poll_acquire(cx) else {
             // What it has waited for among all may have come: others have more use for it.
             self.of_all = self.of_all.clone();
             return Poll::Pending;
         };
-        Poll::Ready(Taken {
+        Poll::Ready(ConnectionPermit {
             _of_all: ready!(self.of_all.poll_acquire(cx)).expect(OPEN),
             _of_service: of_service.expect(OPEN),
         })
@@ -95,7 +95,7 @@ impl Line {
 mod tests {
     use super::*;
 
-    fn take(line: &mut Line) -> Option<Taken> {
+    fn take(line: &mut PermitQueue) -> Option<ConnectionPermit> {
         match line.poll_take(&mut Context::from_waker(std::task::Waker::noop())) {
             Poll::Ready(taken) => Some(taken),
             Poll::Pending => None,
@@ -105,7 +105,10 @@ mod tests {
     #[test]
     fn who_waits_for_one_half_of_a_place_holds_no_other() {
         let all = Arc::new(Semaphore::new(2));
-        let (full, other) = (Places::new(all.clone(), 1), Places::new(all.clone(), 2));
+        let (full, other) = (
+            ConnectionLimit::new(all.clone(), 1),
+            ConnectionLimit::new(all.clone(), 2),
+        );
         let mut lines = [full.line(), full.line()];
         let elsewhere = [other.try_take(), other.try_take()];
         // The second stands in line among all, with the half of the service given back.
@@ -124,7 +127,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_service_may_have_more_or_fewer() {
-        let places = Places::new(Arc::new(Semaphore::new(100)), 2);
+        let places = ConnectionLimit::new(Arc::new(Semaphore::new(100)), 2);
         let mut taken: Vec<_> = (0..2).map(|_| places.try_take().unwrap()).collect();
         assert!(places.try_take().is_none());
         places.resize(3);

@@ -31,13 +31,13 @@ const COLLECTED: Duration = Duration::from_secs(5);
 const ANSWER_BYTES: usize = 64 << 10;
 
 /// Where spans go.
-pub struct Spans {
+pub struct SpanSender {
     provider: SdkTracerProvider,
     tracer: SdkTracer,
 }
 
 /// What is told of a connection that has ended.
-pub(crate) struct Ended {
+pub(crate) struct ConnectionSpan {
     pub(crate) attributes: Vec<KeyValue>,
     pub(crate) duration: Duration,
     /// How long it took to make its instance, if there was one.
@@ -46,7 +46,7 @@ pub(crate) struct Ended {
     pub(crate) wrong: Option<&'static str>,
 }
 
-impl Spans {
+impl SpanSender {
     /// Sends spans to the collector at `endpoint`, such as `http://127.0.0.1:4318`. A thread of its own
     /// does so; when there are more than can be sent, some are left out.
     ///
@@ -56,7 +56,7 @@ impl Spans {
     pub fn to_collector(endpoint: &str) -> Result<Self, String> {
         let exporter = SpanExporter::builder()
             .with_http()
-            .with_http_client(Client::default())
+            .with_http_client(CollectorClient::default())
             .with_endpoint(format!("{}/v1/traces", endpoint.trim_end_matches('/')))
             .with_timeout(COLLECTED)
             .build()
@@ -74,7 +74,7 @@ impl Spans {
     }
 
     /// Tells of a connection that has ended just now.
-    pub(crate) fn ended(&self, connection: Ended) {
+    pub(crate) fn ended(&self, connection: ConnectionSpan) {
         let now = SystemTime::now();
         let began = now.checked_sub(connection.duration).unwrap_or(now);
         let span = self.tracer.span_builder("connection");
@@ -104,7 +104,7 @@ impl Spans {
     }
 }
 
-impl fmt::Debug for Spans {
+impl fmt::Debug for SpanSender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Spans").finish_non_exhaustive()
     }
@@ -113,12 +113,12 @@ impl fmt::Debug for Spans {
 /// Sends by the HTTP that operators are answered by, on the thread of the library that batches spans:
 /// its own clients would bring a second HTTP, or want a runtime of their own.
 #[derive(Debug, Default)]
-struct Client {
+struct CollectorClient {
     /// The last attempt failed, which the log says.
     failed: AtomicBool,
 }
 
-impl Client {
+impl CollectorClient {
     fn note(&self, sent: &Result<Response<Bytes>, HttpError>) {
         let wrong = match sent {
             Ok(response) if response.status().is_success() => None,
@@ -136,7 +136,7 @@ impl Client {
     }
 }
 
-impl HttpClient for Client {
+impl HttpClient for CollectorClient {
     fn send_bytes<'a, 'b>(
         &'a self,
         request: Request<Bytes>,

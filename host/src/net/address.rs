@@ -9,11 +9,11 @@ use std::str::FromStr;
 
 use socket2::SockRef;
 
-use crate::unix::{LONGEST_PATH, directory_of};
+use super::unix_socket_file::{LONGEST_PATH, directory_of};
 
 /// Where to listen.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
-pub enum Address {
+pub enum ListenAddress {
     /// A TCP port.
     Ip(SocketAddr),
     /// A Unix socket, `unix:PATH`.
@@ -23,7 +23,7 @@ pub enum Address {
     Passed(String),
 }
 
-impl Address {
+impl ListenAddress {
     /// Where a socket is.
     ///
     /// # Errors
@@ -65,7 +65,7 @@ fn is_one_file(one: &Path, other: &Path) -> bool {
     same_name && directory(one).is_ok_and(|one| directory(other).is_ok_and(|other| one == other))
 }
 
-impl fmt::Display for Address {
+impl fmt::Display for ListenAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ip(address) => address.fmt(f),
@@ -77,7 +77,7 @@ impl fmt::Display for Address {
 
 /// What is wrong with the text of an [`Address`].
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
-pub enum AddressError {
+pub enum ListenAddressError {
     /// It is of no kind.
     #[error(
         "not an IP address and a port, such as 127.0.0.1:7878 or [::1]:7878, nor unix: and a path, such as unix:/run/wasinetd.sock, nor fd: and the name of a socket that systemd passes"
@@ -103,15 +103,15 @@ pub enum AddressError {
     Name,
 }
 
-impl FromStr for Address {
-    type Err = AddressError;
+impl FromStr for ListenAddress {
+    type Err = ListenAddressError;
 
-    fn from_str(text: &str) -> Result<Self, AddressError> {
+    fn from_str(text: &str) -> Result<Self, ListenAddressError> {
         if let Some(path) = text.strip_prefix("unix:") {
             return match path {
-                "" => Err(AddressError::NoPath),
-                path if path.starts_with('@') => Err(AddressError::Abstract),
-                path if path.len() > LONGEST_PATH => Err(AddressError::LongPath),
+                "" => Err(ListenAddressError::NoPath),
+                path if path.starts_with('@') => Err(ListenAddressError::Abstract),
+                path if path.len() > LONGEST_PATH => Err(ListenAddressError::LongPath),
                 path => Ok(Self::Unix(path.into())),
             };
         }
@@ -119,11 +119,26 @@ impl FromStr for Address {
             let fits = |byte: u8| matches!(byte, b' '..=b'~') && byte != b':';
             return match (1..=255).contains(&name.len()) && name.bytes().all(fits) {
                 true => Ok(Self::Passed(name.into())),
-                false => Err(AddressError::Name),
+                false => Err(ListenAddressError::Name),
             };
         }
-        let address = text.parse().map_err(|_| AddressError::Unknown)?;
+        let address = text.parse().map_err(|_| ListenAddressError::Unknown)?;
         Ok(Self::Ip(address))
+    }
+}
+
+/// One end of a connection.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TransportAddress {
+    /// Of a TCP connection.
+    Ip(SocketAddr),
+    /// Of a Unix socket, with its path unless it has none.
+    Unix(Option<PathBuf>),
+}
+
+impl From<SocketAddr> for TransportAddress {
+    fn from(address: SocketAddr) -> Self {
+        Self::Ip(address)
     }
 }
 
@@ -143,7 +158,7 @@ mod tests {
             "fd:a, b=c",
             "fd:3",
         ] {
-            let address: Address = text.parse().unwrap();
+            let address: ListenAddress = text.parse().unwrap();
             assert_eq!(address.to_string(), text);
         }
     }
@@ -163,7 +178,7 @@ mod tests {
             (&one, "unix:socket", false),
             ("unix:socket", "unix:./socket", true),
         ] {
-            let [one, other] = [one, other].map(|text| text.parse::<Address>().unwrap());
+            let [one, other] = [one, other].map(|text| text.parse::<ListenAddress>().unwrap());
             assert_eq!(one.is_taken_by(&other), taken, "{one} {other}");
             assert_eq!(other.is_taken_by(&one), taken, "{other} {one}");
         }
@@ -174,17 +189,17 @@ mod tests {
         let long = format!("unix:/{}", "a".repeat(LONGEST_PATH));
         let name = format!("fd:{}", "a".repeat(256));
         for (text, error) in [
-            ("localhost:80", AddressError::Unknown),
-            ("/run/a.sock", AddressError::Unknown),
-            ("unix:", AddressError::NoPath),
-            ("unix:@abstract", AddressError::Abstract),
-            (&long, AddressError::LongPath),
-            ("fd:", AddressError::Name),
-            ("fd:a:b", AddressError::Name),
-            ("fd:a\nb", AddressError::Name),
-            (&name, AddressError::Name),
+            ("localhost:80", ListenAddressError::Unknown),
+            ("/run/a.sock", ListenAddressError::Unknown),
+            ("unix:", ListenAddressError::NoPath),
+            ("unix:@abstract", ListenAddressError::Abstract),
+            (&long, ListenAddressError::LongPath),
+            ("fd:", ListenAddressError::Name),
+            ("fd:a:b", ListenAddressError::Name),
+            ("fd:a\nb", ListenAddressError::Name),
+            (&name, ListenAddressError::Name),
         ] {
-            assert_eq!(text.parse::<Address>(), Err(error), "{text}");
+            assert_eq!(text.parse::<ListenAddress>(), Err(error), "{text}");
         }
     }
 }

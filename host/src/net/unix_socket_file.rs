@@ -21,38 +21,38 @@ pub const LONGEST_PATH: usize = 107;
 
 /// Who may connect to a Unix socket: whoever may write to its file.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Permissions {
+pub struct SocketPermissions {
     /// The mode of the file, whatever the umask is.
-    pub mode: Mode,
+    pub mode: SocketMode,
     /// Whose it is. By default that of whoever runs this.
-    pub owner: Owner,
+    pub owner: SocketOwner,
 }
 
-impl Default for Permissions {
+impl Default for SocketPermissions {
     fn default() -> Self {
         Self {
-            mode: Mode(0o660),
-            owner: Owner::default(),
+            mode: SocketMode(0o660),
+            owner: SocketOwner::default(),
         }
     }
 }
 
 /// The permission bits of a file.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Mode(u32);
+pub struct SocketMode(u32);
 
-impl Mode {
+impl SocketMode {
     /// Only for the user.
     pub(crate) const PRIVATE: Self = Self(0o600);
 }
 
-impl fmt::Display for Mode {
+impl fmt::Display for SocketMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:04o}", self.0)
     }
 }
 
-impl FromStr for Mode {
+impl FromStr for SocketMode {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -67,12 +67,12 @@ impl FromStr for Mode {
 
 /// A user and a group of this machine, as far as they are not to stay as they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Owner {
+pub struct SocketOwner {
     user: Option<u32>,
     group: Option<u32>,
 }
 
-impl FromStr for Owner {
+impl FromStr for SocketOwner {
     type Err = String;
 
     /// `USER`, `USER:GROUP` or `:GROUP`, each by name or by number.
@@ -103,7 +103,7 @@ impl FromStr for Owner {
     }
 }
 
-impl Owner {
+impl SocketOwner {
     /// Whose a file at `path` is to be: by default as the kernel has it for a new one.
     fn at(self, path: &Path) -> (u32, u32) {
         /// Files in a directory that has it are of its group (inode(7)).
@@ -133,14 +133,14 @@ fn id(
 }
 
 /// What failed, and what to do about it.
-pub(crate) type Failed = (io::Error, &'static str);
+pub(crate) type SocketFileError = (io::Error, &'static str);
 
 /// Listens at a path. What a server that is no more has left there is replaced.
 ///
 /// Nobody can connect before [`SocketFile::permit`], but for who needs no permissions. That it listens at
 /// once is for other servers to see that it is there.
-pub(crate) fn bind(path: &Path, backlog: i32) -> Result<(Socket, SocketFile), Failed> {
-    let _lock = Lock::of_directory(path);
+pub(crate) fn bind(path: &Path, backlog: i32) -> Result<(Socket, UnixSocketFile), SocketFileError> {
+    let _lock = DirectoryLock::of_directory(path);
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
             let error = io::Error::new(io::ErrorKind::AlreadyExists, "it is not a socket");
@@ -157,11 +157,11 @@ pub(crate) fn bind(path: &Path, backlog: i32) -> Result<(Socket, SocketFile), Fa
 
 /// A lock on a directory, as far as it is to be had: two servers that begin at once are not to take each
 /// other's socket for one that was left.
-struct Lock {
+struct DirectoryLock {
     _directory: Option<File>,
 }
 
-impl Lock {
+impl DirectoryLock {
     /// Of the directory that `path` is in.
     fn of_directory(path: &Path) -> Self {
         /// Whoever may read the directory can lock it: it is not waited for without end.
@@ -206,14 +206,14 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 }
 
 /// Listens at a path where nothing is, for nobody yet.
-fn bind_new(path: &Path, backlog: i32) -> io::Result<(Socket, SocketFile)> {
+fn bind_new(path: &Path, backlog: i32) -> io::Result<(Socket, UnixSocketFile)> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     // Linux makes the file with the mode that the socket has.
     fchmod(&socket, FileMode::empty())?;
     socket.bind(&SockAddr::unix(path)?)?;
-    let file = SocketFile {
-        identity: Identity::of(&std::fs::symlink_metadata(path)?),
+    let file = UnixSocketFile {
+        identity: FileIdentity::of(&std::fs::symlink_metadata(path)?),
         path: path.into(),
         ours: AtomicBool::new(true),
     };
@@ -223,17 +223,17 @@ fn bind_new(path: &Path, backlog: i32) -> io::Result<(Socket, SocketFile)> {
 
 /// The file of a Unix socket that listens. It is removed when this is dropped, as long as it is ours:
 /// another server may have put its own there, or have taken over this one.
-pub(crate) struct SocketFile {
+pub(crate) struct UnixSocketFile {
     path: PathBuf,
-    identity: Identity,
+    identity: FileIdentity,
     ours: AtomicBool,
 }
 
-impl SocketFile {
+impl UnixSocketFile {
     /// Of a socket that another process has handed over, and may go on with: it is not ours before
     /// [`Self::take_over`]. None if another file is there by now.
-    pub(crate) fn adopt(path: &Path, identity: Identity) -> Option<Self> {
-        let there = Identity::of(&std::fs::symlink_metadata(path).ok()?);
+    pub(crate) fn adopt(path: &Path, identity: FileIdentity) -> Option<Self> {
+        let there = FileIdentity::of(&std::fs::symlink_metadata(path).ok()?);
         (there == identity).then(|| Self {
             path: path.into(),
             identity,
@@ -242,7 +242,7 @@ impl SocketFile {
     }
 
     /// Which file it is.
-    pub(crate) fn identity(&self) -> Identity {
+    pub(crate) fn identity(&self) -> FileIdentity {
         self.identity
     }
 
@@ -252,16 +252,16 @@ impl SocketFile {
 
     /// Gives it those permissions, as far as it does not have them: to the file that it is, whatever has
     /// its name by now.
-    pub(crate) fn permit(&self, permissions: &Permissions) -> Result<(), Failed> {
-        let Permissions {
-            mode: Mode(mode),
+    pub(crate) fn permit(&self, permissions: &SocketPermissions) -> Result<(), SocketFileError> {
+        let SocketPermissions {
+            mode: SocketMode(mode),
             owner,
         } = *permissions;
         let permit = || {
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let file = File::from(rustix::fs::open(&self.path, flags, FileMode::empty())?);
             let found = file.metadata()?;
-            if Identity::of(&found) != self.identity {
+            if FileIdentity::of(&found) != self.identity {
                 // It is another server's.
                 return Ok(());
             }
@@ -297,11 +297,11 @@ impl SocketFile {
     }
 }
 
-impl Drop for SocketFile {
+impl Drop for UnixSocketFile {
     fn drop(&mut self) {
         let there = std::fs::symlink_metadata(&self.path);
         if self.ours.load(Ordering::Relaxed)
-            && there.is_ok_and(|there| Identity::of(&there) == self.identity)
+            && there.is_ok_and(|there| FileIdentity::of(&there) == self.identity)
         {
             let _ = std::fs::remove_file(&self.path);
         }
@@ -311,14 +311,14 @@ impl Drop for SocketFile {
 /// Tells a file from another one that was made in its place: some file systems give the number of a file
 /// that is gone to the next one.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Identity {
+pub struct FileIdentity {
     device: u64,
     inode: u64,
     /// In nanoseconds since 1970, where the file system knows.
     made: u128,
 }
 
-impl Identity {
+impl FileIdentity {
     fn of(metadata: &Metadata) -> Self {
         let made = metadata.created().ok();
         let made = made.and_then(|made| made.duration_since(SystemTime::UNIX_EPOCH).ok());
@@ -331,13 +331,13 @@ impl Identity {
 }
 
 /// As one process tells another.
-impl fmt::Display for Identity {
+impl fmt::Display for FileIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{},{},{}", self.device, self.inode, self.made)
     }
 }
 
-impl FromStr for Identity {
+impl FromStr for FileIdentity {
     type Err = ParseIntError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -357,16 +357,16 @@ mod tests {
 
     #[test]
     fn a_mode_is_octal() {
-        assert_eq!("660".parse(), Ok(Mode(0o660)));
-        assert_eq!("0777".parse::<Mode>().unwrap().to_string(), "0777");
+        assert_eq!("660".parse(), Ok(SocketMode(0o660)));
+        assert_eq!("0777".parse::<SocketMode>().unwrap().to_string(), "0777");
         for text in ["", "8", "1777", "+7", "-1", "0o660", "u=rw", "99999999999"] {
-            assert!(text.parse::<Mode>().is_err(), "{text}");
+            assert!(text.parse::<SocketMode>().is_err(), "{text}");
         }
     }
 
     #[test]
     fn an_owner_is_a_user_a_group_or_both() {
-        let owner = |user, group| Ok(Owner { user, group });
+        let owner = |user, group| Ok(SocketOwner { user, group });
         assert_eq!("root".parse(), owner(Some(0), None));
         assert_eq!("root:root".parse(), owner(Some(0), Some(0)));
         assert_eq!(":12345".parse(), owner(None, Some(12345)));
@@ -380,7 +380,7 @@ mod tests {
             "4294967295",
             "-1",
         ] {
-            assert!(text.parse::<Owner>().is_err(), "{text}");
+            assert!(text.parse::<SocketOwner>().is_err(), "{text}");
         }
     }
 
@@ -392,15 +392,15 @@ mod tests {
         let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
         let (_socket, file) = bind(&path, 1).unwrap();
         assert_eq!(mode(&path), 0);
-        file.permit(&Permissions::default()).unwrap();
+        file.permit(&SocketPermissions::default()).unwrap();
         assert_eq!(mode(&path), 0o660);
         std::fs::rename(&path, elsewhere).unwrap();
         std::fs::write(&other, "theirs").unwrap();
         let before = mode(&other);
         std::os::unix::fs::symlink(&other, &path).unwrap();
-        let all = Permissions {
-            mode: Mode(0o666),
-            ..Permissions::default()
+        let all = SocketPermissions {
+            mode: SocketMode(0o666),
+            ..SocketPermissions::default()
         };
         file.permit(&all).unwrap();
         assert_eq!(mode(&other), before);
@@ -413,13 +413,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let (_socket, file) = bind(&path, 1).unwrap();
-        let identity: Identity = file.identity().to_string().parse().unwrap();
+        let identity: FileIdentity = file.identity().to_string().parse().unwrap();
         assert_eq!(identity, file.identity());
-        assert!(SocketFile::adopt(&path, identity).is_some());
+        assert!(UnixSocketFile::adopt(&path, identity).is_some());
         std::fs::rename(&path, directory.path().join("elsewhere")).unwrap();
         std::fs::write(&path, "theirs").unwrap();
-        assert!(SocketFile::adopt(&path, identity).is_none());
-        assert!("1,2".parse::<Identity>().is_err());
+        assert!(UnixSocketFile::adopt(&path, identity).is_none());
+        assert!("1,2".parse::<FileIdentity>().is_err());
     }
 
     #[test]

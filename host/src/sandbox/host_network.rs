@@ -23,7 +23,7 @@ use wasmtime_wasi::sockets::{
 
 pub use destination::{Destination, DestinationError};
 
-use super::{SharedTransport, State, lock};
+use super::{SharedTransport, StoreState, lock};
 use crate::limit::Limit;
 
 /// How long it is believed where a name leads. Arbitrary: what the system's resolver says has no
@@ -258,11 +258,11 @@ impl Outbound {
     }
 
     fn refused(&self) {
-        lock(&self.transport).limited(Limit::AllowConnect);
+        lock(&self.transport).limit_hit(Limit::AllowConnect);
     }
 }
 
-impl WasiSocketsView for State {
+impl WasiSocketsView for StoreState {
     fn sockets(&mut self) -> WasiSocketsCtxView<'_> {
         let transport = &self.transport;
         let (outbound, sockets) = self.wasi.network(transport);
@@ -273,23 +273,23 @@ impl WasiSocketsView for State {
     }
 }
 
-impl State {
+impl StoreState {
     fn outbound(&mut self) -> &Outbound {
         self.wasi.network(&self.transport).0
     }
 }
 
 /// Links `wasi:sockets`. A guest that imports it without anything granted is refused before.
-pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+pub(super) fn add_to_linker(linker: &mut Linker<StoreState>) -> wasmtime::Result<()> {
     use p2::bindings::sockets as s2;
 
     let options = s2::network::LinkOptions::default();
-    s2::network::add_to_linker::<State, WasiSockets>(linker, &options, State::sockets)?;
-    s2::instance_network::add_to_linker::<State, WasiSockets>(linker, State::sockets)?;
-    s2::tcp::add_to_linker::<State, WasiSockets>(linker, State::sockets)?;
-    s2::tcp_create_socket::add_to_linker::<State, WasiSockets>(linker, State::sockets)?;
-    s2::udp::add_to_linker::<State, WasiSockets>(linker, State::sockets)?;
-    s2::udp_create_socket::add_to_linker::<State, WasiSockets>(linker, State::sockets)?;
+    s2::network::add_to_linker::<StoreState, WasiSockets>(linker, &options, StoreState::sockets)?;
+    s2::instance_network::add_to_linker::<StoreState, WasiSockets>(linker, StoreState::sockets)?;
+    s2::tcp::add_to_linker::<StoreState, WasiSockets>(linker, StoreState::sockets)?;
+    s2::tcp_create_socket::add_to_linker::<StoreState, WasiSockets>(linker, StoreState::sockets)?;
+    s2::udp::add_to_linker::<StoreState, WasiSockets>(linker, StoreState::sockets)?;
+    s2::udp_create_socket::add_to_linker::<StoreState, WasiSockets>(linker, StoreState::sockets)?;
     link_lookups(linker)?;
     linker.allow_shadowing(true);
     refuse_to_bind(linker)?;
@@ -299,12 +299,12 @@ pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> 
 
 /// Keeps guests from binding sockets themselves. Those that connect are bound by the kernel, which
 /// for a connection elsewhere takes a port again; a port that was bound is taken for everyone.
-fn refuse_to_bind(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+fn refuse_to_bind(linker: &mut Linker<StoreState>) -> wasmtime::Result<()> {
     use p2::bindings::sockets::network::IpSocketAddress;
 
     linker.instance("wasi:sockets/tcp@0.2.12")?.func_wrap(
         "[method]tcp-socket.start-bind",
-        |mut store: StoreContextMut<'_, State>,
+        |mut store: StoreContextMut<'_, StoreState>,
          (socket, network, _): (
             Resource<p2::TcpSocket>,
             Resource<p2::Network>,
@@ -354,12 +354,12 @@ impl Pollable for Addresses {
 
 /// Links `wasi:sockets/ip-name-lookup@0.2` function by function: the resource in wasmtime-wasi's own
 /// bindings is of a type that only it can make.
-fn link_lookups(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+fn link_lookups(linker: &mut Linker<StoreState>) -> wasmtime::Result<()> {
     let mut instance = linker.instance("wasi:sockets/ip-name-lookup@0.2.12")?;
     instance.resource(
         "resolve-address-stream",
         ResourceType::host::<Addresses>(),
-        |mut store: StoreContextMut<'_, State>, rep| {
+        |mut store: StoreContextMut<'_, StoreState>, rep| {
             store
                 .data_mut()
                 .table
@@ -369,7 +369,7 @@ fn link_lookups(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     )?;
     instance.func_wrap(
         "resolve-addresses",
-        |mut store: StoreContextMut<'_, State>,
+        |mut store: StoreContextMut<'_, StoreState>,
          (network, name): (Resource<p2::Network>, String)| {
             let state = store.data_mut();
             state.table.get(&network)?;
@@ -380,13 +380,13 @@ fn link_lookups(linker: &mut Linker<State>) -> wasmtime::Result<()> {
     )?;
     instance.func_wrap(
         "[method]resolve-address-stream.resolve-next-address",
-        |mut store: StoreContextMut<'_, State>, (addresses,): (Resource<Addresses>,)| {
+        |mut store: StoreContextMut<'_, StoreState>, (addresses,): (Resource<Addresses>,)| {
             Ok((store.data_mut().table.get_mut(&addresses)?.next(),))
         },
     )?;
     instance.func_wrap(
         "[method]resolve-address-stream.subscribe",
-        |mut store: StoreContextMut<'_, State>, (addresses,): (Resource<Addresses>,)| {
+        |mut store: StoreContextMut<'_, StoreState>, (addresses,): (Resource<Addresses>,)| {
             let pollable: Resource<DynPollable> =
                 p2::subscribe(&mut store.data_mut().table, addresses)?;
             Ok((pollable,))

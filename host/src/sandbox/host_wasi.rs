@@ -9,9 +9,9 @@ use wasmtime_wasi::filesystem::{WasiFilesystemCtx, WasiFilesystemCtxView, WasiFi
 use wasmtime_wasi::random::{WasiRandomCtx, WasiRandomView};
 use wasmtime_wasi::sockets::WasiSocketsCtx;
 
-use super::network::Outbound;
+use super::host_network::Outbound;
 use super::output::{GuestOutput, OutputLimit};
-use super::{Grants, SharedTransport, State};
+use super::{Grants, SharedTransport, StoreState};
 
 /// What a guest has of WASI.
 pub(super) struct Wasi {
@@ -69,7 +69,7 @@ fn cli(grants: &Grants, id: u64, output: &OutputLimit) -> WasiCliCtx {
     std::mem::take(context.cli())
 }
 
-impl WasiCliView for State {
+impl WasiCliView for StoreState {
     fn cli(&mut self) -> WasiCliCtxView<'_> {
         let Wasi {
             id,
@@ -85,7 +85,7 @@ impl WasiCliView for State {
     }
 }
 
-impl WasiClocksView for State {
+impl WasiClocksView for StoreState {
     fn clocks(&mut self) -> WasiClocksCtxView<'_> {
         WasiClocksCtxView {
             ctx: self.wasi.clocks.get_or_insert_default(),
@@ -94,7 +94,7 @@ impl WasiClocksView for State {
     }
 }
 
-impl WasiFilesystemView for State {
+impl WasiFilesystemView for StoreState {
     fn filesystem(&mut self) -> WasiFilesystemCtxView<'_> {
         let Wasi {
             grants, filesystem, ..
@@ -114,7 +114,7 @@ fn random() -> WasiRandomCtx {
     std::mem::take(context.random())
 }
 
-impl WasiRandomView for State {
+impl WasiRandomView for StoreState {
     fn random(&mut self) -> &mut WasiRandomCtx {
         self.wasi.random.get_or_insert_with(random)
     }

@@ -9,7 +9,8 @@ use rustls::{ServerConfig, ServerConnection};
 
 use super::super::socket::Socket;
 use super::certificates::describe_client;
-use crate::sandbox::{Address, TlsInfo};
+use crate::net::TransportAddress;
+use crate::sandbox::TlsInfo;
 
 /// A TLS session and its socket.
 ///
@@ -17,7 +18,7 @@ use crate::sandbox::{Address, TlsInfo};
 /// next write waits until the kernel has that. So it takes someone to go on with it when the guest writes
 /// no more, which is [`Self::poll_push`], called by the connection whenever it has been polled. It is that
 /// call that the reactor wakes for writing, since it comes last; a write that waits is woken from there.
-pub(in super::super) struct Secured {
+pub(in super::super) struct TlsStream {
     socket: Socket,
     session: ServerConnection,
     /// Known when the handshake is over.
@@ -51,7 +52,7 @@ fn broken(error: &rustls::Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {error}"))
 }
 
-impl Secured {
+impl TlsStream {
     /// With the handshake still to come.
     pub(in super::super) fn new(
         socket: Socket,
@@ -137,11 +138,11 @@ impl Secured {
         }
     }
 
-    pub(in super::super) fn local_address(&self) -> io::Result<Address> {
+    pub(in super::super) fn local_address(&self) -> io::Result<TransportAddress> {
         self.socket.local_address()
     }
 
-    pub(in super::super) fn remote_address(&self) -> io::Result<Address> {
+    pub(in super::super) fn remote_address(&self) -> io::Result<TransportAddress> {
         self.socket.remote_address()
     }
 

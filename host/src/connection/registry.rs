@@ -10,43 +10,43 @@ use std::time::{Duration, Instant};
 use futures::task::AtomicWaker;
 
 use super::Version;
-use crate::peer::Peer;
+use crate::net::Peer;
 
 /// So many locks, so that threads seldom want the same one.
 const SHARDS: usize = 16;
 
 /// All connections that are open.
 #[derive(Default)]
-pub struct Open {
-    shards: [Mutex<HashMap<u64, Arc<Entry>>>; SHARDS],
+pub struct ConnectionRegistry {
+    shards: [Mutex<HashMap<u64, Arc<ConnectionRecord>>>; SHARDS],
 }
 
 /// Whether the connections of a service are to end at once, those that begin now among them.
 #[derive(Debug, Default)]
-pub struct Cutoff(AtomicBool);
+pub struct KillSwitch(AtomicBool);
 
-impl Open {
+impl ConnectionRegistry {
     /// Adds a connection until what is returned is dropped.
-    pub(super) fn add(self: &Arc<Self>, entry: Entry) -> Listed {
+    pub(super) fn add(self: &Arc<Self>, entry: ConnectionRecord) -> Registration {
         let entry = Arc::new(entry);
         self.shard(entry.id).insert(entry.id, entry.clone());
         // Whoever ends all looks at the shards after it has said so: it finds this one, or is found.
         if entry.version.cutoff.0.load(Ordering::SeqCst) {
-            entry.end(Order::ServerEnds);
+            entry.end(EndReason::ServerEnds);
         }
-        Listed {
+        Registration {
             entry,
             open: self.clone(),
         }
     }
 
-    fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<Entry>>> {
+    fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<ConnectionRecord>>> {
         let shard = &self.shards[id as usize % SHARDS];
         shard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All of them, by their number: in the order in which they began.
-    pub fn list(&self) -> Vec<Arc<Entry>> {
+    pub fn list(&self) -> Vec<Arc<ConnectionRecord>> {
         let shards = 0..SHARDS as u64;
         let mut list: Vec<_> = shards
             .flat_map(|shard| self.shard(shard).values().cloned().collect::<Vec<_>>())
@@ -64,15 +64,15 @@ impl Open {
     /// Resets the connection of this number. False if there is none.
     pub fn kill(&self, id: u64) -> bool {
         let entry = self.shard(id).get(&id).cloned();
-        entry.inspect(|entry| entry.end(Order::Kill)).is_some()
+        entry.inspect(|entry| entry.end(EndReason::Kill)).is_some()
     }
 
     /// Ends those of a service that are open, and those that begin from now on.
-    pub fn end_all(&self, cutoff: &Arc<Cutoff>) {
+    pub fn end_all(&self, cutoff: &Arc<KillSwitch>) {
         cutoff.0.store(true, Ordering::SeqCst);
         for entry in self.list() {
             if Arc::ptr_eq(&entry.version.cutoff, cutoff) {
-                entry.end(Order::ServerEnds);
+                entry.end(EndReason::ServerEnds);
             }
         }
     }
@@ -81,7 +81,7 @@ impl Open {
     pub fn end_old(&self, version: &Arc<Version>) {
         for entry in self.list() {
             if Arc::ptr_eq(&entry.version, version) {
-                entry.end(Order::TooOld);
+                entry.end(EndReason::TooOld);
             }
         }
     }
@@ -90,14 +90,14 @@ impl Open {
 /// Why a connection is told to end.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(u8)]
-pub(super) enum Order {
+pub(super) enum EndReason {
     Kill = 1,
     TooOld,
     ServerEnds,
 }
 
 /// A connection that is open.
-pub struct Entry {
+pub struct ConnectionRecord {
     /// Its number.
     pub id: u64,
     /// The client.
@@ -109,12 +109,12 @@ pub struct Entry {
     /// When it began.
     pub began: Instant,
     /// What it has used so far.
-    pub used: Used,
+    pub used: Usage,
     order: AtomicU8,
     waker: AtomicWaker,
 }
 
-impl Entry {
+impl ConnectionRecord {
     /// A connection that begins now.
     pub(super) fn new(peer: Peer, via: Option<SocketAddr>, version: Arc<Version>) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -124,14 +124,14 @@ impl Entry {
             via,
             version,
             began: Instant::now(),
-            used: Used::default(),
+            used: Usage::default(),
             order: AtomicU8::new(0),
             waker: AtomicWaker::new(),
         }
     }
 
     /// Tells it to end. The first order is the one.
-    fn end(&self, order: Order) {
+    fn end(&self, order: EndReason) {
         let first =
             self.order
                 .compare_exchange(0, order as u8, Ordering::Release, Ordering::Relaxed);
@@ -141,12 +141,12 @@ impl Entry {
     }
 
     /// Ready when it is told to end.
-    pub(super) fn poll_order(&self, cx: &mut Context<'_>) -> Poll<Order> {
+    pub(super) fn poll_end_reason(&self, cx: &mut Context<'_>) -> Poll<EndReason> {
         self.waker.register(cx.waker());
         match self.order.load(Ordering::Acquire) {
-            1 => Poll::Ready(Order::Kill),
-            2 => Poll::Ready(Order::TooOld),
-            3 => Poll::Ready(Order::ServerEnds),
+            1 => Poll::Ready(EndReason::Kill),
+            2 => Poll::Ready(EndReason::TooOld),
+            3 => Poll::Ready(EndReason::ServerEnds),
             _ => Poll::Pending,
         }
     }
@@ -154,7 +154,7 @@ impl Entry {
 
 /// What a connection has used. One writes it, anyone reads it.
 #[derive(Debug, Default)]
-pub struct Used {
+pub struct Usage {
     received: AtomicU64,
     sent: AtomicU64,
     /// In microseconds.
@@ -164,7 +164,7 @@ pub struct Used {
     instantiation: AtomicU64,
 }
 
-impl Used {
+impl Usage {
     /// What was received, in bytes.
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
@@ -223,20 +223,20 @@ fn add(figure: &AtomicU64, more: u64) {
 }
 
 /// A connection's place among those that are open.
-pub(super) struct Listed {
-    entry: Arc<Entry>,
-    open: Arc<Open>,
+pub(super) struct Registration {
+    entry: Arc<ConnectionRecord>,
+    open: Arc<ConnectionRegistry>,
 }
 
-impl std::ops::Deref for Listed {
-    type Target = Arc<Entry>;
+impl std::ops::Deref for Registration {
+    type Target = Arc<ConnectionRecord>;
 
     fn deref(&self) -> &Self::Target {
         &self.entry
     }
 }
 
-impl Drop for Listed {
+impl Drop for Registration {
     fn drop(&mut self) {
         self.open.shard(self.entry.id).remove(&self.entry.id);
     }

@@ -37,10 +37,10 @@ const STAYS_CROWDED: u64 = 1_000_000;
 
 /// Counts the ticks of an engine's epoch, and the time between them.
 #[derive(Clone, Default)]
-pub(super) struct Clock(Arc<Counted>);
+pub(super) struct EpochClock(Arc<ClockCounters>);
 
 #[derive(Default)]
-struct Counted {
+struct ClockCounters {
     ticks: AtomicU64,
     /// The time of all ticks, in microseconds.
     time: AtomicU64,
@@ -48,7 +48,7 @@ struct Counted {
     crowded: AtomicU64,
 }
 
-impl Clock {
+impl EpochClock {
     /// Counts a tick so long after the last one.
     pub(super) fn tick(&self, after: Duration) {
         let after = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
@@ -82,10 +82,10 @@ impl Clock {
 }
 
 thread_local! {
-    static LANE: Arc<Lane> = Arc::default();
+    static LANE: Arc<RunQueue> = Arc::default();
 
     /// What the guest that computes on this thread may, if it came by the lane.
-    static HELD: Cell<Option<Pass>> = const { Cell::new(None) };
+    static HELD: Cell<Option<RunToken>> = const { Cell::new(None) };
 
     /// The turn of the guest that computes on this thread.
     static TURN: Cell<Turn> = const { Cell::new(Turn::NONE) };
@@ -102,14 +102,14 @@ struct Turn {
     /// The tick at which the guest is to make way.
     ends: u64,
     /// What the guest had computed when it began.
-    before: Computed,
+    before: CpuTime,
 }
 
 impl Turn {
     const NONE: Self = Self {
         began: 0,
         ends: 0,
-        before: Computed {
+        before: CpuTime {
             time: 0,
             waited: 0,
             long_turns: 0,
@@ -122,7 +122,7 @@ impl Turn {
 /// What is counted is the ticks that fall into its turns. A short turn may see none, and another one
 /// as short may see one: together they come to the time that was used.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Computed {
+pub(super) struct CpuTime {
     time: u64,
     /// The same, when it last waited for something.
     waited: u64,
@@ -130,7 +130,7 @@ pub(super) struct Computed {
     long_turns: u32,
 }
 
-impl Computed {
+impl CpuTime {
     pub(super) fn time(self) -> Duration {
         Duration::from_micros(self.time)
     }
@@ -142,7 +142,7 @@ const LONG_TURNS: u32 = 3;
 
 /// Begins a turn of a guest that has computed for so long before. To be called before a guest is
 /// polled.
-pub(super) fn begin(clock: &Clock, before: Computed) {
+pub(super) fn begin(clock: &EpochClock, before: CpuTime) {
     MAKES_WAY.set(false);
     TURN.set(Turn {
         began: clock.time(),
@@ -153,7 +153,7 @@ pub(super) fn begin(clock: &Clock, before: Computed) {
 
 /// Ends a turn, and leaves the lane if the guest came by it. Returns for how long the guest has
 /// computed now.
-pub(super) fn end(clock: &Clock) -> Computed {
+pub(super) fn end(clock: &EpochClock) -> CpuTime {
     HELD.take();
     let time = used(clock);
     let before = TURN.get().before;
@@ -168,7 +168,7 @@ pub(super) fn end(clock: &Clock) -> Computed {
     if long_turns >= LONG_TURNS {
         clock.crowd();
     }
-    Computed {
+    CpuTime {
         time,
         waited,
         long_turns,
@@ -176,14 +176,14 @@ pub(super) fn end(clock: &Clock) -> Computed {
 }
 
 /// For how long the guest that computes on this thread has done so, in microseconds.
-pub(super) fn used(clock: &Clock) -> u64 {
+pub(super) fn used(clock: &EpochClock) -> u64 {
     let turn = TURN.get();
     turn.before.time + clock.time().saturating_sub(turn.began)
 }
 
 /// Whether the turn has been long enough. A store that has waited for long finds its deadline
 /// passed when its turn has only begun.
-pub(super) fn is_over(clock: &Clock) -> bool {
+pub(super) fn is_over(clock: &EpochClock) -> bool {
     let over = clock.now() >= TURN.get().ends;
     if over {
         clock.crowd();
@@ -193,7 +193,7 @@ pub(super) fn is_over(clock: &Clock) -> bool {
 
 /// Ready while the turn lasts. For what the host does for a guest without a word from it, such as
 /// moving bytes from one stream to another: no tick is seen there.
-pub(super) fn poll_lasts(clock: &Clock, cx: &mut Context<'_>) -> Poll<()> {
+pub(super) fn poll_lasts(clock: &EpochClock, cx: &mut Context<'_>) -> Poll<()> {
     if is_over(clock) {
         cx.waker().wake_by_ref();
         return Poll::Pending;
@@ -206,7 +206,7 @@ pub(super) fn poll_lasts(clock: &Clock, cx: &mut Context<'_>) -> Poll<()> {
 const LITTLE: u64 = 10_000;
 
 /// Waits for the lane, and for everyone else to have had a turn.
-pub(super) async fn make_way(clock: Clock) {
+pub(super) async fn yield_to_others(clock: EpochClock) {
     let computed_little = used(&clock).saturating_sub(TURN.get().before.waited) < LITTLE;
     let mut waiting = pin!(wait(computed_little));
     let pass = poll_fn(|cx| {
@@ -222,7 +222,7 @@ pub(super) async fn make_way(clock: Clock) {
     });
 }
 
-async fn wait(computed_little: bool) -> Pass {
+async fn wait(computed_little: bool) -> RunToken {
     let pass = LANE.with(Arc::clone).enter(computed_little).await;
     // The first turn is theirs who are known to be ready, the second theirs who come to be known of
     // only in the first: a connection is accepted in the one, and answered in the other.
@@ -236,22 +236,22 @@ const ONE_IN: u32 = 8;
 
 /// Lets one go at a time.
 #[derive(Default)]
-struct Lane(Mutex<Waiting>);
+struct RunQueue(Mutex<QueueState>);
 
 #[derive(Default)]
-struct Waiting {
+struct QueueState {
     taken: bool,
     /// Those who have computed little, and those who have computed much.
-    little: VecDeque<oneshot::Sender<Pass>>,
-    much: VecDeque<oneshot::Sender<Pass>>,
+    little: VecDeque<oneshot::Sender<RunToken>>,
+    much: VecDeque<oneshot::Sender<RunToken>>,
     let_go: u32,
 }
 
 /// Held by the one who goes. The next one goes when it is dropped.
-struct Pass(Option<Arc<Lane>>);
+struct RunToken(Option<Arc<RunQueue>>);
 
-impl Lane {
-    async fn enter(self: Arc<Self>, computed_little: bool) -> Pass {
+impl RunQueue {
+    async fn enter(self: Arc<Self>, computed_little: bool) -> RunToken {
         let turn = {
             let mut waiting = lock(&self.0);
             if std::mem::replace(&mut waiting.taken, true) {
@@ -267,15 +267,15 @@ impl Lane {
         };
         match turn {
             // Nobody forgets who waits as long as the lane is there, and it is held here.
-            Some(turn) => turn.await.unwrap_or(Pass(None)),
-            None => Pass(Some(self)),
+            Some(turn) => turn.await.unwrap_or(RunToken(None)),
+            None => RunToken(Some(self)),
         }
     }
 
     /// Who goes next. None leaves the lane free.
-    fn next(&self) -> Option<oneshot::Sender<Pass>> {
+    fn next(&self) -> Option<oneshot::Sender<RunToken>> {
         let mut waiting = lock(&self.0);
-        let Waiting {
+        let QueueState {
             taken,
             little,
             much,
@@ -292,7 +292,7 @@ impl Lane {
     }
 }
 
-impl Drop for Pass {
+impl Drop for RunToken {
     fn drop(&mut self) {
         let Some(lane) = self.0.take() else {
             return;
@@ -314,13 +314,13 @@ mod tests {
     use super::*;
 
     /// Whether it goes now.
-    fn goes(waiting: &mut (impl Future<Output = Pass> + Unpin)) -> Option<Pass> {
+    fn goes(waiting: &mut (impl Future<Output = RunToken> + Unpin)) -> Option<RunToken> {
         waiting.now_or_never()
     }
 
     #[test]
     fn one_goes_at_a_time_and_who_computed_little_goes_first() {
-        let lane: Arc<Lane> = Arc::default();
+        let lane: Arc<RunQueue> = Arc::default();
         let enter = |little| Box::pin(lane.clone().enter(little));
         let first = goes(&mut enter(false)).expect("nobody is there");
         let (mut much, mut gone, mut little) = (enter(false), enter(true), enter(true));
@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn who_is_let_go_and_does_not_come_leaves_the_lane_free() {
-        let lane: Arc<Lane> = Arc::default();
+        let lane: Arc<RunQueue> = Arc::default();
         let first = goes(&mut Box::pin(lane.clone().enter(true)));
         let mut second = Box::pin(lane.clone().enter(true));
         assert!(goes(&mut second).is_none());
@@ -350,7 +350,7 @@ mod tests {
 
     #[test]
     fn who_computed_much_goes_some_time() {
-        let lane: Arc<Lane> = Arc::default();
+        let lane: Arc<RunQueue> = Arc::default();
         let mut going = goes(&mut Box::pin(lane.clone().enter(true)));
         let mut much = Box::pin(lane.clone().enter(false));
         assert!(goes(&mut much).is_none());

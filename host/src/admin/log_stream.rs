@@ -43,14 +43,14 @@ impl Piece {
 
 /// Hands on what is logged.
 #[derive(Clone)]
-pub struct Logs(Arc<Shared>);
+pub struct LogStream(Arc<Shared>);
 
 struct Shared {
     kept: Mutex<VecDeque<Piece>>,
     followers: broadcast::Sender<Piece>,
 }
 
-impl Default for Logs {
+impl Default for LogStream {
     fn default() -> Self {
         Self(Arc::new(Shared {
             kept: Mutex::default(),
@@ -59,7 +59,7 @@ impl Default for Logs {
     }
 }
 
-impl Logs {
+impl LogStream {
     /// Hands on some lines: their numbers of connections, each with where it ends in `text`.
     pub fn hand_on(&self, text: Bytes, lines: &[(Option<u64>, usize)]) {
         let mut from = 0;
@@ -103,7 +103,7 @@ mod tests {
 
     #[test]
     fn the_lines_of_one_connection_are_told_from_others() {
-        let logs = Logs::default();
+        let logs = LogStream::default();
         let text = "one\ntwo\nother\n";
         logs.hand_on(text.into(), &[(Some(1), 4), (None, 8), (Some(2), 14)]);
         let (kept, _) = logs.follow();
@@ -116,7 +116,7 @@ mod tests {
 
     #[test]
     fn so_much_is_kept_and_no_more_and_in_pieces() {
-        let logs = Logs::default();
+        let logs = LogStream::default();
         let line = "x".repeat(1023) + "\n";
         let lines: Vec<_> = (1..=1000).map(|n| (Some(n), n as usize * 1024)).collect();
         logs.hand_on(line.repeat(1000).into(), &lines);

@@ -11,7 +11,7 @@ use wasmtime::component::Component;
 
 use super::digest::Digest;
 use super::engine::TABLE_ELEMENTS;
-use super::{Engine, Grants, Limits};
+use super::{Engine, Grants, GuestLimits};
 
 /// The package of our WIT.
 const PACKAGE: &str = "wasinetd:tcp";
@@ -63,7 +63,7 @@ impl Refusal {
 
 /// What one instance of a guest takes out of the pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Needs {
+pub struct Requirements {
     /// Instances of components in the component, itself included.
     pub component_instances: u32,
     /// Core module instances.
@@ -78,7 +78,7 @@ pub struct Needs {
     pub table_elements: u64,
 }
 
-impl Needs {
+impl Requirements {
     fn add(&mut self, other: Self) {
         self.component_instances = self
             .component_instances
@@ -159,7 +159,7 @@ impl Needs {
     /// # Errors
     ///
     /// Says what it needs, and the fix.
-    pub fn fit(&self, limits: &Limits) -> Result<(), Refusal> {
+    pub fn fit(&self, limits: &GuestLimits) -> Result<(), Refusal> {
         if self.memory_bytes > limits.memory as u64 {
             return Err(Refusal(format!(
                 "each connection would begin with {} bytes of memory, and --max-memory allows {}; allow more, or link it with a smaller initial memory",
@@ -202,19 +202,19 @@ impl Needs {
 /// A module or component that is being read, with what has been defined in it so far.
 struct Frame {
     encoding: Encoding,
-    needs: Needs,
+    needs: Requirements,
     /// None for one that is not defined in this file.
-    modules: Vec<Option<Needs>>,
-    components: Vec<Option<Needs>>,
+    modules: Vec<Option<Requirements>>,
+    components: Vec<Option<Requirements>>,
 }
 
 impl Frame {
     fn new(encoding: Encoding) -> Self {
         Self {
             encoding,
-            needs: Needs {
+            needs: Requirements {
                 component_instances: u32::from(encoding == Encoding::Component),
-                ..Needs::default()
+                ..Requirements::default()
             },
             modules: Vec::new(),
             components: Vec::new(),
@@ -222,7 +222,7 @@ impl Frame {
     }
 }
 
-fn count(bytes: &[u8]) -> Result<Needs, String> {
+fn count(bytes: &[u8]) -> Result<Requirements, String> {
     let text = |error: wasmparser::BinaryReaderError| error.to_string();
     let mut frames: Vec<Frame> = Vec::new();
     for payload in Parser::new(0).parse_all(bytes) {
@@ -273,7 +273,7 @@ fn section(payload: &Payload<'_>, frames: &mut [Frame]) -> wasmparser::Result<Op
                 let Some(Some(needs)) = frame.modules.get(module_index as usize) else {
                     return Ok(None);
                 };
-                frame.needs.add(Needs {
+                frame.needs.add(Requirements {
                     core_instances: 1,
                     ..*needs
                 });
@@ -340,7 +340,7 @@ fn alias(alias: ComponentAlias<'_>, frame: &mut Frame, outer: &[Frame]) {
     match alias {
         ComponentAlias::Outer { kind, count, index } => {
             let (count, index) = (count as usize, index as usize);
-            let source = |of: fn(&Frame) -> &Vec<Option<Needs>>| match count {
+            let source = |of: fn(&Frame) -> &Vec<Option<Requirements>>| match count {
                 0 => of(frame).get(index).copied().flatten(),
                 n => outer
                     .len()
@@ -377,7 +377,7 @@ pub struct Report {
     /// The names of the interfaces that it exports.
     pub exports: Vec<String>,
     /// What an instance takes.
-    pub needs: Needs,
+    pub needs: Requirements,
 }
 
 /// Compiles a component, or takes what is kept of it, and checks that it imports only what is linked
@@ -387,9 +387,9 @@ pub(super) fn compile(
     bytes: &[u8],
     digest: &Digest,
     grants: &Grants,
-    limits: &Limits,
+    limits: &GuestLimits,
 ) -> Result<(Component, Report, bool), Refusal> {
-    let needs = Needs::of(bytes)?;
+    let needs = Requirements::of(bytes)?;
     fit(engine, &needs, limits)?;
     let kept = kept(engine, digest);
     let compiled = kept.is_none();
@@ -418,15 +418,15 @@ pub(super) fn admit(
     engine: &Engine,
     report: &Report,
     grants: &Grants,
-    limits: &Limits,
+    limits: &GuestLimits,
 ) -> Result<(), Refusal> {
     fit(engine, &report.needs, limits)?;
     check(report, !grants.destinations().is_empty())
 }
 
-fn fit(engine: &Engine, needs: &Needs, limits: &Limits) -> Result<(), Refusal> {
+fn fit(engine: &Engine, needs: &Requirements, limits: &GuestLimits) -> Result<(), Refusal> {
     needs.fit(limits)?;
-    needs.fit_into(engine.room())?;
+    needs.fit_into(engine.pool_requirements())?;
     let most = engine.limits().memory;
     if limits.memory > most {
         return Err(Refusal(format!(
@@ -457,7 +457,7 @@ fn check(report: &Report, may_connect: bool) -> Result<(), Refusal> {
             .imports
             .iter()
             .chain(&report.exports)
-            .map(|name| Name::parse(name))
+            .map(|name| InterfaceName::parse(name))
     };
     if let Some(name) = names().find(|name| name.package == PACKAGE && !name.compatible(VERSION)) {
         return Err(Refusal(format!(
@@ -467,10 +467,14 @@ fn check(report: &Report, may_connect: bool) -> Result<(), Refusal> {
     let refused: Vec<&str> = report
         .imports
         .iter()
-        .filter(|name| !Name::parse(name).is_linked(may_connect))
+        .filter(|name| !InterfaceName::parse(name).is_linked(may_connect))
         .map(String::as_str)
         .collect();
-    if refused.iter().any(|name| Name::parse(name).is_network()) && !may_connect {
+    if refused
+        .iter()
+        .any(|name| InterfaceName::parse(name).is_network())
+        && !may_connect
+    {
         return Err(Refusal(format!(
             "it imports the network, which it is not granted: {}; say where it may connect to with --allow-connect HOST:PORT, or remove the code that needs it",
             refused.join(", ")
@@ -485,7 +489,7 @@ fn check(report: &Report, may_connect: bool) -> Result<(), Refusal> {
     let has_handler = report
         .exports
         .iter()
-        .map(|name| Name::parse(name))
+        .map(|name| InterfaceName::parse(name))
         .any(|name| name.package == PACKAGE && name.interface == "handler");
     if !has_handler {
         return Err(Refusal(format!(
@@ -501,13 +505,13 @@ fn check(report: &Report, may_connect: bool) -> Result<(), Refusal> {
 }
 
 /// The name of an interface, such as `wasi:cli/environment@0.2.0`.
-struct Name<'a> {
+struct InterfaceName<'a> {
     package: &'a str,
     interface: &'a str,
     version: &'a str,
 }
 
-impl<'a> Name<'a> {
+impl<'a> InterfaceName<'a> {
     /// A name of another form becomes an unknown package.
     fn parse(name: &'a str) -> Self {
         let (path, version) = name.split_once('@').unwrap_or((name, ""));
@@ -543,7 +547,7 @@ impl<'a> Name<'a> {
     }
 }
 
-impl fmt::Display for Name<'_> {
+impl fmt::Display for InterfaceName<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}@{}", self.package, self.interface, self.version)
     }
@@ -559,8 +563,8 @@ mod tests {
     #[test]
     fn whatever_bytes_there_are_they_are_read_or_refused() {
         bolero::check!().for_each(|bytes: &[u8]| {
-            let _ = Needs::of(bytes);
-            let _ = Needs::of(&[&PREAMBLE, bytes].concat());
+            let _ = Requirements::of(bytes);
+            let _ = Requirements::of(&[&PREAMBLE, bytes].concat());
         });
     }
 
@@ -578,7 +582,7 @@ mod tests {
                     bytes.extend([kind % 12, content.len() as u8]);
                     bytes.extend(content.iter().map(|byte| byte % 8));
                 }
-                if let Ok(needs) = Needs::of(&bytes) {
+                if let Ok(needs) = Requirements::of(&bytes) {
                     assert!(needs.core_instances <= MAX_CORE_INSTANCES);
                 }
             });

@@ -17,20 +17,20 @@ use prometheus_client::registry::Registry;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::channel::Channel;
-use super::proxy::{self, Header, NoHeader, Proxy};
+use super::proxy_header::{self, ProxyHeader, ProxyHeaderError, TrustedProxies};
 use super::socket::Socket;
+use super::stream::MaybeTls;
 use super::tls::{Refused, Tls};
 use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
-use crate::listener::{Accepted, Place};
-use crate::peer::Peer;
+use crate::listener::{AcceptPermit, Accepted};
+use crate::net::Peer;
 
 /// What is done with a connection before a guest has it. By default nothing is, which costs nothing.
 #[derive(Clone)]
-pub struct Front {
+pub struct Handshake {
     /// Whose connections begin with a header that says whom they are for.
-    pub proxy: Option<Proxy>,
+    pub proxy: Option<TrustedProxies>,
     /// How TLS is spoken with clients, if it is.
     pub tls: Option<Arc<Tls>>,
     /// How long all of this may take.
@@ -39,7 +39,7 @@ pub struct Front {
     pub lifecycle: Option<Lifecycle>,
 }
 
-impl Default for Front {
+impl Default for Handshake {
     /// The time is that of the command line, where it has its reason.
     fn default() -> Self {
         Self {
@@ -52,21 +52,21 @@ impl Default for Front {
 }
 
 /// A client that a guest can have.
-pub(super) struct Client {
-    pub(super) channel: Channel,
+pub(super) struct ReadyConnection {
+    pub(super) channel: MaybeTls,
     pub(super) peer: Peer,
     /// The proxy that speaks for it.
     pub(super) via: Option<SocketAddr>,
     /// Where it connected to, if that is not where the socket is.
     pub(super) local: Option<SocketAddr>,
-    pub(super) place: Place,
+    pub(super) place: AcceptPermit,
 }
 
-impl<T> From<Accepted<T>> for Client {
+impl<T> From<Accepted<T>> for ReadyConnection {
     /// As it is when nothing is done before.
     fn from(accepted: Accepted<T>) -> Self {
         Self {
-            channel: Channel::Plain(Socket::new(accepted.stream)),
+            channel: MaybeTls::Plain(Socket::new(accepted.stream)),
             peer: accepted.peer,
             via: None,
             local: None,
@@ -79,9 +79,9 @@ impl<T> From<Accepted<T>> for Client {
 /// be a question whether we are there. A guest that speaks first is held up by so much then.
 const GRACE: Duration = Duration::from_millis(50);
 
-impl Front {
+impl Handshake {
     /// Whether anything is to be done with connections of `peer`.
-    pub(super) fn concerns(&self, peer: Peer) -> bool {
+    pub(super) fn applies_to(&self, peer: Peer) -> bool {
         self.tls.is_some() || self.proxy_at(peer).is_some()
     }
 
@@ -94,11 +94,11 @@ impl Front {
     }
 
     /// Does what is to be done. None if nothing came of it, which is counted and logged then.
-    pub(super) async fn meet<T>(&self, accepted: Accepted<T>) -> Option<Client> {
-        let mut client = Client::from(accepted);
+    pub(super) async fn perform<T>(&self, accepted: Accepted<T>) -> Option<ReadyConnection> {
+        let mut client = ReadyConnection::from(accepted);
         let mut stage = Stage::Header;
         let met = {
-            let meeting = timeout(self.timeout, self.try_to_meet(&mut client, &mut stage));
+            let meeting = timeout(self.timeout, self.run_stages(&mut client, &mut stage));
             let ended = async {
                 match &self.lifecycle {
                     Some(lifecycle) => lifecycle.clone().ended().await,
@@ -108,13 +108,13 @@ impl Front {
             tokio::select! {
                 biased;
                 met = meeting => met.ok(),
-                () = ended => Some(Err(Failure::ended())),
+                () = ended => Some(Err(HandshakeFailure::ended())),
             }
         };
         let failure = match met {
             Some(Ok(())) => return Some(client),
             Some(Err(failure)) => failure,
-            None => Failure::timeout(stage),
+            None => HandshakeFailure::timeout(stage),
         };
         failure.tell(&client);
         match failure.told {
@@ -129,9 +129,13 @@ impl Front {
         None
     }
 
-    async fn try_to_meet(&self, client: &mut Client, stage: &mut Stage) -> Result<(), Failure> {
+    async fn run_stages(
+        &self,
+        client: &mut ReadyConnection,
+        stage: &mut Stage,
+    ) -> Result<(), HandshakeFailure> {
         if let Some(proxy) = self.proxy_at(client.peer) {
-            introduce(client, proxy).await?;
+            read_proxy_header(client, proxy).await?;
         }
         *stage = Stage::Handshake;
         let Some(tls) = &self.tls else {
@@ -139,7 +143,7 @@ impl Front {
         };
         let source = client.place.source();
         let hands = tls.shake_hands(&mut client.channel, source).await;
-        hands.map_err(Failure::handshake)?;
+        hands.map_err(HandshakeFailure::handshake)?;
         HANDSHAKES.count(HandshakeOutcome::Ok as usize);
         Ok(())
     }
@@ -157,24 +161,32 @@ enum Stage {
 const FAREWELL: (Duration, usize) = (Duration::from_secs(1), 64 << 10);
 
 /// Learns from the proxy at the other end whom it speaks for.
-async fn introduce(client: &mut Client, proxy: SocketAddr) -> Result<(), Failure> {
-    let header = proxy::receive(client.channel.socket()).await;
+async fn read_proxy_header(
+    client: &mut ReadyConnection,
+    proxy: SocketAddr,
+) -> Result<(), HandshakeFailure> {
+    let header = proxy_header::receive(client.channel.socket()).await;
     let header = header.map_err(|none| match none {
-        NoHeader::Nothing => Failure::health_check(),
-        NoHeader::Gone => Failure::header(HeaderOutcome::Gone, "the proxy is gone".into()),
-        NoHeader::Bad(reason) => Failure::header(HeaderOutcome::Bad, reason),
+        ProxyHeaderError::Nothing => HandshakeFailure::health_check(),
+        ProxyHeaderError::Gone => {
+            HandshakeFailure::header(HeaderOutcome::Gone, "the proxy is gone".into())
+        }
+        ProxyHeaderError::Bad(reason) => HandshakeFailure::header(HeaderOutcome::Bad, reason),
     })?;
     match header {
         // With version 1 haproxy speaks for itself as for a client, when it asks whether we are there.
-        Header::Client(peer, local) if !is_same(peer, proxy) => {
+        ProxyHeader::Client(peer, local) if !is_same(peer, proxy) => {
             client.via = Some(proxy);
             client.peer = peer.into();
             client.local = Some(local);
             HEADERS.count(HeaderOutcome::Client as usize);
-            client.place.admit(peer.into()).map_err(Failure::refused)
+            client
+                .place
+                .admit(peer.into())
+                .map_err(HandshakeFailure::refused)
         }
         _ if timeout(GRACE, client.channel.socket().ends_now()).await == Ok(true) => {
-            Err(Failure::health_check())
+            Err(HandshakeFailure::health_check())
         }
         _ => {
             HEADERS.count(HeaderOutcome::NoClient as usize);
@@ -189,7 +201,7 @@ fn is_same(one: SocketAddr, other: SocketAddr) -> bool {
 }
 
 /// Why no guest has a client.
-struct Failure {
+struct HandshakeFailure {
     /// What is said of all of its kind together.
     said: Option<&'static Said>,
     /// In the words of the metrics.
@@ -199,7 +211,7 @@ struct Failure {
     told: bool,
 }
 
-impl Failure {
+impl HandshakeFailure {
     fn handshake(refused: Refused) -> Self {
         let Refused {
             outcome,
@@ -270,7 +282,7 @@ impl Failure {
     }
 
     /// Logs it. A flood of clients is not to become a flood of lines.
-    fn tell(&self, client: &Client) {
+    fn tell(&self, client: &ReadyConnection) {
         let Self {
             outcome, reason, ..
         } = self;
@@ -451,14 +463,14 @@ mod tests {
     fn nothing_is_done_by_default_nor_for_others_than_proxies() {
         let peer: SocketAddr = "192.0.2.1:1".parse().unwrap();
         let peer = Peer::Ip(peer);
-        assert!(!Front::default().concerns(peer));
-        let of_proxy = |network: &str| Front {
-            proxy: Some(Proxy {
+        assert!(!Handshake::default().applies_to(peer));
+        let of_proxy = |network: &str| Handshake {
+            proxy: Some(TrustedProxies {
                 from: vec![network.parse().unwrap()],
             }),
-            ..Front::default()
+            ..Handshake::default()
         };
-        assert!(of_proxy("192.0.2.0/24").concerns(peer));
-        assert!(!of_proxy("198.51.100.0/24").concerns(peer));
+        assert!(of_proxy("192.0.2.0/24").applies_to(peer));
+        assert!(!of_proxy("198.51.100.0/24").applies_to(peer));
     }
 }

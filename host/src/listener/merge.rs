@@ -12,7 +12,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 /// All are asked at each turn, which costs little for as many as a server has services. A
 /// [`SelectAll`](futures::stream::SelectAll) would give each a waker, which costs more for the one that
 /// most servers have.
-pub struct Gathered<S> {
+pub struct MergedStreams<S> {
     streams: Vec<S>,
     /// The one to ask first, so that a busy one does not starve the others.
     next: usize,
@@ -21,15 +21,15 @@ pub struct Gathered<S> {
 }
 
 /// Adds streams to a [`Gathered`].
-pub struct Joining<S>(UnboundedSender<S>);
+pub struct MergeHandle<S>(UnboundedSender<S>);
 
-impl<S> Clone for Joining<S> {
+impl<S> Clone for MergeHandle<S> {
     fn clone(&self) -> Self {
         Self(self.0.clone())
     }
 }
 
-impl<S> Joining<S> {
+impl<S> MergeHandle<S> {
     /// Adds a stream. It is dropped if the other end is gone.
     pub fn add(&self, stream: S) {
         // Then nobody is served any more.
@@ -37,16 +37,16 @@ impl<S> Joining<S> {
     }
 }
 
-impl<S> Gathered<S> {
+impl<S> MergedStreams<S> {
     /// None yet, and where they are added.
-    pub fn new() -> (Joining<S>, Self) {
+    pub fn new() -> (MergeHandle<S>, Self) {
         let (joining, joined) = unbounded_channel();
         let gathered = Self {
             streams: Vec::new(),
             next: 0,
             joining: Some(joined),
         };
-        (Joining(joining), gathered)
+        (MergeHandle(joining), gathered)
     }
 
     fn poll_joining(&mut self, cx: &mut Context<'_>) {
@@ -60,7 +60,7 @@ impl<S> Gathered<S> {
     }
 }
 
-impl<S: Stream + Unpin> Stream for Gathered<S> {
+impl<S: Stream + Unpin> Stream for MergedStreams<S> {
     type Item = S::Item;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
@@ -89,7 +89,7 @@ impl<S: Stream + Unpin> Stream for Gathered<S> {
     }
 }
 
-impl<S: Stream + Unpin> FusedStream for Gathered<S> {
+impl<S: Stream + Unpin> FusedStream for MergedStreams<S> {
     fn is_terminated(&self) -> bool {
         self.streams.is_empty() && self.joining.is_none()
     }
@@ -109,7 +109,7 @@ mod tests {
 
     #[test]
     fn none_starves_the_others() {
-        let (joining, gathered) = Gathered::new();
+        let (joining, gathered) = MergedStreams::new();
         for n in 0..3 {
             joining.add(endless(n));
         }
@@ -121,7 +121,7 @@ mod tests {
     fn all_are_asked_though_one_ends() {
         let mut cx = Context::from_waker(std::task::Waker::noop());
         for (first, ends) in (0..4).flat_map(|first| (0..4).map(move |ends| (first, ends))) {
-            let (joining, mut gathered) = Gathered::new();
+            let (joining, mut gathered) = MergedStreams::new();
             let asked = std::rc::Rc::new(std::cell::RefCell::new(Vec::new()));
             for n in 0..4 {
                 let asked = asked.clone();
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn it_ends_when_all_have_and_none_can_be_added() {
-        let (joining, mut gathered) = Gathered::new();
+        let (joining, mut gathered) = MergedStreams::new();
         let mut cx = Context::from_waker(std::task::Waker::noop());
         assert_eq!(gathered.poll_next_unpin(&mut cx), Poll::Pending);
         joining.add(stream::iter([1]).boxed());

@@ -5,27 +5,27 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::Service;
-use crate::connection::{self, Front, Version};
+use crate::connection::{self, Handshake, Version};
 
 /// Leads the clients of a listener to its service, or to another one by the name that they have for the
 /// server in TLS (RFC 6066, section 3).
-pub struct Route {
-    front: Front,
+pub struct SniRoute {
+    front: Handshake,
     service: Arc<Service>,
-    named: ArcSwap<Vec<Named>>,
+    named: ArcSwap<Vec<NamedService>>,
 }
 
 /// A service for the clients that ask for one of these names.
-pub struct Named {
+pub struct NamedService {
     /// As in a certificate: `chat.example`, or `*.example` for all that have one label more.
     pub names: Vec<String>,
     /// The service.
     pub service: Arc<Service>,
 }
 
-impl Route {
+impl SniRoute {
     /// To `service`, once what is to be done before is.
-    pub fn new(front: Front, service: Arc<Service>) -> Self {
+    pub fn new(front: Handshake, service: Arc<Service>) -> Self {
         Self {
             front,
             service,
@@ -34,13 +34,13 @@ impl Route {
     }
 
     /// From now on clients are led to these by their names. The first that fits is taken.
-    pub fn set_named(&self, named: Vec<Named>) {
+    pub fn set_named(&self, named: Vec<NamedService>) {
         self.named.store(Arc::new(named));
     }
 }
 
-impl connection::Route for Route {
-    fn front(&self) -> &Front {
+impl connection::Route for SniRoute {
+    fn front(&self) -> &Handshake {
         &self.front
     }
 

@@ -15,7 +15,8 @@ use wasmtime::component::{
 };
 use wasmtime::{AsContextMut, StoreContextMut};
 
-use super::{Address, ClientCertificate, SharedTransport, State, TlsInfo, lock, turns};
+use super::{ClientCertificate, SharedTransport, StoreState, TlsInfo, fairness, lock};
+use crate::net::TransportAddress;
 use bindings::wasinetd::tcp::types::{
     self, ErrorCode, Host, HostConnection, HostConnectionWithStore, Ipv4SocketAddress,
     Ipv6SocketAddress, SocketAddress,
@@ -50,8 +51,8 @@ pub(super) mod bindings {
 }
 
 /// Adds `wasinetd:tcp/types` to `linker`.
-pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> {
-    bindings::wasinetd::tcp::types::add_to_linker::<_, HasSelf<State>>(linker, |state| state)
+pub(super) fn add_to_linker(linker: &mut Linker<StoreState>) -> wasmtime::Result<()> {
+    bindings::wasinetd::tcp::types::add_to_linker::<_, HasSelf<StoreState>>(linker, |state| state)
 }
 
 /// What a guest's handle of its connection stands for. The transport itself is in the [`State`]:
@@ -65,7 +66,7 @@ pub struct Connection {
 
 /// Whether the transport has yet to take what the guest has begun to write.
 #[derive(Default)]
-pub(super) struct Sending {
+pub(super) struct PendingSend {
     /// The turns that the store still has to look for a write that was begun before `send` was
     /// called.
     turns: u8,
@@ -77,7 +78,7 @@ pub(super) struct Sending {
 /// that over, and then polls it, with other work in between.
 const TURNS: u8 = 8;
 
-impl Sending {
+impl PendingSend {
     /// The guest has called `send`.
     fn begun(&mut self) {
         self.turns = TURNS;
@@ -107,9 +108,9 @@ impl Sending {
     }
 }
 
-impl Host for State {}
+impl Host for StoreState {}
 
-impl HostConnection for State {
+impl HostConnection for StoreState {
     fn id(&mut self, _: Resource<Connection>) -> wasmtime::Result<u64> {
         Ok(lock(&self.transport).id())
     }
@@ -140,9 +141,9 @@ impl HostConnection for State {
     }
 }
 
-impl HostConnectionWithStore<State> for HasSelf<State> {
+impl HostConnectionWithStore<StoreState> for HasSelf<StoreState> {
     fn receive(
-        mut store: Access<'_, State, Self>,
+        mut store: Access<'_, StoreState, Self>,
         connection: Resource<Connection>,
     ) -> wasmtime::Result<(StreamReader<u8>, FutureReader<Result<(), ErrorCode>>)> {
         let state = store.get();
@@ -164,7 +165,7 @@ impl HostConnectionWithStore<State> for HasSelf<State> {
     }
 
     fn send(
-        mut store: Access<'_, State, Self>,
+        mut store: Access<'_, StoreState, Self>,
         connection: Resource<Connection>,
         mut data: StreamReader<u8>,
     ) -> wasmtime::Result<FutureReader<Result<(), ErrorCode>>> {
@@ -187,7 +188,7 @@ impl HostConnectionWithStore<State> for HasSelf<State> {
     }
 
     async fn draining(
-        accessor: &Accessor<State, Self>,
+        accessor: &Accessor<StoreState, Self>,
         _: Resource<Connection>,
     ) -> wasmtime::Result<()> {
         let draining = accessor.with(|mut store| lock(&store.get().transport).draining());
@@ -196,7 +197,7 @@ impl HostConnectionWithStore<State> for HasSelf<State> {
     }
 
     async fn replaced(
-        accessor: &Accessor<State, Self>,
+        accessor: &Accessor<StoreState, Self>,
         _: Resource<Connection>,
     ) -> wasmtime::Result<()> {
         let replaced = accessor.with(|mut store| lock(&store.get().transport).replaced());
@@ -250,18 +251,18 @@ impl Drop for Receiver {
     }
 }
 
-impl StreamProducer<State> for Receiver {
+impl StreamProducer<StoreState> for Receiver {
     type Item = u8;
     type Buffer = Option<u8>;
 
     fn poll_produce<'a>(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        mut store: StoreContextMut<'a, State>,
+        mut store: StoreContextMut<'a, StoreState>,
         destination: Destination<'a, u8, Option<u8>>,
         finish: bool,
     ) -> Poll<wasmtime::Result<StreamResult>> {
-        if turns::poll_lasts(&store.data().clock, cx).is_pending() {
+        if fairness::poll_lasts(&store.data().clock, cx).is_pending() {
             return pending(finish);
         }
         if destination.remaining(&mut store) == Some(0) {
@@ -300,17 +301,17 @@ impl Drop for Sender {
     }
 }
 
-impl StreamConsumer<State> for Sender {
+impl StreamConsumer<StoreState> for Sender {
     type Item = u8;
 
     fn poll_consume(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        mut store: StoreContextMut<'_, State>,
+        mut store: StoreContextMut<'_, StoreState>,
         source: Source<'_, u8>,
         finish: bool,
     ) -> Poll<wasmtime::Result<StreamResult>> {
-        let over = turns::poll_lasts(&store.data().clock, cx).is_pending();
+        let over = fairness::poll_lasts(&store.data().clock, cx).is_pending();
         let mut source = source.as_direct(store.as_context_mut());
         let asks = source.remaining().is_empty() && !self.taken;
         let result = if over && !self.taken {
@@ -386,21 +387,23 @@ impl From<TlsInfo> for types::TlsInfo {
     }
 }
 
-impl From<Address> for SocketAddress {
-    fn from(address: Address) -> Self {
+impl From<TransportAddress> for SocketAddress {
+    fn from(address: TransportAddress) -> Self {
         match address {
-            Address::Ip(SocketAddr::V4(address)) => Self::Ipv4(Ipv4SocketAddress {
+            TransportAddress::Ip(SocketAddr::V4(address)) => Self::Ipv4(Ipv4SocketAddress {
                 port: address.port(),
                 address: address.ip().octets().into(),
             }),
-            Address::Ip(SocketAddr::V6(address)) => Self::Ipv6(Ipv6SocketAddress {
+            TransportAddress::Ip(SocketAddr::V6(address)) => Self::Ipv6(Ipv6SocketAddress {
                 port: address.port(),
                 flow_info: address.flowinfo(),
                 address: address.ip().segments().into(),
                 scope_id: address.scope_id(),
             }),
             // WIT has no other text than Unicode.
-            Address::Unix(path) => Self::Unix(path.map(|path| path.to_string_lossy().into())),
+            TransportAddress::Unix(path) => {
+                Self::Unix(path.map(|path| path.to_string_lossy().into()))
+            }
         }
     }
 }

@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::metrics::Histogram;
+use crate::telemetry::histogram::Histogram;
 
 /// How connections end.
 #[derive(Clone, Copy)]
-pub(super) enum Kind {
+pub(super) enum OutcomeKind {
     Ok,
     GuestError,
     Trap,
@@ -19,7 +19,7 @@ pub(super) enum Kind {
 }
 
 /// The kinds by name, in their order.
-pub const KINDS: [&str; 8] = [
+pub const OUTCOMES: [&str; 8] = [
     "ok",
     "guest_error",
     "trap",
@@ -32,38 +32,38 @@ pub const KINDS: [&str; 8] = [
 
 /// The connections of one version of a guest: how many are open, and how the others have ended.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub struct VersionStats {
     open: AtomicU64,
-    ended: [AtomicU64; KINDS.len()],
+    ended: [AtomicU64; OUTCOMES.len()],
 }
 
-impl Counts {
+impl VersionStats {
     /// The connections that are open.
     pub fn open(&self) -> u64 {
         self.open.load(Ordering::Relaxed)
     }
 
     /// The connections that have ended in each of [`KINDS`].
-    pub fn ended(&self) -> [u64; KINDS.len()] {
+    pub fn ended(&self) -> [u64; OUTCOMES.len()] {
         std::array::from_fn(|kind| self.ended[kind].load(Ordering::Relaxed))
     }
 
     /// Counts a connection as open until what is returned is dropped.
-    pub(super) fn begin(&self) -> Open<'_> {
+    pub(super) fn begin(&self) -> OpenGuard<'_> {
         self.open.fetch_add(1, Ordering::Relaxed);
-        Open(&self.open)
+        OpenGuard(&self.open)
     }
 
     /// Counts how a connection has ended.
-    pub(super) fn end(&self, kind: Kind) {
+    pub(super) fn end(&self, kind: OutcomeKind) {
         self.ended[kind as usize].fetch_add(1, Ordering::Relaxed);
     }
 }
 
 /// A connection that is open.
-pub(super) struct Open<'a>(&'a AtomicU64);
+pub(super) struct OpenGuard<'a>(&'a AtomicU64);
 
-impl Drop for Open<'_> {
+impl Drop for OpenGuard<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -71,7 +71,7 @@ impl Drop for Open<'_> {
 
 /// What connections took, whichever version they were served with.
 #[derive(Debug)]
-pub struct Measures {
+pub struct ServiceStats {
     /// How long they were open, in seconds.
     pub duration: Histogram,
     /// How long it took to make their instance, in seconds.
@@ -84,7 +84,7 @@ pub struct Measures {
     sent: AtomicU64,
 }
 
-impl Default for Measures {
+impl Default for ServiceStats {
     fn default() -> Self {
         Self {
             // From a tenth of a millisecond to some hours.
@@ -101,7 +101,7 @@ impl Default for Measures {
     }
 }
 
-impl Measures {
+impl ServiceStats {
     /// What was received on connections that have ended, in bytes.
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
@@ -113,7 +113,7 @@ impl Measures {
     }
 
     /// Counts what a connection took that has ended.
-    pub(super) fn add(&self, open_for: Duration, used: &super::Used) {
+    pub(super) fn add(&self, open_for: Duration, used: &super::Usage) {
         self.duration.observe(open_for.as_micros() as u64);
         if let Some(took) = used.instantiation() {
             self.instantiation.observe(took.as_nanos() as u64);

@@ -8,9 +8,9 @@ use ipnet::IpNet;
 
 /// A network of IP addresses in CIDR notation (RFC 4632). An address is a network of one.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Network(IpNet);
+pub struct Cidr(IpNet);
 
-impl Network {
+impl Cidr {
     /// Whether it has this address in it. IPv4 addresses in the form of IPv6 ones are IPv4 addresses.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address.to_canonical())
@@ -22,7 +22,7 @@ impl Network {
     }
 }
 
-impl fmt::Display for Network {
+impl fmt::Display for Cidr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0.prefix_len() == self.0.max_prefix_len() {
             write!(f, "{}", self.0.addr())
@@ -34,7 +34,7 @@ impl fmt::Display for Network {
 
 /// What is wrong with the text of a [`Network`].
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
-pub enum NetworkError {
+pub enum CidrError {
     /// It is of no known form.
     #[error("not a network or an address, such as 192.0.2.0/24, 2001:db8::/32 or 192.0.2.1")]
     Form,
@@ -43,14 +43,14 @@ pub enum NetworkError {
     Mapped,
 }
 
-impl FromStr for Network {
-    type Err = NetworkError;
+impl FromStr for Cidr {
+    type Err = CidrError;
 
-    fn from_str(text: &str) -> Result<Self, NetworkError> {
+    fn from_str(text: &str) -> Result<Self, CidrError> {
         let address = || text.parse::<IpAddr>().map(IpNet::from);
         let network = text.parse::<IpNet>().or_else(|_| address());
-        match network.map_err(|_| NetworkError::Form)? {
-            IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some() => Err(NetworkError::Mapped),
+        match network.map_err(|_| CidrError::Form)? {
+            IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some() => Err(CidrError::Mapped),
             network => Ok(Self(network.trunc())),
         }
     }
@@ -71,7 +71,7 @@ mod tests {
             ("::1", "::1"),
             ("0.0.0.0/0", "0.0.0.0/0"),
         ] {
-            assert_eq!(text.parse::<Network>().unwrap().to_string(), written);
+            assert_eq!(text.parse::<Cidr>().unwrap().to_string(), written);
         }
         for text in [
             "",
@@ -81,10 +81,10 @@ mod tests {
             "name",
             "10.0.0.0/8 ",
         ] {
-            assert_eq!(text.parse::<Network>(), Err(NetworkError::Form), "{text}");
+            assert_eq!(text.parse::<Cidr>(), Err(CidrError::Form), "{text}");
         }
         for text in ["::ffff:10.0.0.1", "::ffff:0:0/96"] {
-            assert_eq!(text.parse::<Network>(), Err(NetworkError::Mapped), "{text}");
+            assert_eq!(text.parse::<Cidr>(), Err(CidrError::Mapped), "{text}");
         }
     }
 
@@ -92,7 +92,7 @@ mod tests {
     fn whatever_is_read_is_written_so_that_it_is_read_again() {
         bolero::check!().for_each(|bytes: &[u8]| {
             let text = String::from_utf8_lossy(bytes);
-            if let Ok(network) = text.parse::<Network>() {
+            if let Ok(network) = text.parse::<Cidr>() {
                 assert_eq!(network.to_string().parse(), Ok(network), "{text}");
             }
         });
@@ -106,7 +106,7 @@ mod tests {
             .for_each(|&(a, b, bits)| {
                 let bits = u32::from(bits % 33);
                 let [a, b] = [a, b].map(std::net::Ipv4Addr::from);
-                let network: Network = format!("{a}/{bits}").parse().unwrap();
+                let network: Cidr = format!("{a}/{bits}").parse().unwrap();
                 let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
                 let same = (a.to_bits() ^ b.to_bits()) & mask == 0;
                 assert_eq!(network.contains(b.into()), same, "{network} {b}");

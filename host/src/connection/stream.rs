@@ -7,13 +7,14 @@ use std::task::{Context, Poll};
 use rustls::ServerConfig;
 
 use super::socket::Socket;
-use super::tls::Secured;
-use crate::sandbox::{Address, TlsInfo};
+use super::tls::TlsStream;
+use crate::net::TransportAddress;
+use crate::sandbox::TlsInfo;
 
 /// A socket, or TLS on one. What has no TLS pays for a branch.
-pub(super) enum Channel {
+pub(super) enum MaybeTls {
     Plain(Socket),
-    Tls(Box<Secured>),
+    Tls(Box<TlsStream>),
 }
 
 /// Calls the same of either.
@@ -26,7 +27,7 @@ macro_rules! either {
     };
 }
 
-impl Channel {
+impl MaybeTls {
     /// The socket beneath.
     pub(super) fn socket(&mut self) -> &mut Socket {
         match self {
@@ -39,12 +40,12 @@ impl Channel {
     pub(super) fn secure(
         &mut self,
         config: Arc<ServerConfig>,
-    ) -> Result<&mut Secured, rustls::Error> {
+    ) -> Result<&mut TlsStream, rustls::Error> {
         if let Self::Plain(socket) = self {
             let mut socket = std::mem::replace(socket, Socket::closed());
             // TLS has an end of its own.
             socket.keep_nothing();
-            *self = Self::Tls(Box::new(Secured::new(socket, config)?));
+            *self = Self::Tls(Box::new(TlsStream::new(socket, config)?));
         }
         match self {
             Self::Tls(secured) => Ok(secured),
@@ -61,12 +62,12 @@ impl Channel {
     }
 
     /// Where the client has connected to.
-    pub(super) fn local_address(&self) -> io::Result<Address> {
+    pub(super) fn local_address(&self) -> io::Result<TransportAddress> {
         either!(self, it => it.local_address())
     }
 
     /// Where the client has connected from.
-    pub(super) fn remote_address(&self) -> io::Result<Address> {
+    pub(super) fn remote_address(&self) -> io::Result<TransportAddress> {
         either!(self, it => it.remote_address())
     }
 

@@ -12,22 +12,22 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::{SWAPS, Service, Services};
-use crate::connection::KINDS;
-use crate::metrics::Histogram;
+use crate::connection::OUTCOMES;
+use crate::telemetry::histogram::Histogram;
 
 /// Adds to `registry` what is counted of `services`.
 ///
 /// There are as many series as services times three versions: the current one, the previous one, and
 /// all before as `older`. Nobody makes them more by swapping often.
 pub(super) fn register(services: Services, registry: &mut Registry) {
-    registry.register_collector(Box::new(Figures(services)));
+    registry.register_collector(Box::new(ServiceCollector(services)));
 }
 
-struct Figures(Services);
+struct ServiceCollector(Services);
 
-impl fmt::Debug for Figures {
+impl fmt::Debug for ServiceCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Figures").finish_non_exhaustive()
+        f.debug_tuple("ServiceCollector").finish_non_exhaustive()
     }
 }
 
@@ -36,7 +36,7 @@ struct Counted {
     service: String,
     version: String,
     open: u64,
-    ended: [u64; KINDS.len()],
+    ended: [u64; OUTCOMES.len()],
 }
 
 impl Service {
@@ -70,7 +70,7 @@ impl Service {
     }
 }
 
-impl Collector for Figures {
+impl Collector for ServiceCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let services = self.0.list();
         let counted: Vec<_> = services.iter().flat_map(|one| one.counted()).collect();
@@ -85,7 +85,7 @@ impl Collector for Figures {
         let mut family =
             encoder.encode_descriptor("connections", help, None, MetricType::Counter)?;
         for one in &counted {
-            for (kind, ended) in KINDS.iter().zip(one.ended) {
+            for (kind, ended) in OUTCOMES.iter().zip(one.ended) {
                 let labels = [
                     ("service", &*one.service),
                     ("version", &*one.version),
