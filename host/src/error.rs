@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::connection::tls::{TlsError, TlsFile};
+
 /// Why the server cannot start, with the value at fault and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -227,6 +229,24 @@ pub enum Error {
         /// Why it failed.
         reason: String,
     },
+}
+
+impl From<TlsError> for Error {
+    fn from(error: TlsError) -> Self {
+        match error {
+            TlsError::File { kind, path, reason } => Self::Tls {
+                flag: match kind {
+                    TlsFile::Certificate => "--tls-cert",
+                    TlsFile::Key => "--tls-key",
+                    TlsFile::Ocsp => "--tls-ocsp",
+                    TlsFile::ClientAuthorities => "--tls-client-ca",
+                },
+                path,
+                reason,
+            },
+            TlsError::Setup { stage, reason } => Self::Internal { stage, reason },
+        }
+    }
 }
 
 impl Error {

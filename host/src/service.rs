@@ -19,7 +19,8 @@ use tokio::sync::{Notify, OwnedMutexGuard};
 use tracing::{debug, info, warn};
 
 use crate::connection::{
-    ConnectionLimits, ConnectionRegistry, KillSwitch, OUTCOMES, ServiceStats, Version, VersionStats,
+    ConnectionLimits, ConnectionRegistry, KillSwitch, OutcomeKind, ServiceStats, Version,
+    VersionStats,
 };
 use crate::lifecycle::{Controller, Lifecycle};
 use crate::sandbox::{self, Digest, Engine, Grants, Guest};
@@ -106,7 +107,7 @@ struct InstalledVersion {
     component: Bytes,
     /// The connections that had ended when it became one of the older ones: those are not counted
     /// among these.
-    counted_before: [u64; OUTCOMES.len()],
+    counted_before: [u64; OutcomeKind::COUNT],
 }
 
 struct Versions {
@@ -118,7 +119,7 @@ struct Versions {
     /// Those that still have connections, the latest first.
     older: Vec<InstalledVersion>,
     /// The connections of those that are gone, that ended while they were among the older ones.
-    gone: [u64; OUTCOMES.len()],
+    gone: [u64; OutcomeKind::COUNT],
     /// The server ends: there is to be no other version.
     draining: bool,
 }
@@ -135,7 +136,7 @@ pub struct VersionStatus {
     /// The connections that are open.
     pub open: u64,
     /// The connections that have ended, as [`KINDS`] has them.
-    pub ended: [u64; OUTCOMES.len()],
+    pub ended: [u64; OutcomeKind::COUNT],
 }
 
 /// A version's place among the others.
@@ -221,10 +222,9 @@ impl Service {
             guest,
             limits: settings.limits,
             lifecycle: controller.lifecycle(),
-            counts: VersionStats::default(),
-            measures: measures.clone(),
-            open: open.clone(),
-            cutoff: cutoff.clone(),
+            stats: VersionStats::default(),
+            service_stats: measures.clone(),
+            kill_switch: cutoff.clone(),
             spans: settings.spans.clone(),
         };
         let installed = InstalledVersion::new(component, version);
@@ -504,10 +504,9 @@ impl Service {
             guest,
             limits: settings.limits,
             lifecycle: controller.lifecycle(),
-            counts: VersionStats::default(),
-            measures: self.measures.clone(),
-            open: self.open.clone(),
-            cutoff: self.cutoff.clone(),
+            stats: VersionStats::default(),
+            service_stats: self.measures.clone(),
+            kill_switch: self.cutoff.clone(),
             spans: settings.spans.clone(),
         });
         let mut versions = self.versions();
@@ -526,7 +525,7 @@ impl Service {
             older => [older, None],
         };
         for mut older in older.into_iter().flatten().rev() {
-            older.counted_before = older.version.counts.ended();
+            older.counted_before = older.version.stats.ended();
             versions.older.insert(0, older);
         }
         drop(versions);
@@ -589,8 +588,8 @@ impl InstalledVersion {
     }
 
     /// The connections that have ended since it is one of the older ones.
-    fn ended_as_older(&self) -> [u64; OUTCOMES.len()] {
-        let ended = self.version.counts.ended();
+    fn ended_as_older(&self) -> [u64; OutcomeKind::COUNT] {
+        let ended = self.version.stats.ended();
         std::array::from_fn(|kind| ended[kind] - self.counted_before[kind])
     }
 
@@ -608,8 +607,8 @@ impl InstalledVersion {
             digest: self.version.guest.digest().clone(),
             since: self.since,
             state,
-            open: self.version.counts.open(),
-            ended: self.version.counts.ended(),
+            open: self.version.stats.open(),
+            ended: self.version.stats.ended(),
         }
     }
 }

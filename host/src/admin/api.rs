@@ -25,11 +25,12 @@ use tracing::info;
 use super::log_stream::{LogStream, Piece};
 use super::model;
 use crate::Error;
-use crate::connection::{ConnectionRegistry, OUTCOMES};
+use crate::connection::{ConnectionRegistry, OutcomeKind};
 use crate::lifecycle::Lifecycle;
 use crate::limit::Limit;
 use crate::listener;
 use crate::service::{Service, Services, SwapError, SwapReport, VersionState, VersionStatus};
+use crate::telemetry::counters::Named;
 
 /// The media type of OpenMetrics' text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -288,10 +289,10 @@ impl Api {
             service: entry.version.service.to_string(),
             version: entry.version.guest.digest().short().into(),
             age: entry.began.elapsed().as_secs_f64(),
-            received: entry.used.received(),
-            sent: entry.used.sent(),
-            cpu: entry.used.computed().as_secs_f64(),
-            memory: entry.used.memory(),
+            received: entry.usage.received(),
+            sent: entry.usage.sent(),
+            cpu: entry.usage.computed().as_secs_f64(),
+            memory: entry.usage.memory(),
         };
         open.iter().map(connection).collect()
     }
@@ -517,12 +518,12 @@ fn version_status(version: VersionStatus) -> model::Version {
         },
         since: time(version.since),
         open: version.open,
-        ended: OUTCOMES
+        ended: OutcomeKind::ALL
             .iter()
             .zip(version.ended)
             .filter(|(_, count)| *count > 0)
             .map(|(outcome, count)| model::Outcome {
-                outcome: (*outcome).into(),
+                outcome: outcome.name().into(),
                 count,
             })
             .collect(),

@@ -131,11 +131,11 @@ impl HandshakeArgs {
                 MinVersion::V1_2 => tls::MinVersion::Tls12,
                 MinVersion::V1_3 => tls::MinVersion::Tls13,
             },
-            clients: clients.map(|authorities| ClientAuth {
+            client_auth: clients.map(|authorities| ClientAuth {
                 authorities: authorities.clone(),
                 required: self.tls_client_auth == ClientAuthMode::Required,
             }),
-            handshakes: self.max_handshakes,
+            max_handshakes: self.max_handshakes,
         }))
     }
 }

@@ -197,7 +197,10 @@ impl ControlLoop<'_> {
         for tls in self.fleet.tls_of(of) {
             match tokio::task::spawn_blocking(move || tls.reload()).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => warn!(%error, "TLS is spoken as before"),
+                Ok(Err(error)) => {
+                    let error = Error::from(error);
+                    warn!(%error, "TLS is spoken as before");
+                }
                 Err(error) => warn!(%error, "reading the files of TLS failed"),
             }
         }

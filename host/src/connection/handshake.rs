@@ -1,46 +1,46 @@
-//! What is done with a connection before a guest has it.
+//! Steps before a guest gets a connection: PROXY header and TLS handshake.
 //!
-//! Until then it has a place among all connections and nothing else: no sandbox, no version of a guest. Who
-//! comes no further than this is in no list of connections; it is counted here.
+//! Until they are done a connection holds its permit and nothing else: no sandbox, no version of a
+//! guest. A connection that fails here is in no list of connections. It is counted here.
+
+mod failure;
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::registry::Registry;
 use tokio::time::timeout;
-use tracing::{debug, warn};
 
-use super::proxy_header::{self, ProxyHeader, ProxyHeaderError, TrustedProxies};
+use super::proxy_header::{
+    self, HEADERS, HeaderOutcome, ProxyHeader, ProxyHeaderError, TrustedProxies,
+};
 use super::socket::Socket;
 use super::stream::MaybeTls;
-use super::tls::{Refused, Tls};
+use super::tls::{HANDSHAKES, HandshakeOutcome, Tls};
 use crate::lifecycle::Lifecycle;
-use crate::limit::Limit;
 use crate::listener::{AcceptPermit, Accepted};
 use crate::net::Peer;
+use failure::HandshakeFailure;
 
-/// What is done with a connection before a guest has it. By default nothing is, which costs nothing.
+/// Steps before a guest gets a connection. By default there are none, which costs nothing.
 #[derive(Clone)]
 pub struct Handshake {
-    /// Whose connections begin with a header that says whom they are for.
+    /// Proxies whose connections begin with a header that names the client.
     pub proxy: Option<TrustedProxies>,
-    /// How TLS is spoken with clients, if it is.
+    /// TLS with clients, if the listener speaks it.
     pub tls: Option<Arc<Tls>>,
-    /// How long all of this may take.
+    /// Time for all steps together.
     pub timeout: Duration,
-    /// When the server ends, so does what is under way here.
+    /// Ends the handshakes that are under way when the server ends.
     pub lifecycle: Option<Lifecycle>,
 }
 
 impl Default for Handshake {
-    /// The time is that of the command line, where it has its reason.
+    /// The timeout is that of the command line, where it has its reason.
     fn default() -> Self {
         Self {
             proxy: None,
@@ -51,44 +51,40 @@ impl Default for Handshake {
     }
 }
 
-/// A client that a guest can have.
+/// A connection that is ready for a guest.
 pub(super) struct ReadyConnection {
-    pub(super) channel: MaybeTls,
+    pub(super) stream: MaybeTls,
     pub(super) peer: Peer,
-    /// The proxy that speaks for it.
+    /// The proxy between the client and this server.
     pub(super) via: Option<SocketAddr>,
-    /// Where it connected to, if that is not where the socket is.
+    /// The address that the client connected to, if a proxy reported another one.
     pub(super) local: Option<SocketAddr>,
-    pub(super) place: AcceptPermit,
+    pub(super) permit: AcceptPermit,
 }
 
 impl<T> From<Accepted<T>> for ReadyConnection {
-    /// As it is when nothing is done before.
+    /// A connection without a handshake.
     fn from(accepted: Accepted<T>) -> Self {
         Self {
-            channel: MaybeTls::Plain(Socket::new(accepted.stream)),
+            stream: MaybeTls::Plain(Socket::new(accepted.stream)),
             peer: accepted.peer,
             via: None,
             local: None,
-            place: accepted.place,
+            permit: accepted.place,
         }
     }
 }
 
-/// How long a proxy may take to say or to close something after a header without a client, for it to
-/// be a question whether we are there. A guest that speaks first is held up by so much then.
-const GRACE: Duration = Duration::from_millis(50);
-
 impl Handshake {
-    /// Whether anything is to be done with connections of `peer`.
+    /// Whether connections of `peer` have a handshake.
     pub(super) fn applies_to(&self, peer: Peer) -> bool {
         self.tls.is_some() || self.proxy_at(peer).is_some()
     }
 
-    /// The address of a peer that is a proxy.
+    /// The address of `peer` if it is a proxy.
     fn proxy_at(&self, peer: Peer) -> Option<SocketAddr> {
         match (&self.proxy, peer) {
-            (Some(proxy), Peer::Ip(address)) => proxy.is_at(address).then_some(address),
+            (Some(proxies), Peer::Ip(address)) => proxies.contains(address).then_some(address),
             _ => None,
         }
     }
@@ -108,22 +104,25 @@ impl Handshake {
             tokio::select! {
                 biased;
                 met = meeting => met.ok(),
-                () = ended => Some(Err(HandshakeFailure::ended())),
+                () = ended => Some(Err(HandshakeFailure::server_ended())),
             }
         };
         let failure = match met {
             Some(Ok(())) => return Some(client),
             Some(Err(failure)) => failure,
-            None => HandshakeFailure::timeout(stage),
+            None => match stage {
+                Stage::Header => HandshakeFailure::header_timeout(),
+                Stage::Handshake => HandshakeFailure::tls_timeout(),
+            },
         };
-        failure.tell(&client);
-        match failure.told {
-            false => client.channel.socket().reset_when_dropped(),
+        failure.log(client.peer, client.via);
+        match failure.alerted {
+            false => client.stream.socket().reset_when_dropped(),
             true => {
                 // To close what has something unread would be a reset, which can destroy what the client
                 // is told.
                 let (time, most) = FAREWELL;
-                let _ = timeout(time, client.channel.socket().drain(most)).await;
+                let _ = timeout(time, client.stream.socket().drain(most)).await;
             }
         }
         None
@@ -141,13 +140,17 @@ impl Handshake {
         let Some(tls) = &self.tls else {
             return Ok(());
         };
-        let source = client.place.source();
-        let hands = tls.shake_hands(&mut client.channel, source).await;
-        hands.map_err(HandshakeFailure::handshake)?;
-        HANDSHAKES.count(HandshakeOutcome::Ok as usize);
+        let source = client.permit.source();
+        let hands = tls.shake_hands(&mut client.stream, source).await;
+        hands.map_err(HandshakeFailure::tls)?;
+        HANDSHAKES.add(HandshakeOutcome::Ok);
         Ok(())
     }
 }
+
+/// Time that a proxy has to send or close after a header without a client. A proxy that closes has
+/// only checked whether the port is open. A guest that speaks first waits for as long.
+const GRACE: Duration = Duration::from_millis(50);
 
 /// How far it has come.
 #[derive(Clone, Copy)]
@@ -165,7 +168,7 @@ async fn read_proxy_header(
     client: &mut ReadyConnection,
     proxy: SocketAddr,
 ) -> Result<(), HandshakeFailure> {
-    let header = proxy_header::receive(client.channel.socket()).await;
+    let header = proxy_header::receive(client.stream.socket()).await;
     let header = header.map_err(|none| match none {
         ProxyHeaderError::Nothing => HandshakeFailure::health_check(),
         ProxyHeaderError::Gone => {
@@ -179,17 +182,17 @@ async fn read_proxy_header(
             client.via = Some(proxy);
             client.peer = peer.into();
             client.local = Some(local);
-            HEADERS.count(HeaderOutcome::Client as usize);
+            HEADERS.add(HeaderOutcome::Client);
             client
-                .place
+                .permit
                 .admit(peer.into())
-                .map_err(HandshakeFailure::refused)
+                .map_err(HandshakeFailure::not_admitted)
         }
-        _ if timeout(GRACE, client.channel.socket().ends_now()).await == Ok(true) => {
+        _ if timeout(GRACE, client.stream.socket().ends_now()).await == Ok(true) => {
             Err(HandshakeFailure::health_check())
         }
         _ => {
-            HEADERS.count(HeaderOutcome::NoClient as usize);
+            HEADERS.add(HeaderOutcome::NoClient);
             Ok(())
         }
     }
@@ -200,247 +203,20 @@ fn is_same(one: SocketAddr, other: SocketAddr) -> bool {
     one.ip().to_canonical() == other.ip().to_canonical() && one.port() == other.port()
 }
 
-/// Why no guest has a client.
-struct HandshakeFailure {
-    /// What is said of all of its kind together.
-    said: Option<&'static Said>,
-    /// In the words of the metrics.
-    outcome: &'static str,
-    reason: String,
-    /// The client was told so, and may read it.
-    told: bool,
-}
-
-impl HandshakeFailure {
-    fn handshake(refused: Refused) -> Self {
-        let Refused {
-            outcome,
-            reason,
-            told,
-            said_nothing,
-        } = refused;
-        HANDSHAKES.count(outcome as usize);
-        Self {
-            said: (!said_nothing).then_some(&NO_HANDSHAKE),
-            outcome: HandshakeOutcome::NAMES[outcome as usize],
-            reason,
-            told,
-        }
-    }
-
-    fn header(outcome: HeaderOutcome, reason: String) -> Self {
-        HEADERS.count(outcome as usize);
-        Self {
-            said: Some(&NO_HEADER),
-            outcome: HeaderOutcome::NAMES[outcome as usize],
-            reason,
-            told: false,
-        }
-    }
-
-    fn health_check() -> Self {
-        HEADERS.count(HeaderOutcome::HealthCheck as usize);
-        Self {
-            said: None,
-            outcome: HeaderOutcome::NAMES[HeaderOutcome::HealthCheck as usize],
-            reason: "the proxy asked whether we are there".into(),
-            told: false,
-        }
-    }
-
-    fn timeout(stage: Stage) -> Self {
-        Limit::HandshakeTimeout.count();
-        let reason = "it took too long".into();
-        match stage {
-            Stage::Header => Self::header(HeaderOutcome::Timeout, reason),
-            Stage::Handshake => Self::handshake(Refused {
-                outcome: HandshakeOutcome::Timeout,
-                reason,
-                told: false,
-                said_nothing: false,
-            }),
-        }
-    }
-
-    fn refused(limit: Limit) -> Self {
-        limit.count();
-        Self {
-            said: Some(&REFUSED),
-            outcome: limit.name(),
-            reason: "it may not connect".into(),
-            told: false,
-        }
-    }
-
-    fn ended() -> Self {
-        Self {
-            said: None,
-            outcome: "ended",
-            reason: "the server ended first".into(),
-            told: false,
-        }
-    }
-
-    /// Logs it. A flood of clients is not to become a flood of lines.
-    fn tell(&self, client: &ReadyConnection) {
-        let Self {
-            outcome, reason, ..
-        } = self;
-        let via = client.via.map(tracing::field::display);
-        let peer = client.peer;
-        let Some(said) = self.said else {
-            debug!(%peer, via, outcome, reason, "no guest has this client");
-            return;
-        };
-        if let Some(since) = said.is_due() {
-            warn!(%peer, via, outcome, reason, since, "{}", said.text);
-        }
-    }
-}
-
-/// What is logged once in a while of what may happen often.
-struct Said {
-    text: &'static str,
-    /// When it was said last, and how often it has happened since.
-    last: Mutex<(Option<Instant>, u64)>,
-}
-
-/// The least time between two lines of one kind.
-const BETWEEN_LINES: Duration = Duration::from_secs(1);
-
-impl Said {
-    const fn new(text: &'static str) -> Self {
-        Self {
-            text,
-            last: Mutex::new((None, 0)),
-        }
-    }
-
-    /// It has happened once more. How often it has since it was said last, if it is to be said now.
-    fn is_due(&self) -> Option<u64> {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let (when, since) = &mut *last;
-        *since += 1;
-        if when.is_some_and(|when| when.elapsed() < BETWEEN_LINES) {
-            return None;
-        }
-        *when = Some(Instant::now());
-        Some(std::mem::take(since))
-    }
-}
-
-static NO_HEADER: Said =
-    Said::new("a proxy sent no good header, the last of so many since the last such line");
-
-static NO_HANDSHAKE: Said =
-    Said::new("a TLS handshake came to nothing, the last of so many since the last such line");
-
-static REFUSED: Said =
-    Said::new("refused a client of a proxy, the last of so many since the last such line");
-
-/// What came of the header of a proxy.
-#[derive(Clone, Copy)]
-enum HeaderOutcome {
-    Client,
-    NoClient,
-    HealthCheck,
-    Bad,
-    Timeout,
-    Gone,
-}
-
-impl HeaderOutcome {
-    const NAMES: [&str; 6] = [
-        "client",
-        "no_client",
-        "health_check",
-        "bad",
-        "timeout",
-        "gone",
-    ];
-}
-
-/// What came of a TLS handshake.
-#[derive(Clone, Copy)]
-pub(super) enum HandshakeOutcome {
-    Ok,
-    Timeout,
-    ClientGone,
-    /// What came first is text.
-    PlainText,
-    Bad,
-    /// There is no version, cipher or protocol that both sides have.
-    Incompatible,
-    /// The client sent an alert: it does not like the certificate, mostly.
-    RefusedByClient,
-    NoClientCertificate,
-    BadClientCertificate,
-}
-
-impl HandshakeOutcome {
-    const NAMES: [&str; 9] = [
-        "ok",
-        "timeout",
-        "client_gone",
-        "plain_text",
-        "bad",
-        "incompatible",
-        "refused_by_client",
-        "no_client_certificate",
-        "bad_client_certificate",
-    ];
-}
-
-static HANDSHAKES: Tally<{ HandshakeOutcome::NAMES.len() }> = Tally {
-    name: "handshakes",
-    help: "TLS handshakes, and what came of them",
-    outcomes: HandshakeOutcome::NAMES,
-    counts: [const { AtomicU64::new(0) }; HandshakeOutcome::NAMES.len()],
-};
-
-static HEADERS: Tally<{ HeaderOutcome::NAMES.len() }> = Tally {
-    name: "proxy_headers",
-    help: "Connections from proxies, and what came of their PROXY protocol header",
-    outcomes: HeaderOutcome::NAMES,
-    counts: [const { AtomicU64::new(0) }; HeaderOutcome::NAMES.len()],
-};
-
-/// How often something had each of its outcomes, since the process began.
-struct Tally<const N: usize> {
-    name: &'static str,
-    help: &'static str,
-    outcomes: [&'static str; N],
-    counts: [AtomicU64; N],
-}
-
-impl<const N: usize> Tally<N> {
-    fn count(&self, outcome: usize) {
-        self.counts[outcome].fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn encode(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        let mut family =
-            encoder.encode_descriptor(self.name, self.help, None, MetricType::Counter)?;
-        for (outcome, count) in self.outcomes.iter().zip(&self.counts) {
-            let count = ConstCounter::new(count.load(Ordering::Relaxed));
-            count.encode(family.encode_family(&[("outcome", *outcome)])?)?;
-        }
-        Ok(())
-    }
-}
-
-/// Adds to `registry` what came of connections before a guest had them.
+/// Adds the outcomes of handshakes to `registry`.
 pub fn register(registry: &mut Registry) {
-    registry.register_collector(Box::new(Tallies));
+    registry.register_collector(Box::new(HandshakeCollector));
 }
 
 #[derive(Debug)]
-struct Tallies;
+struct HandshakeCollector;
 
-impl Collector for Tallies {
+impl Collector for HandshakeCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
-        HEADERS.encode(&mut encoder)?;
-        HANDSHAKES.encode(&mut encoder)
+        let help = "Connections from proxies by the outcome of their PROXY protocol header";
+        HEADERS.encode(&mut encoder, "proxy_headers", help, "outcome")?;
+        let help = "TLS handshakes by outcome";
+        HANDSHAKES.encode(&mut encoder, "handshakes", help, "outcome")
     }
 }
 
@@ -449,28 +225,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_happens_often_is_said_once_and_counted() {
-        let said = Said::new("");
-        assert_eq!(said.is_due(), Some(1));
-        assert_eq!(said.is_due(), None);
-        assert_eq!(said.is_due(), None);
-        let before = Instant::now().checked_sub(BETWEEN_LINES);
-        said.last.lock().unwrap().0 = before;
-        assert_eq!(said.is_due(), Some(3));
-    }
-
-    #[test]
-    fn nothing_is_done_by_default_nor_for_others_than_proxies() {
+    fn only_listeners_with_tls_and_proxies_have_a_handshake() {
         let peer: SocketAddr = "192.0.2.1:1".parse().unwrap();
         let peer = Peer::Ip(peer);
         assert!(!Handshake::default().applies_to(peer));
-        let of_proxy = |network: &str| Handshake {
+        let with_proxies = |network: &str| Handshake {
             proxy: Some(TrustedProxies {
                 from: vec![network.parse().unwrap()],
             }),
             ..Handshake::default()
         };
-        assert!(of_proxy("192.0.2.0/24").applies_to(peer));
-        assert!(!of_proxy("198.51.100.0/24").applies_to(peer));
+        assert!(with_proxies("192.0.2.0/24").applies_to(peer));
+        assert!(!with_proxies("198.51.100.0/24").applies_to(peer));
     }
 }

@@ -1,6 +1,8 @@
 //! The header with which a proxy says whom it speaks for: the PROXY protocol, versions 1 and 2
 //! (<https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt>).
 
+mod outcome;
+
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
@@ -10,6 +12,7 @@ use ppp::{v1, v2};
 
 use super::socket::Socket;
 use crate::net::Cidr;
+pub(super) use outcome::{HEADERS, HeaderOutcome};
 
 /// Who is a proxy.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,7 +24,7 @@ pub struct TrustedProxies {
 
 impl TrustedProxies {
     /// Whether a connection of `peer` begins with a header.
-    pub(super) fn is_at(&self, peer: SocketAddr) -> bool {
+    pub(super) fn contains(&self, peer: SocketAddr) -> bool {
         self.from.iter().any(|network| network.contains(peer.ip()))
     }
 }

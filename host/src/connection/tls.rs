@@ -1,7 +1,10 @@
 //! TLS: what the server shows and asks for, and the handshake.
 
 mod certificates;
+mod error;
 mod handshake_limit;
+mod outcome;
+mod settings;
 mod stream;
 
 use std::io;
@@ -9,65 +12,21 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::{TLS12, TLS13};
-use rustls::{Error as TlsError, ServerConfig};
 use tracing::info;
 
-use super::handshake::HandshakeOutcome;
 use super::stream::MaybeTls;
-use crate::Error;
 use crate::listener::Source;
 use certificates::Certificates;
+pub use error::{TlsError, TlsFile};
 use handshake_limit::HandshakeLimit;
+pub(super) use outcome::{HANDSHAKES, HandshakeOutcome};
+pub use settings::{CertificateFiles, ClientAuth, MinVersion, TlsSettings};
 use stream::Failed;
 pub(super) use stream::TlsStream;
-
-/// A certificate with its key.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CertificateFiles {
-    /// The file of the certificate, and of those that lead from it to one that clients know: PEM.
-    pub certificate: PathBuf,
-    /// The file of the private key: PEM, not encrypted.
-    pub key: PathBuf,
-    /// The file of an OCSP answer about the certificate: DER.
-    pub ocsp: Option<PathBuf>,
-}
-
-/// The oldest version of TLS that is spoken.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum MinVersion {
-    /// TLS 1.2 (RFC 5246). What is older is not to be used any more (RFC 8996).
-    Tls12,
-    /// TLS 1.3 (RFC 8446).
-    Tls13,
-}
-
-/// What clients have to show.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ClientAuth {
-    /// The file of the certificates that theirs have to lead to: PEM.
-    pub authorities: PathBuf,
-    /// Whether those that show none are refused.
-    pub required: bool,
-}
-
-/// What is shown to clients, and asked of them.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TlsSettings {
-    /// One or more. The first is for clients that ask for a name that there is none for.
-    pub pairs: Vec<CertificateFiles>,
-    /// The protocols to be agreed on (ALPN, RFC 7301), in the order of preference. Without any, none
-    /// is.
-    pub alpn: Vec<String>,
-    /// The oldest version that is spoken.
-    pub min_version: MinVersion,
-    /// What clients have to show, if anything.
-    pub clients: Option<ClientAuth>,
-    /// Handshakes at once.
-    pub handshakes: usize,
-}
 
 /// TLS as it is spoken with each client: with what is in the files, as they were read last.
 pub struct Tls {
@@ -81,11 +40,11 @@ impl Tls {
     ///
     /// # Errors
     ///
-    /// [`Error::Tls`] with the file and what is wrong with it.
-    pub fn new(settings: TlsSettings) -> Result<Self, Error> {
+    /// [`TlsError::File`] with the file and what is wrong with it.
+    pub fn new(settings: TlsSettings) -> Result<Self, TlsError> {
         Ok(Self {
             config: ArcSwap::new(config(&settings)?),
-            handshakes: HandshakeLimit::new(settings.handshakes),
+            handshakes: HandshakeLimit::new(settings.max_handshakes),
             settings,
         })
     }
@@ -97,7 +56,7 @@ impl Tls {
     /// # Errors
     ///
     /// As for [`Self::new`]. Nothing has changed then.
-    pub fn reload(&self) -> Result<(), Error> {
+    pub fn reload(&self) -> Result<(), TlsError> {
         self.config.store(config(&self.settings)?);
         Ok(())
     }
@@ -109,7 +68,7 @@ impl Tls {
                 .map(Option::<&PathBuf>::cloned)
         };
         let pairs = self.settings.pairs.iter().flat_map(of_pair);
-        let clients = self.settings.clients.iter();
+        let clients = self.settings.client_auth.iter();
         pairs
             .flatten()
             .chain(clients.map(|clients| clients.authorities.clone()))
@@ -136,7 +95,7 @@ impl Tls {
             // Whoever looks whether we are there.
             None => {
                 return Err(Refused {
-                    said_nothing: true,
+                    silent: true,
                     ..gone(io::ErrorKind::UnexpectedEof.into())
                 });
             }
@@ -149,15 +108,15 @@ impl Tls {
                 return Err(Refused::new(outcome, "it does not speak TLS".into()));
             }
         }
-        let _place = self.handshakes.place(source).await;
+        let _place = self.handshakes.acquire(source).await;
         // What cannot be set up is not the client's fault, and ends its connection alone.
-        let refuse = |error: TlsError| Refused::new(outcome_of(&error), error.to_string());
+        let refuse = |error: rustls::Error| Refused::new(outcome_of(&error), error.to_string());
         let secured = channel.secure(self.config.load_full()).map_err(refuse)?;
         match secured.shake_hands().await {
             Ok(()) => Ok(()),
             Err(Failed::Gone(error)) => Err(gone(error)),
             Err(Failed::Refused(error)) => Err(Refused {
-                told: true,
+                alerted: true,
                 ..refuse(error)
             }),
         }
@@ -168,10 +127,10 @@ impl Tls {
 pub(super) struct Refused {
     pub(super) outcome: HandshakeOutcome,
     pub(super) reason: String,
-    /// The client was told so, and is to have the time to read it.
-    pub(super) told: bool,
+    /// The client was alerted so, and is to have the time to read it.
+    pub(super) alerted: bool,
     /// The client closed without a word.
-    pub(super) said_nothing: bool,
+    pub(super) silent: bool,
 }
 
 impl Refused {
@@ -179,25 +138,25 @@ impl Refused {
         Self {
             outcome,
             reason,
-            told: false,
-            said_nothing: false,
+            alerted: false,
+            silent: false,
         }
     }
 }
 
-fn outcome_of(error: &TlsError) -> HandshakeOutcome {
+fn outcome_of(error: &rustls::Error) -> HandshakeOutcome {
     match error {
-        TlsError::NoCertificatesPresented => HandshakeOutcome::NoClientCertificate,
-        TlsError::InvalidCertificate(_) => HandshakeOutcome::BadClientCertificate,
-        TlsError::PeerIncompatible(_) | TlsError::NoApplicationProtocol => {
+        rustls::Error::NoCertificatesPresented => HandshakeOutcome::NoClientCertificate,
+        rustls::Error::InvalidCertificate(_) => HandshakeOutcome::BadClientCertificate,
+        rustls::Error::PeerIncompatible(_) | rustls::Error::NoApplicationProtocol => {
             HandshakeOutcome::Incompatible
         }
-        TlsError::AlertReceived(_) => HandshakeOutcome::RefusedByClient,
+        rustls::Error::AlertReceived(_) => HandshakeOutcome::RefusedByClient,
         _ => HandshakeOutcome::Bad,
     }
 }
 
-fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, Error> {
+fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, TlsError> {
     let provider: Arc<CryptoProvider> = Arc::new(ring::default_provider());
     let certificates = Certificates::read(&settings.pairs, &provider)?;
     info!(
@@ -208,11 +167,11 @@ fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, Error> {
         MinVersion::Tls12 => &[&TLS13, &TLS12][..],
         MinVersion::Tls13 => &[&TLS13],
     };
-    let internal = |error: TlsError| Error::internal("setting up TLS", error);
+    let internal = |error: rustls::Error| TlsError::setup("setting up TLS", error);
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(versions)
         .map_err(internal)?;
-    let builder = match &settings.clients {
+    let builder = match &settings.client_auth {
         None => builder.with_no_client_auth(),
         Some(clients) => {
             let roots = Arc::new(certificates::authorities(&clients.authorities)?);
@@ -222,8 +181,8 @@ fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, Error> {
                 false => verifier.allow_unauthenticated(),
             };
             let verifier = verifier.build();
-            let verifier =
-                verifier.map_err(|error| Error::internal("setting up --tls-client-ca", error))?;
+            let verifier = verifier
+                .map_err(|error| TlsError::setup("setting up client authentication", error))?;
             builder.with_client_cert_verifier(verifier)
         }
     };
@@ -235,7 +194,7 @@ fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, Error> {
         .collect();
     // Sessions are resumed by what clients keep. There is no store of them that all threads share.
     config.session_storage = Arc::new(NoServerSessionStorage {});
-    match settings.clients {
+    match settings.client_auth {
         None => config.ticketer = ring::Ticketer::new().map_err(internal)?,
         // A certificate is shown and checked each time: whoever resumes would be let in by one that has
         // expired.

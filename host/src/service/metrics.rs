@@ -12,7 +12,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::{SWAPS, Service, Services};
-use crate::connection::OUTCOMES;
+use crate::connection::OutcomeKind;
+use crate::telemetry::counters::Named;
 use crate::telemetry::histogram::Histogram;
 
 /// Adds to `registry` what is counted of `services`.
@@ -36,7 +37,7 @@ struct Counted {
     service: String,
     version: String,
     open: u64,
-    ended: [u64; OUTCOMES.len()],
+    ended: [u64; OutcomeKind::COUNT],
 }
 
 impl Service {
@@ -56,12 +57,12 @@ impl Service {
             .map(|one| &one.version)
             .map(|version| {
                 let name = version.guest.digest().short().to_string();
-                counted(name, version.counts.open(), version.counts.ended())
+                counted(name, version.stats.open(), version.stats.ended())
             })
             .collect();
         let mut older = counted("older".into(), 0, versions.gone);
         for one in &versions.older {
-            older.open += one.version.counts.open();
+            older.open += one.version.stats.open();
             let ended = one.ended_as_older();
             older.ended = std::array::from_fn(|kind| older.ended[kind] + ended[kind]);
         }
@@ -85,11 +86,11 @@ impl Collector for ServiceCollector {
         let mut family =
             encoder.encode_descriptor("connections", help, None, MetricType::Counter)?;
         for one in &counted {
-            for (kind, ended) in OUTCOMES.iter().zip(one.ended) {
+            for (kind, ended) in OutcomeKind::ALL.iter().zip(one.ended) {
                 let labels = [
                     ("service", &*one.service),
                     ("version", &*one.version),
-                    ("outcome", kind),
+                    ("outcome", kind.name()),
                 ];
                 ConstCounter::new(ended).encode(family.encode_family(&labels)?)?;
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::Service;
-use crate::connection::{self, Handshake, Version};
+use crate::connection::{self, ConnectionRegistry, Handshake, Version};
 
 /// Leads the clients of a listener to its service, or to another one by the name that they have for the
 /// server in TLS (RFC 6066, section 3).
@@ -40,7 +40,7 @@ impl SniRoute {
 }
 
 impl connection::Route for SniRoute {
-    fn front(&self) -> &Handshake {
+    fn handshake(&self) -> &Handshake {
         &self.front
     }
 
@@ -51,6 +51,10 @@ impl connection::Route for SniRoute {
         let named = self.named.load();
         let of_name = named.iter().find(|one| is_among(name, &one.names));
         of_name.map_or(&self.service, |one| &one.service).current()
+    }
+
+    fn registry(&self) -> &Arc<ConnectionRegistry> {
+        &self.service.open
     }
 }
 

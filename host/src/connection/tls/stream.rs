@@ -7,8 +7,8 @@ use std::task::{Context, Poll, Waker, ready};
 
 use rustls::{ServerConfig, ServerConnection};
 
-use super::super::socket::Socket;
 use super::certificates::describe_client;
+use crate::connection::socket::Socket;
 use crate::net::TransportAddress;
 use crate::sandbox::TlsInfo;
 
@@ -18,7 +18,7 @@ use crate::sandbox::TlsInfo;
 /// next write waits until the kernel has that. So it takes someone to go on with it when the guest writes
 /// no more, which is [`Self::poll_push`], called by the connection whenever it has been polled. It is that
 /// call that the reactor wakes for writing, since it comes last; a write that waits is woken from there.
-pub(in super::super) struct TlsStream {
+pub(in crate::connection) struct TlsStream {
     socket: Socket,
     session: ServerConnection,
     /// Known when the handshake is over.
@@ -54,7 +54,7 @@ fn broken(error: &rustls::Error) -> io::Error {
 
 impl TlsStream {
     /// With the handshake still to come.
-    pub(in super::super) fn new(
+    pub(in crate::connection) fn new(
         socket: Socket,
         config: Arc<ServerConfig>,
     ) -> Result<Self, rustls::Error> {
@@ -71,11 +71,11 @@ impl TlsStream {
         })
     }
 
-    pub(in super::super) fn socket(&mut self) -> &mut Socket {
+    pub(in crate::connection) fn socket(&mut self) -> &mut Socket {
         &mut self.socket
     }
 
-    pub(in super::super) fn info(&self) -> Option<&TlsInfo> {
+    pub(in crate::connection) fn info(&self) -> Option<&TlsInfo> {
         self.info.as_ref()
     }
 
@@ -138,15 +138,15 @@ impl TlsStream {
         }
     }
 
-    pub(in super::super) fn local_address(&self) -> io::Result<TransportAddress> {
+    pub(in crate::connection) fn local_address(&self) -> io::Result<TransportAddress> {
         self.socket.local_address()
     }
 
-    pub(in super::super) fn remote_address(&self) -> io::Result<TransportAddress> {
+    pub(in crate::connection) fn remote_address(&self) -> io::Result<TransportAddress> {
         self.socket.remote_address()
     }
 
-    pub(in super::super) fn poll_receive(
+    pub(in crate::connection) fn poll_receive(
         &mut self,
         cx: &mut Context<'_>,
         buf: &mut [u8],
@@ -155,7 +155,7 @@ impl TlsStream {
         Poll::Ready(self.session.reader().read(buf))
     }
 
-    pub(in super::super) fn poll_receivable(
+    pub(in crate::connection) fn poll_receivable(
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<()>> {
@@ -200,7 +200,7 @@ impl TlsStream {
         later(session.read_tls(&mut Io { socket, cx }))
     }
 
-    pub(in super::super) fn poll_send(
+    pub(in crate::connection) fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
         bytes: &[u8],
@@ -218,7 +218,10 @@ impl TlsStream {
         }
     }
 
-    pub(in super::super) fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    pub(in crate::connection) fn poll_sendable(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
         ready!(self.poll_flushed(cx))?;
         let sendable = self.socket.poll_sendable(cx);
         if sendable.is_pending() {
@@ -255,7 +258,7 @@ impl TlsStream {
         (moved, Poll::Ready(Ok(())))
     }
 
-    pub(in super::super) fn is_pushing(&self) -> bool {
+    pub(in crate::connection) fn is_pushing(&self) -> bool {
         // Once the end was sent nothing can be.
         match self.closing {
             Closing::No => self.session.wants_write(),
@@ -264,7 +267,7 @@ impl TlsStream {
         }
     }
 
-    pub(in super::super) fn poll_push(
+    pub(in crate::connection) fn poll_push(
         &mut self,
         cx: &mut Context<'_>,
     ) -> (bool, Poll<io::Result<()>>) {
@@ -282,27 +285,27 @@ impl TlsStream {
         (moved, pushed)
     }
 
-    pub(in super::super) fn can_send(&self) -> bool {
+    pub(in crate::connection) fn can_send(&self) -> bool {
         !self.session.wants_write() && self.socket.can_send()
     }
 
-    pub(in super::super) fn can_receive(&mut self) -> bool {
+    pub(in crate::connection) fn can_receive(&mut self) -> bool {
         self.poll_fill(None).is_ready()
     }
 
-    pub(in super::super) fn unsent(&self) -> usize {
+    pub(in crate::connection) fn unsent(&self) -> usize {
         self.socket.unsent()
     }
 
     /// Says by TLS that this is the end, and closes the socket for writing after that.
-    pub(in super::super) fn shutdown_sending(&mut self) {
+    pub(in crate::connection) fn shutdown_sending(&mut self) {
         if self.closing == Closing::No {
             self.session.send_close_notify();
             self.closing = Closing::Due;
         }
     }
 
-    pub(in super::super) fn is_truncated(&self) -> bool {
+    pub(in crate::connection) fn is_truncated(&self) -> bool {
         self.truncated
     }
 }
