@@ -204,7 +204,11 @@ fn a_proxy_that_asks_whether_we_are_there_is_no_connection() {
             is_reset(&mut client);
         }
         assert_eq!(headers(&admin, "health_check"), 5);
-        server.wait_for_log(&["DEBUG", "connection ended before a guest got it", "health_check"]);
+        server.wait_for_log(&[
+            "DEBUG",
+            "connection ended before a guest got it",
+            "health_check",
+        ]);
         assert_eq!(server.log_lines("connection ended").len(), 0);
         // One that goes on is served, as what it is.
         let mut client = server.connect();

@@ -7,6 +7,7 @@ mod failure;
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use super::proxy_header::{
 };
 use super::socket::Socket;
 use super::stream::MaybeTls;
-use super::tls::{HANDSHAKES, HandshakeOutcome, Tls};
+use super::tls::{HANDSHAKES, HandshakeOutcome, Refused, Tls};
 use crate::lifecycle::Lifecycle;
 use crate::listener::{AcceptPermit, Accepted};
 use crate::net::Peer;
@@ -89,87 +90,135 @@ impl Handshake {
         }
     }
 
-    /// Does what is to be done. None if nothing came of it, which is counted and logged then.
+    /// Performs the handshake. None if it failed, which is counted and logged then.
     pub(super) async fn perform<T>(&self, accepted: Accepted<T>) -> Option<ReadyConnection> {
-        let mut client = ReadyConnection::from(accepted);
-        let mut stage = Stage::Header;
-        let met = {
-            let meeting = timeout(self.timeout, self.run_stages(&mut client, &mut stage));
-            let ended = async {
-                match &self.lifecycle {
-                    Some(lifecycle) => lifecycle.clone().ended().await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                biased;
-                met = meeting => met.ok(),
-                () = ended => Some(Err(HandshakeFailure::server_ended())),
-            }
+        let mut client = Client {
+            peer: accepted.peer,
+            via: None,
+            local: None,
+            permit: accepted.place,
         };
-        let failure = match met {
-            Some(Ok(())) => return Some(client),
-            Some(Err(failure)) => failure,
-            None => match stage {
-                Stage::Header => HandshakeFailure::header_timeout(),
-                Stage::Handshake => HandshakeFailure::tls_timeout(),
-            },
-        };
-        failure.log(client.peer, client.via);
-        match failure.alerted {
-            false => client.stream.socket().reset_when_dropped(),
-            true => {
-                // To close what has something unread would be a reset, which can destroy what the client
-                // is told.
-                let (time, most) = FAREWELL;
-                let _ = timeout(time, client.stream.socket().drain(most)).await;
-            }
-        }
-        None
-    }
-
-    async fn run_stages(
-        &self,
-        client: &mut ReadyConnection,
-        stage: &mut Stage,
-    ) -> Result<(), HandshakeFailure> {
+        let mut socket = Socket::new(accepted.stream);
+        let mut interrupted = pin!(self.interrupted());
         if let Some(proxy) = self.proxy_at(client.peer) {
-            read_proxy_header(client, proxy).await?;
+            let header = tokio::select! {
+                biased;
+                header = read_proxy_header(&mut socket, &mut client, proxy) => header,
+                interruption = &mut interrupted => Err(match interruption {
+                    Interruption::Timeout => HandshakeFailure::header_timeout(),
+                    Interruption::ServerEnded => HandshakeFailure::server_ended(),
+                }),
+            };
+            if let Err(failure) = header {
+                failure.log(client.peer, client.via);
+                socket.reset_when_dropped();
+                return None;
+            }
         }
-        *stage = Stage::Handshake;
         let Some(tls) = &self.tls else {
-            return Ok(());
+            return Some(client.with(MaybeTls::Plain(socket)));
         };
-        let source = client.permit.source();
-        let hands = tls.shake_hands(&mut client.stream, source).await;
-        hands.map_err(HandshakeFailure::tls)?;
-        HANDSHAKES.add(HandshakeOutcome::Ok);
-        Ok(())
+        // Interrupted or not, the failure is logged before the socket is dropped with this future.
+        let mut accept = pin!(tls.accept(socket, client.permit.source()));
+        let result = tokio::select! {
+            biased;
+            result = &mut accept => result,
+            interruption = &mut interrupted => {
+                let failure = match interruption {
+                    Interruption::Timeout => HandshakeFailure::tls_timeout(),
+                    Interruption::ServerEnded => HandshakeFailure::server_ended(),
+                };
+                failure.log(client.peer, client.via);
+                return None;
+            }
+        };
+        match result {
+            Ok(stream) => {
+                HANDSHAKES.add(HandshakeOutcome::Ok);
+                Some(client.with(MaybeTls::Tls(stream)))
+            }
+            Err(refused) => {
+                let failure = HandshakeFailure::tls(&refused);
+                failure.log(client.peer, client.via);
+                refuse(refused).await;
+                None
+            }
+        }
+    }
+
+    /// Waits for the timeout, or for the end of the server.
+    async fn interrupted(&self) -> Interruption {
+        let server_ended = async {
+            match &self.lifecycle {
+                Some(lifecycle) => lifecycle.clone().ended().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = tokio::time::sleep(self.timeout) => Interruption::Timeout,
+            () = server_ended => Interruption::ServerEnded,
+        }
     }
 }
 
-/// Time that a proxy has to send or close after a header without a client. A proxy that closes has
-/// only checked whether the port is open. A guest that speaks first waits for as long.
-const GRACE: Duration = Duration::from_millis(50);
-
-/// How far it has come.
-#[derive(Clone, Copy)]
-enum Stage {
-    Header,
-    Handshake,
+/// Why a handshake is not continued.
+enum Interruption {
+    Timeout,
+    ServerEnded,
 }
 
-/// How long a client that is told why there is no handshake may take to close, and what it may still
-/// send: what it had on its way.
-const FAREWELL: (Duration, usize) = (Duration::from_secs(1), 64 << 10);
+/// A client during its handshake.
+struct Client {
+    peer: Peer,
+    via: Option<SocketAddr>,
+    local: Option<SocketAddr>,
+    permit: AcceptPermit,
+}
 
-/// Learns from the proxy at the other end whom it speaks for.
+impl Client {
+    fn with(self, stream: MaybeTls) -> ReadyConnection {
+        let Self {
+            peer,
+            via,
+            local,
+            permit,
+        } = self;
+        ReadyConnection {
+            stream,
+            peer,
+            via,
+            local,
+            permit,
+        }
+    }
+}
+
+/// Ends a connection that TLS refused.
+async fn refuse(refused: Refused) {
+    /// Time that a client has to read the alert and close, and bytes that it may still send: those
+    /// on their way when the alert was sent.
+    const FAREWELL: (Duration, usize) = (Duration::from_secs(1), 64 << 10);
+    let mut socket = refused.socket;
+    if refused.alerted {
+        // Closing a socket with unread data resets the connection, and a reset can destroy the alert.
+        let _ = timeout(FAREWELL.0, socket.drain(FAREWELL.1)).await;
+    } else {
+        socket.reset_when_dropped();
+    }
+}
+
+/// Reads the header of a proxy, and asks whether its client is admitted.
 async fn read_proxy_header(
-    client: &mut ReadyConnection,
+    socket: &mut Socket,
+    client: &mut Client,
     proxy: SocketAddr,
 ) -> Result<(), HandshakeFailure> {
-    let header = proxy_header::receive(client.stream.socket()).await;
-    let header = header.map_err(|none| match none {
+    /// Time that a proxy has to send or close after a header without a client. A proxy that closes
+    /// only checked whether the port is open. A guest that speaks first waits for so long.
+    const GRACE: Duration = Duration::from_millis(50);
+    let header = proxy_header::receive(socket).await;
+    let header = header.map_err(|error| match error {
         ProxyHeaderError::Nothing => HandshakeFailure::health_check(),
         ProxyHeaderError::Gone => {
             HandshakeFailure::header(HeaderOutcome::Gone, "the proxy is gone".into())
@@ -177,18 +226,21 @@ async fn read_proxy_header(
         ProxyHeaderError::Bad(reason) => HandshakeFailure::header(HeaderOutcome::Bad, reason),
     })?;
     match header {
-        // With version 1 haproxy speaks for itself as for a client, when it asks whether we are there.
-        ProxyHeader::Client(peer, local) if !is_same(peer, proxy) => {
+        // In a health check by version 1, haproxy names itself as the client.
+        ProxyHeader::Client {
+            source,
+            destination,
+        } if !is_same(source, proxy) => {
             client.via = Some(proxy);
-            client.peer = peer.into();
-            client.local = Some(local);
+            client.peer = source.into();
+            client.local = Some(destination);
             HEADERS.add(HeaderOutcome::Client);
             client
                 .permit
-                .admit(peer.into())
+                .admit(client.peer)
                 .map_err(HandshakeFailure::not_admitted)
         }
-        _ if timeout(GRACE, client.stream.socket().ends_now()).await == Ok(true) => {
+        _ if timeout(GRACE, socket.is_end_next()).await == Ok(true) => {
             Err(HandshakeFailure::health_check())
         }
         _ => {
@@ -198,9 +250,9 @@ async fn read_proxy_header(
     }
 }
 
-/// Whether two addresses are one, be it written as one of IPv6 that stands for one of IPv4.
-fn is_same(one: SocketAddr, other: SocketAddr) -> bool {
-    one.ip().to_canonical() == other.ip().to_canonical() && one.port() == other.port()
+/// Whether two addresses are the same, an IPv4 address possibly mapped to IPv6.
+fn is_same(first: SocketAddr, second: SocketAddr) -> bool {
+    first.ip().to_canonical() == second.ip().to_canonical() && first.port() == second.port()
 }
 
 /// Adds the outcomes of handshakes to `registry`.

@@ -90,18 +90,6 @@ impl Socket {
         }
     }
 
-    /// None at all.
-    pub(super) fn closed() -> Self {
-        Self {
-            state: State::Closed,
-            received: true,
-            pushing: Pushing::Now,
-            keeps: false,
-            kept: 0,
-            may_keep: false,
-        }
-    }
-
     /// Leaves nothing of what was received in the kernel. To be called before anything is.
     pub(super) fn keep_nothing(&mut self) {
         self.may_keep = false;
@@ -191,8 +179,8 @@ impl Socket {
         Ok((n > 0).then_some(first[0]))
     }
 
-    /// Whether what comes next is the end of what is received. Waits until something comes.
-    pub(super) async fn ends_now(&mut self) -> bool {
+    /// Whether the end of the stream comes next. Waits until bytes or the end come.
+    pub(super) async fn is_end_next(&mut self) -> bool {
         !matches!(self.first_byte().await, Ok(Some(_)))
     }
 

@@ -1,4 +1,4 @@
-//! TLS: what the server shows and asks for, and the handshake.
+//! TLS of a listener: its certificates, and the handshake with a client.
 
 mod certificates;
 mod error;
@@ -12,23 +12,23 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::{TLS12, TLS13};
+use rustls::{ServerConfig, ServerConnection};
 use tracing::info;
 
-use super::stream::MaybeTls;
+use super::socket::Socket;
 use crate::listener::Source;
 use certificates::Certificates;
 pub use error::{TlsError, TlsFile};
 use handshake_limit::HandshakeLimit;
 pub(super) use outcome::{HANDSHAKES, HandshakeOutcome};
 pub use settings::{CertificateFiles, ClientAuth, MinVersion, TlsSettings};
-use stream::Failed;
+use stream::HandshakeError;
 pub(super) use stream::TlsStream;
 
-/// TLS as it is spoken with each client: with what is in the files, as they were read last.
+/// TLS of a listener, with the files as they were last read.
 pub struct Tls {
     settings: TlsSettings,
     config: ArcSwap<ServerConfig>,
@@ -40,123 +40,137 @@ impl Tls {
     ///
     /// # Errors
     ///
-    /// [`TlsError::File`] with the file and what is wrong with it.
+    /// [`TlsError`] with the first file that cannot be used, or the setting that was refused.
     pub fn new(settings: TlsSettings) -> Result<Self, TlsError> {
         Ok(Self {
-            config: ArcSwap::new(config(&settings)?),
+            config: ArcSwap::new(server_config(&settings)?),
             handshakes: HandshakeLimit::new(settings.max_handshakes),
             settings,
         })
     }
 
-    /// Reads the files once more, for connections that begin from now on. Those that are open go on with
-    /// what they have. Sessions are not resumed that began before: who was let in by a file that has
-    /// changed is asked again.
+    /// Reads the files again, for new connections.
+    ///
+    /// Open connections keep the certificates that they began with. Older sessions are not resumed:
+    /// the files that authenticated their clients may have changed.
     ///
     /// # Errors
     ///
     /// As for [`Self::new`]. Nothing has changed then.
     pub fn reload(&self) -> Result<(), TlsError> {
-        self.config.store(config(&self.settings)?);
+        self.config.store(server_config(&self.settings)?);
         Ok(())
     }
 
-    /// The files that it is made of.
+    /// All files of the settings.
     pub fn files(&self) -> Vec<PathBuf> {
-        let of_pair = |pair: &CertificateFiles| {
+        let pairs = self.settings.pairs.iter().flat_map(|pair| {
             [Some(&pair.certificate), Some(&pair.key), pair.ocsp.as_ref()]
                 .map(Option::<&PathBuf>::cloned)
-        };
-        let pairs = self.settings.pairs.iter().flat_map(of_pair);
-        let clients = self.settings.client_auth.iter();
+        });
+        let client_auth = self.settings.client_auth.iter();
         pairs
             .flatten()
-            .chain(clients.map(|clients| clients.authorities.clone()))
+            .chain(client_auth.map(|client_auth| client_auth.authorities.clone()))
             .collect()
     }
 
-    /// Goes through the handshake with a client of `source`.
-    pub(super) async fn shake_hands(
+    /// Performs the handshake with a client of `source`.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`] with the reason and the socket.
+    pub(super) async fn accept(
         &self,
-        channel: &mut MaybeTls,
+        mut socket: Socket,
         source: Option<Source>,
-    ) -> Result<(), Refused> {
-        let gone = |error: io::Error| {
-            Refused::new(
-                HandshakeOutcome::ClientGone,
-                format!("it was gone: {error}"),
-            )
-        };
-        // A client that is silent takes nothing but its place among all connections.
-        let first = channel.socket().first_byte().await.map_err(gone)?;
-        /// A record with a part of a handshake (RFC 8446, section 5.1).
+    ) -> Result<Box<TlsStream>, Refused> {
+        /// Type of a record with a part of a handshake (RFC 8446, section 5.1).
         const HANDSHAKE: u8 = 22;
-        match first {
-            // Whoever looks whether we are there.
-            None => {
+        // A silent client takes neither a permit nor memory for TLS.
+        match socket.first_byte().await {
+            Ok(Some(HANDSHAKE)) => {}
+            Ok(Some(byte)) => return Err(Refused::not_tls(socket, byte)),
+            Ok(None) => {
+                // A port scanner or a health check.
                 return Err(Refused {
                     silent: true,
-                    ..gone(io::ErrorKind::UnexpectedEof.into())
+                    ..Refused::client_gone(socket, &io::ErrorKind::UnexpectedEof.into())
                 });
             }
-            Some(HANDSHAKE) => {}
-            Some(byte) => {
-                let outcome = match byte.is_ascii_graphic() {
-                    true => HandshakeOutcome::PlainText,
-                    false => HandshakeOutcome::Bad,
-                };
-                return Err(Refused::new(outcome, "it does not speak TLS".into()));
-            }
+            Err(error) => return Err(Refused::client_gone(socket, &error)),
         }
-        let _place = self.handshakes.acquire(source).await;
-        // What cannot be set up is not the client's fault, and ends its connection alone.
-        let refuse = |error: rustls::Error| Refused::new(outcome_of(&error), error.to_string());
-        let secured = channel.secure(self.config.load_full()).map_err(refuse)?;
-        match secured.shake_hands().await {
-            Ok(()) => Ok(()),
-            Err(Failed::Gone(error)) => Err(gone(error)),
-            Err(Failed::Refused(error)) => Err(Refused {
+        let _permit = self.handshakes.acquire(source).await;
+        let session = match ServerConnection::new(self.config.load_full()) {
+            Ok(session) => session,
+            Err(error) => return Err(Refused::by_tls(socket, &error)),
+        };
+        let mut stream = Box::new(TlsStream::new(socket, session));
+        match stream.perform_handshake().await {
+            Ok(()) => Ok(stream),
+            Err(HandshakeError::ClientGone(error)) => {
+                Err(Refused::client_gone(stream.into_socket(), &error))
+            }
+            Err(HandshakeError::Refused(error)) => Err(Refused {
                 alerted: true,
-                ..refuse(error)
+                ..Refused::by_tls(stream.into_socket(), &error)
             }),
         }
     }
 }
 
-/// Why a handshake came to nothing.
+/// A handshake that failed.
 pub(super) struct Refused {
+    /// The socket, kept so that the failure is logged before the client sees the end.
+    pub(super) socket: Socket,
     pub(super) outcome: HandshakeOutcome,
     pub(super) reason: String,
-    /// The client was alerted so, and is to have the time to read it.
+    /// The client was sent an alert and the end of the stream, and needs time to read them.
     pub(super) alerted: bool,
-    /// The client closed without a word.
+    /// The client closed the connection without sending anything.
     pub(super) silent: bool,
 }
 
 impl Refused {
-    fn new(outcome: HandshakeOutcome, reason: String) -> Self {
+    fn new(socket: Socket, outcome: HandshakeOutcome, reason: String) -> Self {
         Self {
+            socket,
             outcome,
             reason,
             alerted: false,
             silent: false,
         }
     }
-}
 
-fn outcome_of(error: &rustls::Error) -> HandshakeOutcome {
-    match error {
-        rustls::Error::NoCertificatesPresented => HandshakeOutcome::NoClientCertificate,
-        rustls::Error::InvalidCertificate(_) => HandshakeOutcome::BadClientCertificate,
-        rustls::Error::PeerIncompatible(_) | rustls::Error::NoApplicationProtocol => {
-            HandshakeOutcome::Incompatible
-        }
-        rustls::Error::AlertReceived(_) => HandshakeOutcome::RefusedByClient,
-        _ => HandshakeOutcome::Bad,
+    fn client_gone(socket: Socket, error: &io::Error) -> Self {
+        let reason = format!("the client is gone: {error}");
+        Self::new(socket, HandshakeOutcome::ClientGone, reason)
+    }
+
+    fn not_tls(socket: Socket, first_byte: u8) -> Self {
+        let outcome = if first_byte.is_ascii_graphic() {
+            HandshakeOutcome::PlainText
+        } else {
+            HandshakeOutcome::Bad
+        };
+        Self::new(socket, outcome, "the client does not speak TLS".into())
+    }
+
+    fn by_tls(socket: Socket, error: &rustls::Error) -> Self {
+        let outcome = match error {
+            rustls::Error::NoCertificatesPresented => HandshakeOutcome::NoClientCertificate,
+            rustls::Error::InvalidCertificate(_) => HandshakeOutcome::BadClientCertificate,
+            rustls::Error::PeerIncompatible(_) | rustls::Error::NoApplicationProtocol => {
+                HandshakeOutcome::Incompatible
+            }
+            rustls::Error::AlertReceived(_) => HandshakeOutcome::RefusedByClient,
+            _ => HandshakeOutcome::Bad,
+        };
+        Self::new(socket, outcome, error.to_string())
     }
 }
 
-fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, TlsError> {
+fn server_config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, TlsError> {
     let provider: Arc<CryptoProvider> = Arc::new(ring::default_provider());
     let certificates = Certificates::read(&settings.pairs, &provider)?;
     info!(
@@ -167,21 +181,20 @@ fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, TlsError> {
         MinVersion::Tls12 => &[&TLS13, &TLS12][..],
         MinVersion::Tls13 => &[&TLS13],
     };
-    let internal = |error: rustls::Error| TlsError::setup("setting up TLS", error);
+    let setup_error = |error: rustls::Error| TlsError::setup("setting up TLS", error);
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(versions)
-        .map_err(internal)?;
+        .map_err(setup_error)?;
     let builder = match &settings.client_auth {
         None => builder.with_no_client_auth(),
-        Some(clients) => {
-            let roots = Arc::new(certificates::authorities(&clients.authorities)?);
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider);
-            let verifier = match clients.required {
-                true => verifier,
-                false => verifier.allow_unauthenticated(),
-            };
-            let verifier = verifier.build();
+        Some(client_auth) => {
+            let roots = Arc::new(certificates::authorities(&client_auth.authorities)?);
+            let mut verifier = WebPkiClientVerifier::builder_with_provider(roots, provider);
+            if !client_auth.required {
+                verifier = verifier.allow_unauthenticated();
+            }
             let verifier = verifier
+                .build()
                 .map_err(|error| TlsError::setup("setting up client authentication", error))?;
             builder.with_client_cert_verifier(verifier)
         }
@@ -192,12 +205,11 @@ fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, TlsError> {
         .iter()
         .map(|name| name.as_bytes().into())
         .collect();
-    // Sessions are resumed by what clients keep. There is no store of them that all threads share.
+    // Tickets, which clients store, resume sessions: all threads would share a store on the server.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     match settings.client_auth {
-        None => config.ticketer = ring::Ticketer::new().map_err(internal)?,
-        // A certificate is shown and checked each time: whoever resumes would be let in by one that has
-        // expired.
+        None => config.ticketer = ring::Ticketer::new().map_err(setup_error)?,
+        // No resumption: it would admit a client whose certificate has expired meanwhile.
         Some(_) => config.send_tls13_tickets = 0,
     }
     Ok(Arc::new(config))

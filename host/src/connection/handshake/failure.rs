@@ -18,25 +18,16 @@ pub(super) struct HandshakeFailure {
     /// The outcome, as metrics call it.
     outcome: &'static str,
     reason: String,
-    /// The client was sent an alert, and needs time to read it.
-    pub(super) alerted: bool,
 }
 
 impl HandshakeFailure {
     /// Counts a handshake that TLS refused.
-    pub(super) fn tls(refused: Refused) -> Self {
-        let Refused {
-            outcome,
-            reason,
-            alerted,
-            silent,
-        } = refused;
-        HANDSHAKES.add(outcome);
+    pub(super) fn tls(refused: &Refused) -> Self {
+        HANDSHAKES.add(refused.outcome);
         Self {
-            line: (!silent).then_some(&BAD_HANDSHAKE),
-            outcome: outcome.name(),
-            reason,
-            alerted,
+            line: (!refused.silent).then_some(&BAD_HANDSHAKE),
+            outcome: refused.outcome.name(),
+            reason: refused.reason.clone(),
         }
     }
 
@@ -47,7 +38,6 @@ impl HandshakeFailure {
             line: Some(&BAD_HEADER),
             outcome: outcome.name(),
             reason,
-            alerted: false,
         }
     }
 
@@ -68,12 +58,12 @@ impl HandshakeFailure {
     /// Counts a TLS handshake that was not completed in time.
     pub(super) fn tls_timeout() -> Self {
         Limit::HandshakeTimeout.count();
-        Self::tls(Refused {
-            outcome: HandshakeOutcome::Timeout,
+        HANDSHAKES.add(HandshakeOutcome::Timeout);
+        Self {
+            line: Some(&BAD_HANDSHAKE),
+            outcome: HandshakeOutcome::Timeout.name(),
             reason: "the handshake took too long".into(),
-            alerted: false,
-            silent: false,
-        })
+        }
     }
 
     /// Counts a client that may not connect.
@@ -83,7 +73,6 @@ impl HandshakeFailure {
             line: Some(&NOT_ADMITTED),
             outcome: limit.name(),
             reason: "the client may not connect".into(),
-            alerted: false,
         }
     }
 
@@ -93,7 +82,6 @@ impl HandshakeFailure {
             line: None,
             outcome: "ended",
             reason: "the server ended before the handshake did".into(),
-            alerted: false,
         }
     }
 

@@ -2,10 +2,9 @@
 
 use std::future::poll_fn;
 use std::io::{self, BufRead, Read, Write};
-use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
-use rustls::{ServerConfig, ServerConnection};
+use rustls::ServerConnection;
 
 use super::certificates::describe_client;
 use crate::connection::socket::Socket;
@@ -14,7 +13,7 @@ use crate::sandbox::TlsInfo;
 
 /// A TLS session and its socket.
 ///
-/// The library holds what was received in part, and at most [`MOST_UNSENT`] of what is to be sent: the
+/// The library holds what was received in part, and at most [`MAX_UNSENT`] of what is to be sent: the
 /// next write waits until the kernel has that. So it takes someone to go on with it when the guest writes
 /// no more, which is [`Self::poll_push`], called by the connection whenever it has been polled. It is that
 /// call that the reactor wakes for writing, since it comes last; a write that waits is woken from there.
@@ -33,7 +32,7 @@ pub(in crate::connection) struct TlsStream {
 }
 
 /// How much of what is to be sent is held beside the kernel, in bytes: what fits into one record of TLS.
-const MOST_UNSENT: usize = 16 << 10;
+const MAX_UNSENT: usize = 16 << 10;
 
 /// How often the kernel is asked in one turn for what makes up something to read, of 4 KiB each time: the
 /// largest record takes five.
@@ -53,14 +52,12 @@ fn broken(error: &rustls::Error) -> io::Error {
 }
 
 impl TlsStream {
-    /// With the handshake still to come.
-    pub(in crate::connection) fn new(
-        socket: Socket,
-        config: Arc<ServerConfig>,
-    ) -> Result<Self, rustls::Error> {
-        let mut session = ServerConnection::new(config)?;
-        session.set_buffer_limit(Some(MOST_UNSENT));
-        Ok(Self {
+    /// A stream whose handshake has not begun.
+    pub(super) fn new(mut socket: Socket, mut session: ServerConnection) -> Self {
+        // TLS has an end of its own, and needs no reset to show that one is missing.
+        socket.keep_nothing();
+        session.set_buffer_limit(Some(MAX_UNSENT));
+        Self {
             socket,
             session,
             info: None,
@@ -68,46 +65,52 @@ impl TlsStream {
             closing: Closing::No,
             broken: None,
             truncated: false,
-        })
+        }
     }
 
     pub(in crate::connection) fn socket(&mut self) -> &mut Socket {
         &mut self.socket
     }
 
+    pub(super) fn into_socket(self) -> Socket {
+        self.socket
+    }
+
     pub(in crate::connection) fn info(&self) -> Option<&TlsInfo> {
         self.info.as_ref()
     }
 
-    /// Goes through the handshake. When it fails for what the client has sent, the client has been
-    /// told so by an alert and the end of the stream, if it takes them at once.
-    pub(super) async fn shake_hands(&mut self) -> Result<(), Failed> {
+    /// Performs the handshake. If it fails for what the client has sent, the client gets an alert and
+    /// the end of the stream, provided that the kernel takes them at once.
+    pub(super) async fn perform_handshake(&mut self) -> Result<(), HandshakeError> {
         poll_fn(|cx| self.poll_handshake(cx)).await?;
         self.info = Some(self.describe());
         Ok(())
     }
 
-    fn poll_handshake(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failed>> {
+    fn poll_handshake(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HandshakeError>> {
         loop {
             let flushed = self.poll_flush(cx).1;
             // The first flight is held by the kernel otherwise, to go with what follows.
             self.socket.push();
-            ready!(flushed).map_err(Failed::Gone)?;
+            ready!(flushed).map_err(HandshakeError::ClientGone)?;
             if !self.session.is_handshaking() {
                 return Poll::Ready(Ok(()));
             }
             match ready!(self.poll_read_tls(Some(&mut *cx))) {
                 Ok(0) => {
-                    return Poll::Ready(Err(Failed::Gone(io::ErrorKind::UnexpectedEof.into())));
+                    return Poll::Ready(Err(HandshakeError::ClientGone(
+                        io::ErrorKind::UnexpectedEof.into(),
+                    )));
                 }
                 Ok(_) => {}
                 // The library's own: it holds only so much.
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     self.socket.shutdown_sending();
                     let error = rustls::Error::General(error.to_string());
-                    return Poll::Ready(Err(Failed::Refused(error)));
+                    return Poll::Ready(Err(HandshakeError::Refused(error)));
                 }
-                Err(error) => return Poll::Ready(Err(Failed::Gone(error))),
+                Err(error) => return Poll::Ready(Err(HandshakeError::ClientGone(error))),
             }
             if let Err(error) = self.session.process_new_packets() {
                 if !self.session.is_handshaking() {
@@ -118,7 +121,7 @@ impl TlsStream {
                 let _ = self.poll_flush(cx);
                 self.socket.push();
                 self.socket.shutdown_sending();
-                return Poll::Ready(Err(Failed::Refused(error)));
+                return Poll::Ready(Err(HandshakeError::Refused(error)));
             }
         }
     }
@@ -311,9 +314,9 @@ impl TlsStream {
 }
 
 /// Why a handshake came to nothing.
-pub(super) enum Failed {
+pub(super) enum HandshakeError {
     /// The client, or its connection, was gone.
-    Gone(io::Error),
+    ClientGone(io::Error),
     /// What it sent could not be agreed to.
     Refused(rustls::Error),
 }
