@@ -296,11 +296,9 @@ impl<T> Incoming<T> {
     }
 
     /// Tells a client that the server is full.
-    fn close(&mut self, stream: &StreamSocket, peer: Peer) {
+    fn close(&mut self, stream: StreamSocket, peer: Peer) {
         if let WhenFull::Close(banner) = &self.when_full {
-            // What the client has sent is taken: closing a socket with something unread resets it,
-            // and the banner with it. Neither waits; a client that sends on may miss it.
-            stream.answer(banner);
+            stream.finish_with(banner);
         }
         self.refusals.add(Limit::MaxConnections, peer);
     }
@@ -369,11 +367,9 @@ impl<T: Clone + Unpin> Stream for Incoming<T> {
                                 },
                             }));
                         }
-                        (Ok(_), None) => this.close(&stream, peer),
-                        (Err(limit), _) => {
-                            stream.reset_when_dropped();
-                            this.refusals.add(limit, peer);
-                        }
+                        (Ok(_), None) => this.close(stream, peer),
+                        // Dropping the stream resets the connection.
+                        (Err(limit), _) => this.refusals.add(limit, peer),
                     }
                 }
                 Some(Err(error)) => this.failed(&error),

@@ -29,7 +29,7 @@ use crate::telemetry::spans::ConnectionSpan;
 /// round trips to the far side of the world, and one large socket buffer.
 const LINGER: (Duration, usize) = (Duration::from_secs(2), 4 << 20);
 
-/// A connection while a guest handles it.
+/// A connection while a guest handles it. Dropping it resets the connection, unless it was finished.
 pub(super) struct ActiveConnection {
     record: Arc<ConnectionRecord>,
     stream: MaybeTls,
@@ -97,27 +97,34 @@ impl ActiveConnection {
         Outcome::new(ended_by, self.is_client_gone())
     }
 
-    /// Sends the end of the stream. Returns why that failed, if it did.
-    ///
-    /// Only TLS can fail: its close_notify follows the data that the kernel has yet to take.
+    /// Sends the end of the stream, and makes the connection end in order. Returns why that failed,
+    /// if a limit or a request came first: with TLS, a close_notify follows the data that the kernel
+    /// has yet to take.
     pub(super) async fn finish(&mut self) -> Option<EndedBy> {
         if self.lost {
-            return None;
-        }
-        self.stream.end_in_order();
-        self.shutdown_sending();
-        if !self.stream.is_pushing() {
-            return None;
-        }
-        let mut timer = LimitTimer::default();
-        poll_fn(|cx| {
-            let ended = self.poll_ended(cx, &mut timer);
-            if self.lost || !self.stream.is_pushing() {
-                return Poll::Ready(None);
+            if self.stream.is_broken() {
+                // The client has to read the alert. An end without a close_notify looks like none.
+                self.stream.socket().finish();
             }
-            ended.map(Some)
-        })
-        .await
+            return None;
+        }
+        self.shutdown_sending();
+        if self.stream.is_pushing() {
+            let mut timer = LimitTimer::default();
+            let ended_by = poll_fn(|cx| {
+                let ended = self.poll_ended(cx, &mut timer);
+                if self.lost || !self.stream.is_pushing() {
+                    return Poll::Ready(None);
+                }
+                ended.map(Some)
+            })
+            .await;
+            if self.lost || ended_by.is_some() {
+                return ended_by;
+            }
+        }
+        self.stream.socket().finish();
+        None
     }
 
     /// Waits until the client has closed its side, for [`LINGER`] at most. The end was sent before.
@@ -132,15 +139,10 @@ impl ActiveConnection {
             return;
         }
         tokio::select! {
-            _ = self.stream.socket().drain(LINGER.1) => {}
+            _ = self.stream.socket().discard(LINGER.1) => {}
             () = tokio::time::sleep(LINGER.0) => {}
             _ = poll_fn(|cx| self.record.poll_end_reason(cx)) => {}
         }
-    }
-
-    /// Resets the connection when it is dropped: the client must not take the answer for complete.
-    pub(super) fn reset_when_dropped(&mut self) {
-        self.stream.socket().reset_when_dropped();
     }
 
     /// Counts and logs the end of the connection.
@@ -391,7 +393,9 @@ impl Transport for ActiveConnection {
     }
 
     fn close_sending(&mut self) {
-        if !self.released {
+        // A panic drops the streams of the guest before it releases the connection, and must not end
+        // the answer in order.
+        if !self.released && !std::thread::panicking() {
             self.shutdown_sending();
         }
     }

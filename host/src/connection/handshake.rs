@@ -54,13 +54,30 @@ impl Default for Handshake {
 
 /// A connection that is ready for a guest.
 pub(super) struct ReadyConnection {
+    // Drop order: the socket first. A free permit stands for a free file descriptor.
     pub(super) stream: MaybeTls,
+    pub(super) client: Client,
+    pub(super) permit: AcceptPermit,
+}
+
+/// The client of a connection, and where it connected to.
+pub(super) struct Client {
     pub(super) peer: Peer,
     /// The proxy between the client and this server.
     pub(super) via: Option<SocketAddr>,
     /// The address that the client connected to, if a proxy reported another one.
     pub(super) local: Option<SocketAddr>,
-    pub(super) permit: AcceptPermit,
+}
+
+impl From<Peer> for Client {
+    /// A client without a proxy.
+    fn from(peer: Peer) -> Self {
+        Self {
+            peer,
+            via: None,
+            local: None,
+        }
+    }
 }
 
 impl<T> From<Accepted<T>> for ReadyConnection {
@@ -68,9 +85,7 @@ impl<T> From<Accepted<T>> for ReadyConnection {
     fn from(accepted: Accepted<T>) -> Self {
         Self {
             stream: MaybeTls::Plain(Socket::new(accepted.stream)),
-            peer: accepted.peer,
-            via: None,
-            local: None,
+            client: accepted.peer.into(),
             permit: accepted.place,
         }
     }
@@ -92,18 +107,14 @@ impl Handshake {
 
     /// Performs the handshake. None if it failed, which is counted and logged then.
     pub(super) async fn perform<T>(&self, accepted: Accepted<T>) -> Option<ReadyConnection> {
-        let mut client = Client {
-            peer: accepted.peer,
-            via: None,
-            local: None,
-            permit: accepted.place,
-        };
+        let mut client = Client::from(accepted.peer);
+        let mut permit = accepted.place;
         let mut socket = Socket::new(accepted.stream);
         let mut interrupted = pin!(self.interrupted());
         if let Some(proxy) = self.proxy_at(client.peer) {
             let header = tokio::select! {
                 biased;
-                header = read_proxy_header(&mut socket, &mut client, proxy) => header,
+                header = read_proxy_header(&mut socket, &mut client, &mut permit, proxy) => header,
                 interruption = &mut interrupted => Err(match interruption {
                     Interruption::Timeout => HandshakeFailure::header_timeout(),
                     Interruption::ServerEnded => HandshakeFailure::server_ended(),
@@ -111,15 +122,20 @@ impl Handshake {
             };
             if let Err(failure) = header {
                 failure.log(client.peer, client.via);
-                socket.reset_when_dropped();
                 return None;
             }
         }
         let Some(tls) = &self.tls else {
-            return Some(client.with(MaybeTls::Plain(socket)));
+            let stream = MaybeTls::Plain(socket);
+            return Some(ReadyConnection {
+                stream,
+                client,
+                permit,
+            });
         };
-        // Interrupted or not, the failure is logged before the socket is dropped with this future.
-        let mut accept = pin!(tls.accept(socket, client.permit.source()));
+        // The future owns the socket: it is dropped, which resets the connection, after a timeout
+        // was logged.
+        let mut accept = pin!(tls.accept(socket, permit.source()));
         let result = tokio::select! {
             biased;
             result = &mut accept => result,
@@ -135,7 +151,11 @@ impl Handshake {
         match result {
             Ok(stream) => {
                 HANDSHAKES.add(HandshakeOutcome::Ok);
-                Some(client.with(MaybeTls::Tls(stream)))
+                Some(ReadyConnection {
+                    stream: MaybeTls::Tls(stream),
+                    client,
+                    permit,
+                })
             }
             Err(refused) => {
                 let failure = HandshakeFailure::tls(&refused);
@@ -168,43 +188,16 @@ enum Interruption {
     ServerEnded,
 }
 
-/// A client during its handshake.
-struct Client {
-    peer: Peer,
-    via: Option<SocketAddr>,
-    local: Option<SocketAddr>,
-    permit: AcceptPermit,
-}
-
-impl Client {
-    fn with(self, stream: MaybeTls) -> ReadyConnection {
-        let Self {
-            peer,
-            via,
-            local,
-            permit,
-        } = self;
-        ReadyConnection {
-            stream,
-            peer,
-            via,
-            local,
-            permit,
-        }
-    }
-}
-
-/// Ends a connection that TLS refused.
+/// Ends a connection that TLS refused: in order if the client was sent an alert, by a reset otherwise.
 async fn refuse(refused: Refused) {
     /// Time that a client has to read the alert and close, and bytes that it may still send: those
     /// on their way when the alert was sent.
     const FAREWELL: (Duration, usize) = (Duration::from_secs(1), 64 << 10);
     let mut socket = refused.socket;
     if refused.alerted {
+        socket.finish();
         // Closing a socket with unread data resets the connection, and a reset can destroy the alert.
-        let _ = timeout(FAREWELL.0, socket.drain(FAREWELL.1)).await;
-    } else {
-        socket.reset_when_dropped();
+        let _ = timeout(FAREWELL.0, socket.discard(FAREWELL.1)).await;
     }
 }
 
@@ -212,6 +205,7 @@ async fn refuse(refused: Refused) {
 async fn read_proxy_header(
     socket: &mut Socket,
     client: &mut Client,
+    permit: &mut AcceptPermit,
     proxy: SocketAddr,
 ) -> Result<(), HandshakeFailure> {
     /// Time that a proxy has to send or close after a header without a client. A proxy that closes
@@ -235,8 +229,7 @@ async fn read_proxy_header(
             client.peer = source.into();
             client.local = Some(destination);
             HEADERS.add(HeaderOutcome::Client);
-            client
-                .permit
+            permit
                 .admit(client.peer)
                 .map_err(HandshakeFailure::not_admitted)
         }
@@ -274,7 +267,33 @@ impl Collector for HandshakeCollector {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_refused_client_is_reset_unless_it_has_an_alert_to_read() {
+        for alerted in [false, true] {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            client.write_all(b"hello").unwrap();
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+            let (server, _) = listener.accept().unwrap();
+            server.set_nonblocking(true).unwrap();
+            refuse(Refused {
+                socket: Socket::new(server.into()),
+                outcome: HandshakeOutcome::Bad,
+                reason: String::new(),
+                alerted,
+                silent: false,
+            })
+            .await;
+            let end = client.read(&mut [0]);
+            let expected = (!alerted).then_some(ErrorKind::ConnectionReset);
+            assert_eq!(end.err().map(|error| error.kind()), expected);
+        }
+    }
 
     #[test]
     fn only_listeners_with_tls_and_proxies_have_a_handshake() {

@@ -164,7 +164,7 @@ pub(super) async fn receive(socket: &mut Socket) -> Result<ProxyHeader, ProxyHea
                 header.truncate(length);
             }
             let taken = header.len() - before;
-            socket.take(&mut peeked[..taken]).map_err(gone)?;
+            socket.receive_peeked(&mut peeked[..taken]).map_err(gone)?;
             Poll::Ready(Ok(extent))
         })
         .await?;

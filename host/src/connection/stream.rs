@@ -119,10 +119,11 @@ impl MaybeTls {
         either!(self, stream => stream.shutdown_sending())
     }
 
-    /// Sees to it that the client of a Unix socket does not read the end as an error.
-    pub(super) fn end_in_order(&mut self) {
-        if let Self::Plain(socket) = self {
-            socket.end_in_order();
+    /// Whether the client has sent bytes that are not TLS. It was sent an alert for them.
+    pub(super) fn is_broken(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(stream) => stream.is_broken(),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Sockets that listen, of all kinds, and the clients that they accept.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -295,9 +295,10 @@ impl Listener {
         }
         match acceptfrom_with(self, flags) {
             Ok((socket, peer)) => {
+                let socket = StreamSocket::from(TcpStream::from(socket));
                 let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
                 Poll::Ready(match peer {
-                    Some(peer) => Ok((StreamSocket::Tcp(socket.into()), peer.into())),
+                    Some(peer) => Ok((socket, peer.into())),
                     None => Err(io::ErrorKind::ConnectionAborted.into()),
                 })
             }
@@ -314,7 +315,7 @@ fn of_user(socket: UnixStream) -> io::Result<(StreamSocket, Peer)> {
         uid: credentials.uid(),
         pid: credentials.pid(),
     };
-    Ok((StreamSocket::Unix(socket), peer))
+    Ok((socket.into(), peer))
 }
 
 fn backlog(settings: &SocketSettings) -> i32 {

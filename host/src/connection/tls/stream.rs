@@ -55,7 +55,7 @@ impl TlsStream {
     /// A stream whose handshake has not begun.
     pub(super) fn new(mut socket: Socket, mut session: ServerConnection) -> Self {
         // TLS has an end of its own, and needs no reset to show that one is missing.
-        socket.keep_nothing();
+        socket.disable_unix_reset();
         session.set_buffer_limit(Some(MAX_UNSENT));
         Self {
             socket,
@@ -310,6 +310,10 @@ impl TlsStream {
 
     pub(in crate::connection) fn is_truncated(&self) -> bool {
         self.truncated
+    }
+
+    pub(in crate::connection) fn is_broken(&self) -> bool {
+        self.broken.is_some()
     }
 }
 
