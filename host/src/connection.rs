@@ -1,4 +1,4 @@
-//! The way of one connection, from `accept` to its line in the log.
+//! The way of a connection from `accept` to its log line.
 
 mod active;
 mod handshake;
@@ -47,7 +47,7 @@ pub trait Route: Send + Sync + 'static {
     fn registry(&self) -> &Arc<ConnectionRegistry>;
 }
 
-/// Performs the handshake of an accepted connection, serves it, and logs its end.
+/// Handles an accepted connection: handshake, guest, end, log line.
 pub fn handle<R: Route>(accepted: Accepted<Arc<R>>) -> impl Future<Output = ()> + Send + use<R> {
     // The handshake is boxed, and only made where there is one: other connections need no memory
     // for it.
@@ -143,7 +143,9 @@ mod tests {
         Engine, Grants, Guest, GuestLimits, PoolSize, Requirements, SharedLimits, Transport,
     };
 
-    /// A version whose guest sends until its client is gone, and then returns `ok`.
+    /// A version whose guest sends without end.
+    ///
+    /// When the host drops its stream, the guest returns `ok` all the same.
     fn endless() -> Arc<Version> {
         let component = wat::parse_str(include_str!("connection/tests/endless.wat")).unwrap();
         let requirements = Requirements::of(&component).unwrap();
@@ -186,8 +188,10 @@ mod tests {
         serve(stream, peer.into(), endless(), registry.clone())
     }
 
-    /// Serves a connection until the guest has sent something and waits for the client to read it.
-    /// Then lets the client read it: an end of the stream would reach the client at once.
+    /// Serves a connection until the client has a part of the answer.
+    ///
+    /// The guest waits for the client to read. The client then reads all there is, so an end of the
+    /// stream would reach it at once.
     async fn send_some(
         serving: &mut (impl Future<Output = ()> + Unpin),
         client: &mut TcpStream,

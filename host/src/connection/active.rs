@@ -21,19 +21,21 @@ use crate::sandbox::{TlsInfo, Transport};
 use crate::telemetry::counters::Named;
 use crate::telemetry::spans::ConnectionSpan;
 
-/// How long after the last byte of an answer the client may take to close its side, and how many
-/// bytes it may still send.
+/// Time that a client has to close its side after the answer.
 ///
+/// The bytes are those that it may still send.
 /// Closing a socket while the client sends makes the kernel reset the connection, and a reset can
 /// destroy an answer that the client has not read yet (RFC 9112, section 9.6). Arbitrary: several
 /// round trips to the far side of the world, and one large socket buffer.
 const LINGER: (Duration, usize) = (Duration::from_secs(2), 4 << 20);
 
-/// A connection while a guest handles it. Dropping it resets the connection, unless it was finished.
+/// A connection while a guest handles it.
+///
+/// Dropping it resets the connection, unless [`Self::finish`] has succeeded.
 pub(super) struct ActiveConnection {
     record: Arc<ConnectionRecord>,
     stream: MaybeTls,
-    /// The address that the client connected to, if a proxy reported another one.
+    /// The address that the client connected to, as a proxy reported it.
     local: Option<SocketAddr>,
     limits: ConnectionLimits,
     activity: Activity,
@@ -48,7 +50,7 @@ pub(super) struct ActiveConnection {
     received_end: bool,
     /// We have closed our side.
     sent_end: bool,
-    /// The call of the guest is over, and the guest no longer decides how the connection ends.
+    /// The call of the guest is over: its streams no longer end the connection.
     released: bool,
 }
 
@@ -97,9 +99,10 @@ impl ActiveConnection {
         Outcome::new(ended_by, self.is_client_gone())
     }
 
-    /// Sends the end of the stream, and makes the connection end in order. Returns why that failed,
-    /// if a limit or a request came first: with TLS, a close_notify follows the data that the kernel
-    /// has yet to take.
+    /// Sends the end of the stream, and finishes the connection.
+    ///
+    /// With TLS, a close_notify waits until the kernel has taken all data. Returns the limit or the
+    /// request that comes first, if one does.
     pub(super) async fn finish(&mut self) -> Option<EndedBy> {
         if self.lost {
             if self.stream.is_broken() {
@@ -245,7 +248,7 @@ impl ActiveConnection {
         );
     }
 
-    /// The span of the connection, with the attribute names of OpenTelemetry where there are any.
+    /// The span of the connection, with OpenTelemetry's names for attributes.
     fn span(&self, outcome: &Outcome, duration: Duration) -> ConnectionSpan {
         let usage = &self.record.usage;
         let outcome_name = outcome.kind().name();
@@ -393,8 +396,8 @@ impl Transport for ActiveConnection {
     }
 
     fn close_sending(&mut self) {
-        // A panic drops the streams of the guest before it releases the connection, and must not end
-        // the answer in order.
+        // A panic may drop the streams of the guest before the connection is released. It must not
+        // end the answer in order.
         if !self.released && !std::thread::panicking() {
             self.shutdown_sending();
         }

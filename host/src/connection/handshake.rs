@@ -41,7 +41,7 @@ pub struct Handshake {
 }
 
 impl Default for Handshake {
-    /// The timeout is that of the command line, where it has its reason.
+    /// The timeout is the default of the command line.
     fn default() -> Self {
         Self {
             proxy: None,
@@ -65,7 +65,7 @@ pub(super) struct Client {
     pub(super) peer: Peer,
     /// The proxy between the client and this server.
     pub(super) via: Option<SocketAddr>,
-    /// The address that the client connected to, if a proxy reported another one.
+    /// The address that the client connected to, as a proxy reported it.
     pub(super) local: Option<SocketAddr>,
 }
 
@@ -188,28 +188,30 @@ enum Interruption {
     ServerEnded,
 }
 
-/// Ends a connection that TLS refused: in order if the client was sent an alert, by a reset otherwise.
+/// Ends a connection that TLS refused.
+///
+/// After an alert the connection ends in order. Otherwise it is reset.
 async fn refuse(refused: Refused) {
-    /// Time that a client has to read the alert and close, and bytes that it may still send: those
-    /// on their way when the alert was sent.
+    /// Time that a client has to read an alert and close. The bytes are those that it may still
+    /// send: they were on their way when the alert was sent.
     const FAREWELL: (Duration, usize) = (Duration::from_secs(1), 64 << 10);
     let mut socket = refused.socket;
     if refused.alerted {
         socket.finish();
-        // Closing a socket with unread data resets the connection, and a reset can destroy the alert.
+        // Closing a socket with unread data resets the connection, which can destroy the alert.
         let _ = timeout(FAREWELL.0, socket.discard(FAREWELL.1)).await;
     }
 }
 
-/// Reads the header of a proxy, and asks whether its client is admitted.
+/// Reads the header of a proxy, and admits its client.
 async fn read_proxy_header(
     socket: &mut Socket,
     client: &mut Client,
     permit: &mut AcceptPermit,
     proxy: SocketAddr,
 ) -> Result<(), HandshakeFailure> {
-    /// Time that a proxy has to send or close after a header without a client. A proxy that closes
-    /// only checked whether the port is open. A guest that speaks first waits for so long.
+    /// Time that a proxy without a client has to send or close. A proxy that closes only checked
+    /// whether the port is open. A guest that speaks first waits for so long.
     const GRACE: Duration = Duration::from_millis(50);
     let header = proxy_header::receive(socket).await;
     let header = header.map_err(|error| match error {
@@ -243,7 +245,7 @@ async fn read_proxy_header(
     }
 }
 
-/// Whether two addresses are the same, an IPv4 address possibly mapped to IPv6.
+/// Whether two addresses are the same. An IPv4 address may be mapped to IPv6.
 fn is_same(first: SocketAddr, second: SocketAddr) -> bool {
     first.ip().to_canonical() == second.ip().to_canonical() && first.port() == second.port()
 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Ends the connections of a service, the open ones and those that start later.
+/// Ends the connections of a service, open and future ones.
 #[derive(Debug, Default)]
 pub struct KillSwitch(AtomicBool);
 

@@ -106,7 +106,7 @@ impl Activity {
         self.send_blocked = self.send_blocked.map(|_| now);
     }
 
-    /// The limit that is exceeded first if nothing happens until then, and when.
+    /// The limit that expires first without further activity, and when.
     fn next(&self, limits: &ConnectionLimits) -> Option<(Instant, Limit)> {
         let after = |since: Option<Instant>, limit: Option<Duration>, name| {
             // A time that the clock cannot represent never comes.

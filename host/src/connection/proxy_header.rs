@@ -59,7 +59,7 @@ pub(super) enum ProxyHeaderError {
 /// certificate. None of that is used. 4 KiB is what haproxy leaves for it in its own buffers.
 const MAX_LENGTH: usize = 4096;
 
-/// The longest header of version 1, with its line end, as the protocol has it.
+/// The longest header of version 1, with its line end.
 const MAX_LENGTH_V1: usize = 107;
 
 /// The length of a header.
@@ -201,7 +201,7 @@ mod tests {
         client(([192, 0, 2, 1], 56324), ([198, 51, 100, 2], 443))
     }
 
-    /// Parses the header at the start of `bytes`, and returns its length too.
+    /// Parses the header at the start of `bytes`. Returns its length, too.
     fn read(bytes: &[u8]) -> Result<(ProxyHeader, usize), String> {
         match extent(bytes)? {
             Extent::Complete(length) => Ok((parse(&bytes[..length])?, length)),

@@ -45,7 +45,7 @@ impl ConnectionRegistry {
         lock(&self.shards[id as usize % SHARDS])
     }
 
-    /// All open connections by id, which is the order in which they started.
+    /// All open connections in the order of their start.
     pub fn list(&self) -> Vec<Arc<ConnectionRecord>> {
         let shards = 0..SHARDS as u64;
         let mut list: Vec<_> = shards
@@ -69,7 +69,7 @@ impl ConnectionRegistry {
             .is_some()
     }
 
-    /// Ends the connections of the service with this switch, open and future ones.
+    /// Ends all connections of the service with this switch.
     pub fn end_all(&self, kill_switch: &Arc<KillSwitch>) {
         kill_switch.activate();
         for record in self.list() {

@@ -1,4 +1,4 @@
-//! The socket of a connection, used with as few system calls and reactor events as possible.
+//! The socket of a connection, used with few system calls.
 
 mod unix_reset;
 
@@ -48,8 +48,8 @@ enum State {
 /// When the kernel sends written data.
 ///
 /// A guest that answers and ends at once would make two packets, and two interrupts at the client,
-/// where one is enough. So the kernel holds back what a guest writes until the guest first waits for
-/// anything, or ends. After that the connection is a conversation, and each write is sent at once.
+/// where one is enough. So the kernel holds back data until the guest first waits, or ends. After
+/// that the connection is a conversation, and each write is sent at once.
 #[derive(Clone, Copy, PartialEq)]
 enum Batching {
     /// The kernel will hold back data.
@@ -153,8 +153,9 @@ impl Socket {
             .poll_readable(cx, |fd| unix_reset.receive(fd, buf))
     }
 
-    /// Receives the next bytes, and leaves them in the kernel. Zero bytes are the end of the stream.
-    /// Not for a Unix socket that something was received from.
+    /// Receives the next bytes, and leaves them in the kernel.
+    ///
+    /// Zero bytes are the end of the stream. Not for a Unix socket after its first receive.
     pub(super) fn poll_peek(
         &mut self,
         cx: &mut Context<'_>,
@@ -181,7 +182,7 @@ impl Socket {
         Ok(())
     }
 
-    /// Waits for the next byte, and leaves it in the kernel. None: the end of the stream comes next.
+    /// Waits for the next byte, and leaves it in the kernel. None: the stream is at its end.
     pub(super) async fn first_byte(&mut self) -> io::Result<Option<u8>> {
         let mut first = [0];
         let n = poll_fn(|cx| self.poll_peek(cx, &mut first)).await?;
@@ -258,10 +259,11 @@ impl Socket {
         })
     }
 
-    /// Bytes that the client's system has not acknowledged. At a Unix socket: memory that the kernel
-    /// holds for data that the client has not read.
+    /// Bytes that the client's system has not acknowledged.
+    ///
+    /// At a Unix socket: memory of the kernel for data that the client has not read.
     pub(super) fn unsent(&self) -> usize {
-        /// `SIOCOUTQ` (tcp(7), unix(7)), which has the number of `TIOCOUTQ` on all our platforms.
+        /// `SIOCOUTQ` (tcp(7), unix(7)). All our platforms give it this number.
         const SIOCOUTQ: Opcode = 0x5411;
         // SAFETY: the kernel writes an int to the address that `Getter` passes.
         let unsent = self
@@ -293,7 +295,7 @@ impl Socket {
             .and_then(|fd| SockRef::from(&fd).shutdown(Shutdown::Write));
     }
 
-    /// Declares that the client got all that it is to get: see [`StreamSocket::finish`].
+    /// Declares that the answer is complete: see [`StreamSocket::finish`].
     pub(super) fn finish(&mut self) {
         if let Ok(fd) = self.state.fd() {
             self.unix_reset.disarm(fd);
@@ -305,8 +307,9 @@ impl Socket {
         }
     }
 
-    /// Whether the client has closed its side, or is gone, and all its data was received. Discards a
-    /// byte if there is one.
+    /// Whether all data was received and the client has closed its side.
+    ///
+    /// True for a client that is gone, too. Discards a byte if there is one.
     pub(super) fn is_at_end(&self) -> bool {
         match self.try_receive(&mut [0]) {
             Ok(n) => n == 0,
@@ -314,7 +317,7 @@ impl Socket {
         }
     }
 
-    /// Discards what the client sends until it closes its side, or has sent `most` bytes.
+    /// Discards data until the client closes its side, or `most` bytes.
     pub(super) async fn discard(&mut self, most: usize) -> io::Result<()> {
         let mut remaining = most;
         poll_fn(|cx| {
@@ -373,7 +376,7 @@ impl State {
         }
     }
 
-    /// Tries `operation` whenever the socket is readable, until it does not have to wait.
+    /// Tries `operation` whenever the socket is readable, until it succeeds or fails.
     fn poll_readable<T>(
         &mut self,
         cx: &mut Context<'_>,

@@ -47,7 +47,7 @@ impl Drop for OpenGuard<'_> {
     }
 }
 
-/// Resources that the ended connections of a service used, over all its versions.
+/// Resources that the ended connections of a service used.
 #[derive(Debug)]
 pub struct ServiceStats {
     /// Time for which connections were open, in seconds.

@@ -127,7 +127,7 @@ impl MaybeTls {
         }
     }
 
-    /// Whether the client has closed its side without the end that TLS has for that.
+    /// Whether the client has closed its side without a close_notify.
     pub(super) fn is_truncated(&self) -> bool {
         match self {
             Self::Plain(_) => false,

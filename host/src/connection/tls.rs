@@ -85,7 +85,7 @@ impl Tls {
         mut socket: Socket,
         source: Option<Source>,
     ) -> Result<Box<TlsStream>, Refused> {
-        /// Type of a record with a part of a handshake (RFC 8446, section 5.1).
+        /// Record type of handshake messages (RFC 8446, section 5.1).
         const HANDSHAKE: u8 = 22;
         // A silent client takes neither a permit nor memory for TLS.
         match socket.first_byte().await {
@@ -121,11 +121,11 @@ impl Tls {
 
 /// A handshake that failed.
 pub(super) struct Refused {
-    /// The socket, kept so that the failure is logged before the client sees the end.
+    /// The socket. The failure is logged before it is dropped.
     pub(super) socket: Socket,
     pub(super) outcome: HandshakeOutcome,
     pub(super) reason: String,
-    /// The client was sent an alert and the end of the stream, and needs time to read them.
+    /// The client was sent an alert, and needs time to read it.
     pub(super) alerted: bool,
     /// The client closed the connection without sending anything.
     pub(super) silent: bool,

@@ -67,7 +67,7 @@ impl Usage {
     }
 }
 
-/// Adds to a counter with a single writer, which is cheaper than an atomic addition.
+/// Adds to a counter. It has one writer, so no atomic addition is needed.
 fn add(counter: &AtomicU64, more: u64) {
     let sum = counter.load(Ordering::Relaxed) + more;
     counter.store(sum, Ordering::Relaxed);

@@ -17,7 +17,7 @@ pub struct Version {
     pub guest: Arc<Guest>,
     /// Limits of each connection.
     pub limits: ConnectionLimits,
-    /// Reports when the version is replaced, and when the server drains and ends.
+    /// Reports the replacement of the version, and the end of the server.
     pub lifecycle: Lifecycle,
     /// Counters of this version.
     pub stats: VersionStats,

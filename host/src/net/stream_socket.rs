@@ -41,17 +41,19 @@ impl StreamSocket {
         self.family == Family::Unix
     }
 
-    /// Declares that the client got all that it is to get. Dropping the socket closes the connection
-    /// in order (FIN) from now on.
+    /// Declares that the answer is complete.
+    ///
+    /// From now on, dropping the socket closes the connection in order (FIN).
     pub fn finish(&mut self) {
         self.is_finished = true;
     }
 
-    /// Sends `text`, and closes the connection in order. Does not wait for anything: a client that
-    /// goes on sending may miss the text.
+    /// Sends `text`, and closes the connection in order.
+    ///
+    /// This does not wait: a client that goes on sending may miss the text.
     pub fn finish_with(mut self, text: &[u8]) {
         self.finish();
-        // Closing a socket with unread data resets the connection, and a reset can destroy the text.
+        // Closing a socket with unread data resets the connection, which can destroy the text.
         let _ = recv(&self, &mut [0; 4096], RecvFlags::DONTWAIT);
         let _ = send(&self, text, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         let _ = SockRef::from(&self).shutdown(Shutdown::Write);
@@ -61,8 +63,8 @@ impl StreamSocket {
 impl Drop for StreamSocket {
     fn drop(&mut self) {
         if !self.is_finished && !self.is_unix() {
-            // Closing with a linger time of zero resets the connection (socket(7), SO_LINGER). Setting
-            // it fails for no open socket.
+            // Closing with a linger time of zero resets the connection (socket(7), SO_LINGER).
+            // Setting it fails for no open socket.
             let _ = SockRef::from(&*self).set_linger(Some(Duration::ZERO));
         }
     }

@@ -1,4 +1,4 @@
-//! A reset for Unix sockets, made of a byte that is left unread.
+//! A reset for Unix sockets: a byte that stays unread.
 
 use std::ffi::c_int;
 use std::io::{self, IoSliceMut};
@@ -10,9 +10,9 @@ use rustix::net::{RecvFlags, recv};
 
 /// Keeps the last received byte of a Unix socket in the kernel.
 ///
-/// When a Unix socket is closed with unread data, its peer reads an error after all data, instead of
-/// the end of the stream: the only reset that Unix sockets have. So the last byte of a client stays
-/// unread until the connection is finished in order. The kernel remembers which bytes were peeked at.
+/// The peer of a Unix socket that is closed with unread data reads an error after all data, instead
+/// of the end of the stream. Unix sockets have no other reset. So the last byte of a client stays
+/// unread until the connection is finished in order. The kernel remembers how far was peeked.
 #[derive(Debug, Default)]
 pub(super) struct UnixReset {
     is_enabled: bool,
@@ -21,12 +21,12 @@ pub(super) struct UnixReset {
 }
 
 impl UnixReset {
-    /// Enables this for a socket that nothing was received from.
+    /// Enables the reset, before anything is received.
     pub(super) fn enable(&mut self, socket: BorrowedFd<'_>) {
         self.is_enabled = enable_peek_offset(socket);
     }
 
-    /// Receives the next bytes, and leaves the last of them in the kernel.
+    /// Receives the next bytes. The last of them stays in the kernel.
     pub(super) fn receive(&mut self, socket: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<usize> {
         if !self.is_enabled {
             return Ok(recv(socket, buf, RecvFlags::DONTWAIT)?.0);

@@ -30,7 +30,7 @@ use crate::sandbox::ClientCertificate;
 pub(super) struct Certificates {
     /// In the order of the settings. The first is the default.
     all: Vec<Arc<CertifiedKey>>,
-    /// Indexes into `all` by the DNS names of the certificates, in lower case.
+    /// Indexes into `all` by DNS name, in lower case.
     by_name: HashMap<String, Vec<usize>>,
 }
 
@@ -81,8 +81,9 @@ impl Certificates {
 }
 
 impl ResolvesServerCert for Certificates {
-    /// Prefers a certificate for the name, then the default, then any other. The client must be able
-    /// to verify its signature.
+    /// Prefers a certificate for the name, then the default, then any other.
+    ///
+    /// The client must be able to verify its signature.
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let named = hello.server_name().into_iter();
         let named = named.flat_map(|name| self.named(name));

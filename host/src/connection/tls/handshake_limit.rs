@@ -27,7 +27,7 @@ pub(super) struct HandshakePermit<'a> {
     _source: Option<SourceHandshakePermit<'a>>,
 }
 
-/// A permit of one source, or its place in the queue for one.
+/// A permit of one source, or its place in the queue.
 struct SourceHandshakePermit<'a> {
     limit: &'a HandshakeLimit,
     source: Source,

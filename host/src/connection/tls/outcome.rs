@@ -14,7 +14,7 @@ named_enum! {
         Bad => "bad",
         /// Client and server have no version, cipher or protocol in common.
         Incompatible => "incompatible",
-        /// The client sent an alert, mostly because it does not accept the certificate.
+        /// The client sent an alert. Most often it does not accept the certificate.
         RefusedByClient => "refused_by_client",
         NoClientCertificate => "no_client_certificate",
         BadClientCertificate => "bad_client_certificate",

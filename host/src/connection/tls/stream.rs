@@ -13,42 +13,37 @@ use crate::sandbox::TlsInfo;
 
 /// A TLS session and its socket.
 ///
-/// The library holds what was received in part, and at most [`MAX_UNSENT`] of what is to be sent: the
-/// next write waits until the kernel has that. So it takes someone to go on with it when the guest writes
-/// no more, which is [`Self::poll_push`], called by the connection whenever it has been polled. It is that
-/// call that the reactor wakes for writing, since it comes last; a write that waits is woken from there.
+/// The session holds received data of incomplete records, and at most [`MAX_UNSENT`] bytes to send:
+/// a write waits until the kernel has taken the data of the write before. When the guest writes no
+/// more, [`Self::poll_push`] sends the rest. The connection calls it after each poll of the guest.
+/// So the reactor wakes that call when the socket is writable, and the call wakes a waiting write.
 pub(in crate::connection) struct TlsStream {
     socket: Socket,
     session: ServerConnection,
-    /// Known when the handshake is over.
+    /// Set when the handshake is complete.
     info: Option<TlsInfo>,
     /// A write of the guest that waits.
     writer: Option<Waker>,
     closing: Closing,
-    /// What the client has sent is not TLS from here on. What came before is read first.
+    /// The client has sent bytes that are not TLS. Data that came before them is read first.
     broken: Option<rustls::Error>,
-    /// The client's side ended, and not as TLS ends.
+    /// The client has closed its side without a close_notify.
     truncated: bool,
 }
 
-/// How much of what is to be sent is held beside the kernel, in bytes: what fits into one record of TLS.
+/// The most data to send that the session holds, in bytes: one record (RFC 8446, section 5.1).
 const MAX_UNSENT: usize = 16 << 10;
 
-/// How often the kernel is asked in one turn for what makes up something to read, of 4 KiB each time: the
-/// largest record takes five.
-const READS: usize = 16;
+/// The most reads of 4 KiB in one poll. The largest record takes five.
+const MAX_READS: usize = 16;
 
+/// Progress of the end of the stream to the client.
 #[derive(Clone, Copy, PartialEq)]
 enum Closing {
     No,
-    /// When all that was written is with the kernel.
+    /// FIN follows when the kernel has all data, the close_notify included.
     Due,
     Done,
-}
-
-/// What goes wrong on TLS, as an error of a stream.
-fn broken(error: &rustls::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {error}"))
 }
 
 impl TlsStream {
@@ -80,8 +75,9 @@ impl TlsStream {
         self.info.as_ref()
     }
 
-    /// Performs the handshake. If it fails for what the client has sent, the client gets an alert and
-    /// the end of the stream, provided that the kernel takes them at once.
+    /// Performs the handshake.
+    ///
+    /// A refused client gets an alert and the end of the stream, if the kernel takes them at once.
     pub(super) async fn perform_handshake(&mut self) -> Result<(), HandshakeError> {
         poll_fn(|cx| self.poll_handshake(cx)).await?;
         self.info = Some(self.describe());
@@ -91,7 +87,7 @@ impl TlsStream {
     fn poll_handshake(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HandshakeError>> {
         loop {
             let flushed = self.poll_flush(cx).1;
-            // The first flight is held by the kernel otherwise, to go with what follows.
+            // The kernel would hold back the first flight of the server otherwise.
             self.socket.push();
             ready!(flushed).map_err(HandshakeError::ClientGone)?;
             if !self.session.is_handshaking() {
@@ -104,7 +100,7 @@ impl TlsStream {
                     )));
                 }
                 Ok(_) => {}
-                // The library's own: it holds only so much.
+                // The session's own error: the client's message is too long for its buffer.
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     self.socket.shutdown_sending();
                     let error = rustls::Error::General(error.to_string());
@@ -117,7 +113,7 @@ impl TlsStream {
                     self.broken = Some(error);
                     return Poll::Ready(Ok(()));
                 }
-                // The alert.
+                // Sends the alert.
                 let _ = self.poll_flush(cx);
                 self.socket.push();
                 self.socket.shutdown_sending();
@@ -132,12 +128,12 @@ impl TlsStream {
             .protocol_version()
             .and_then(|version| version.as_str());
         let alpn = session.alpn_protocol();
-        let client = session.peer_certificates().and_then(<[_]>::first);
+        let certificate = session.peer_certificates().and_then(<[_]>::first);
         TlsInfo {
             server_name: session.server_name().map(Into::into),
             alpn: alpn.map(|name| String::from_utf8_lossy(name).into_owned()),
             version: version.unwrap_or("unknown").replace('_', "."),
-            client_certificate: client.map(describe_client),
+            client_certificate: certificate.map(describe_client),
         }
     }
 
@@ -165,42 +161,43 @@ impl TlsStream {
         self.poll_fill(Some(cx))
     }
 
-    /// Ready when something can be read of the session, or its end can. Without a context nobody is
-    /// woken when it is pending, nor is anyone else's waking lost.
+    /// Ready when the session has data, or is at its end.
+    ///
+    /// Without a context this wakes nobody, and keeps the wakers that are registered.
     fn poll_fill(&mut self, mut cx: Option<&mut Context<'_>>) -> Poll<io::Result<()>> {
-        for _ in 0..READS {
+        for _ in 0..MAX_READS {
             match self.session.reader().fill_buf() {
                 Ok(_) => return Poll::Ready(Ok(())),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                     self.truncated = true;
-                    let text = "the client closed its side without saying so by TLS (close_notify): what came may be cut short";
+                    let text = "the client closed its side without a close_notify: its data may be cut short";
                     return Poll::Ready(Err(io::Error::new(error.kind(), text)));
                 }
                 Err(error) => return Poll::Ready(Err(error)),
             }
             if let Some(error) = &self.broken {
-                return Poll::Ready(Err(broken(error)));
+                return Poll::Ready(Err(invalid_data(error)));
             }
             ready!(self.poll_read_tls(cx.as_deref_mut()))?;
             self.broken = self.session.process_new_packets().err();
-            // The alert, before the guest gives up.
+            // Sends the alert before the guest ends the connection.
             if let (Some(_), Some(cx)) = (&self.broken, &mut cx) {
                 let _ = self.poll_flush(cx);
                 self.socket.push();
             }
         }
-        // Records with nothing in them have no end.
+        // An endless sequence of empty records must not block the other tasks.
         if let Some(cx) = cx {
             cx.waker().wake_by_ref();
         }
         Poll::Pending
     }
 
-    /// Receives for the session.
+    /// Receives records for the session.
     fn poll_read_tls(&mut self, cx: Option<&mut Context<'_>>) -> Poll<io::Result<usize>> {
         let (socket, session) = (&mut self.socket, &mut self.session);
-        later(session.read_tls(&mut Io { socket, cx }))
+        pending(session.read_tls(&mut Io { socket, cx }))
     }
 
     pub(in crate::connection) fn poll_send(
@@ -213,7 +210,7 @@ impl TlsStream {
         }
         ready!(self.poll_flushed(cx))?;
         let n = self.session.writer().write(bytes)?;
-        // What does not go now goes by the next push.
+        // The next push sends what the kernel does not take now.
         let (_, flushed) = self.poll_flush(cx);
         match flushed {
             Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
@@ -233,7 +230,7 @@ impl TlsStream {
         sendable
     }
 
-    /// Ready when the kernel has all. Otherwise `cx` is woken by the push after which it has.
+    /// Ready when the kernel has all data. Until then, the push that completes that wakes `cx`.
     fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let (_, flushed) = self.poll_flush(cx);
         if flushed.is_pending() {
@@ -242,13 +239,15 @@ impl TlsStream {
         flushed
     }
 
-    /// Hands the kernel what is to be sent. Whether it took any, and whether it took all.
+    /// Hands the records of the session to the kernel.
+    ///
+    /// Returns whether the kernel took any, and is ready when it took all.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> (bool, Poll<io::Result<()>>) {
         let mut moved = false;
         while self.session.wants_write() {
             let (socket, session) = (&mut self.socket, &mut self.session);
             let cx = Some(&mut *cx);
-            match later(session.write_tls(&mut Io { socket, cx })) {
+            match pending(session.write_tls(&mut Io { socket, cx })) {
                 Poll::Ready(Ok(_)) => moved = true,
                 Poll::Ready(Err(error)) => return (moved, Poll::Ready(Err(error))),
                 Poll::Pending => return (moved, Poll::Pending),
@@ -262,7 +261,7 @@ impl TlsStream {
     }
 
     pub(in crate::connection) fn is_pushing(&self) -> bool {
-        // Once the end was sent nothing can be.
+        // Nothing can be sent after FIN.
         match self.closing {
             Closing::No => self.session.wants_write(),
             Closing::Due => true,
@@ -300,7 +299,7 @@ impl TlsStream {
         self.socket.unsent()
     }
 
-    /// Says by TLS that this is the end, and closes the socket for writing after that.
+    /// Begins the end of the stream: close_notify, then FIN.
     pub(in crate::connection) fn shutdown_sending(&mut self) {
         if self.closing == Closing::No {
             self.session.send_close_notify();
@@ -317,15 +316,15 @@ impl TlsStream {
     }
 }
 
-/// Why a handshake came to nothing.
+/// Why a handshake failed.
 pub(super) enum HandshakeError {
-    /// The client, or its connection, was gone.
+    /// The client has closed the connection, or the connection is broken.
     ClientGone(io::Error),
-    /// What it sent could not be agreed to.
+    /// The session does not accept a message of the client.
     Refused(rustls::Error),
 }
 
-/// The socket as the library reads and writes it: by what is there.
+/// The socket as the session reads and writes it: without waiting.
 struct Io<'a, 'b> {
     socket: &'a mut Socket,
     cx: Option<&'a mut Context<'b>>,
@@ -334,7 +333,7 @@ struct Io<'a, 'b> {
 impl Read for Io<'_, '_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match &mut self.cx {
-            Some(cx) => now(self.socket.poll_receive(cx, buf)),
+            Some(cx) => would_block(self.socket.poll_receive(cx, buf)),
             None => self.socket.try_receive(buf),
         }
     }
@@ -343,7 +342,7 @@ impl Read for Io<'_, '_> {
 impl Write for Io<'_, '_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut self.cx {
-            Some(cx) => now(self.socket.poll_send(cx, bytes)),
+            Some(cx) => would_block(self.socket.poll_send(cx, bytes)),
             None => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
@@ -353,15 +352,20 @@ impl Write for Io<'_, '_> {
     }
 }
 
-fn now<T>(polled: Poll<io::Result<T>>) -> io::Result<T> {
+fn invalid_data(error: &rustls::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {error}"))
+}
+
+/// Turns pending into an error.
+fn would_block<T>(polled: Poll<io::Result<T>>) -> io::Result<T> {
     match polled {
         Poll::Ready(result) => result,
         Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
     }
 }
 
-/// The other way round.
-fn later<T>(result: io::Result<T>) -> Poll<io::Result<T>> {
+/// Turns the error back into pending.
+fn pending<T>(result: io::Result<T>) -> Poll<io::Result<T>> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
         result => Poll::Ready(result),
