@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::capacity::CapacityError;
+
 /// Why the server cannot start, with the value at fault and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -273,6 +275,27 @@ impl Error {
         Self::Internal {
             stage,
             reason: format!("{reason:#}"),
+        }
+    }
+}
+
+impl From<CapacityError> for Error {
+    fn from(error: CapacityError) -> Self {
+        match error {
+            CapacityError::DoesNotFit {
+                asked,
+                fits,
+                bound,
+                fix,
+            } => Self::Capacity {
+                asked,
+                fits,
+                bound,
+                fix,
+            },
+            CapacityError::OpenFiles(source) => {
+                Self::internal("raising the limit on open files", source)
+            }
         }
     }
 }

@@ -361,7 +361,7 @@ fn check_names_the_pool_when_it_is_the_tight_one() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("connections that fit at once: 7\n"), "{text}");
     assert!(
-        text.contains("the tight one is pool (--max-connections)"),
+        text.contains("the tight one is pool (max-connections)"),
         "{text}"
     );
 }

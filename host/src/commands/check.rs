@@ -35,7 +35,7 @@ fn check_guest(args: &CheckArgs, guest: &Path) -> Result<ExitCode, Error> {
     let shared = args.shared_limits.limits(capacity::memory(), shared);
     let plan = Plan::new(&needs, shared.stack, limits.open_files).with_pool(args.max_connections);
     // One is enough to compile and link for.
-    let engine = Engine::new(plan.room(1), &needs, shared, None)?;
+    let engine = Engine::new(plan.pool_size(1), &needs, shared, None)?;
     let connect = args.network.allow_connect.clone();
     let grants = Grants::default().with_destinations(connect);
     let compiled = Guest::new(&engine, &component, grants, limits.clone());
@@ -66,7 +66,7 @@ fn check_config(path: &Path) -> Result<ExitCode, Error> {
     let (needs, files) = requirements(&checked);
     let plan = Plan::new(&needs, shared.stack, files);
     let fits = plan.max_connections(configured.max_connections)?;
-    let engine = Engine::new(plan.room(1), &needs, shared, None)?;
+    let engine = Engine::new(plan.pool_size(1), &needs, shared, None)?;
     let mut mistakes = Vec::new();
     let mut stdout = io::stdout().lock();
     let mut accepted = Vec::new();
@@ -166,7 +166,7 @@ pub(crate) fn compile(args: &CompileArgs) -> Result<ExitCode, Error> {
         needs.fit(&limits).map_err(refused(path))?;
         let plan = Plan::new(&needs, shared.stack, limits.open_files);
         let cache = required_cache(&args.cache)?;
-        let engine = Engine::new(plan.room(1), &needs, shared.clone(), Some(cache))?;
+        let engine = Engine::new(plan.pool_size(1), &needs, shared.clone(), Some(cache))?;
         let connect = args.network.allow_connect.clone();
         let grants = Grants::default().with_destinations(connect);
         let guest = Guest::new(&engine, &component, grants, limits.clone());

@@ -86,7 +86,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         })
         .collect::<Result<Vec<_>, Error>>()?;
     let cache = cache(&server.cache)?;
-    let room = plan.room(max_connections);
+    let room = plan.pool_size(max_connections);
     let engine = Engine::new(room, &needs, limits.clone(), cache)?;
     let spans = server
         .otlp
@@ -333,7 +333,7 @@ fn warn_of_capacity(asked: Option<usize>, plan: &Plan, max_connections: usize) {
             "fewer connections than the default fit on this machine"
         );
     }
-    let room = plan.room(max_connections);
+    let room = plan.pool_size(max_connections);
     if room.stacks < 2 * room.connections {
         info!(
             max_connections,
