@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::capacity::CapacityError;
+use crate::sandbox::EngineError;
 
 /// Why the server cannot start, with the value at fault and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -263,18 +264,29 @@ impl Error {
         }
     }
 
-    pub(crate) fn pool(connections: usize, reason: impl std::fmt::Display) -> Self {
-        Self::Pool {
-            connections,
-            reason: format!("{reason:#}"),
-        }
-    }
-
     /// An internal error of `stage`, whatever its type.
     pub(crate) fn internal(stage: &'static str, reason: impl std::fmt::Display) -> Self {
         Self::Internal {
             stage,
             reason: format!("{reason:#}"),
+        }
+    }
+}
+
+impl From<EngineError> for Error {
+    fn from(error: EngineError) -> Self {
+        match error {
+            EngineError::Pool {
+                connections,
+                reason,
+            } => Self::Pool {
+                connections,
+                reason,
+            },
+            EngineError::Link(reason) => Self::Internal {
+                stage: "linking the host",
+                reason,
+            },
         }
     }
 }

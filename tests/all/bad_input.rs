@@ -157,7 +157,7 @@ fn a_guest_that_wants_the_network() {
         &[
             "wasi:sockets/tcp@0.2",
             "not granted",
-            "--allow-connect",
+            "allow-connect HOST:PORT",
             "remove",
         ],
     );

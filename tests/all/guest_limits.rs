@@ -87,7 +87,7 @@ fn a_guest_that_would_begin_beyond_its_memory_is_refused() {
     ]));
     assert_eq!(output.status.code(), Some(65));
     let text = String::from_utf8_lossy(&output.stderr);
-    assert!(text.contains("--max-memory allows 131072"), "{text}");
+    assert!(text.contains("max-memory allows 131072"), "{text}");
 }
 
 #[test]

@@ -131,7 +131,12 @@ fn a_name_leads_nowhere_that_is_private_unless_it_may() {
             let server = serve(mode, &[grant]);
             let answer = tell(&mut server.connect(), &format!("ask localhost:{port}"));
             assert!(answer.starts_with("error "), "{answer}");
-            server.wait_for_log(&["WARN", "localhost", "127.0.0.1", "--allow-connect"]);
+            server.wait_for_log(&[
+                "WARN",
+                "localhost",
+                "127.0.0.1",
+                "allow-connect NAME:PORT/CIDR",
+            ]);
             server.wait_for_log(&["connection ended", LIMITED]);
         }
     }

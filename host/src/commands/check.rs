@@ -115,7 +115,7 @@ impl fmt::Display for Lists<'_> {
         let Report {
             imports,
             exports,
-            needs,
+            requirements: needs,
         } = self.report;
         for (title, names) in [("imports", imports), ("exports", exports)] {
             writeln!(f, "{title}:")?;
