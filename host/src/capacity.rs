@@ -12,7 +12,7 @@ use crate::sandbox::{HOST_STACK_BYTES, PoolSize, Requirements};
 pub struct Plan {
     /// The bounds of this machine.
     pub bounds: Vec<Bound>,
-    /// The bound on connections if each guest opens as many files as its limit allows.
+    /// The bound if each guest opens as many files as it may.
     ///
     /// Only advice: few guests open any file, and thousands of connections must fit where they do
     /// not.
@@ -54,38 +54,48 @@ pub enum CapacityError {
     OpenFiles(#[source] io::Error),
 }
 
-/// The connections allowed at once unless the operator says otherwise, as far as they fit.
+/// The default number of connections at once, if that many fit.
 ///
 /// Arbitrary: a default Linux can hold that many.
 pub const DEFAULT_MAX_CONNECTIONS: usize = 10_000;
 
-/// Open files beside connections and the files of guests: listeners, the reactor, granted
-/// directories.
+/// Open files beside connections and the files of guests.
+///
+/// Listeners, the reactor, granted directories.
 const OTHER_FILES: u64 = 256;
 
-/// Memory mappings beside those of sandboxes: libraries, thread stacks, the allocator, compiled
-/// code.
+/// Memory mappings beside those of sandboxes.
+///
+/// Libraries, thread stacks, the allocator, compiled code.
 const OTHER_MAPPINGS: u64 = 1_000;
 
 /// Memory mappings of a sandbox's stack: the stack and its guard.
 const MAPPINGS_PER_STACK: u64 = 2;
 
-/// Number of connections per spare stack, at most: a blocked guest needs a second stack.
+/// Connections per spare stack, at most.
+///
+/// A guest that blocks in a call of the host needs a second stack.
 const CONNECTIONS_PER_SPARE_STACK: u64 = 16;
 
-/// Memory mappings of a linear memory with a copy-on-write image: its start, the image, the rest,
-/// and the guard.
+/// Memory mappings of a linear memory with a copy-on-write image.
+///
+/// Its start, the image, the rest, and the guard.
 const MAPPINGS_PER_MEMORY: u64 = 4;
 
-/// The address space that a linear memory reserves: all that a 32-bit guest can address, so that
-/// most accesses need no bounds check, and a guard for the other accesses.
+/// The address space that a linear memory reserves, in bytes.
+///
+/// All that a 32-bit guest can address, so that most accesses need no bounds check, and a guard for
+/// the other accesses.
 const ADDRESSES_PER_MEMORY: u64 = (4 << 30) + (32 << 20);
 
-/// The address space of everything else: the allocator and threads reserve generously.
+/// The address space of everything else, in bytes.
+///
+/// The allocator and threads reserve generously.
 const OTHER_ADDRESSES: u64 = 4 << 30;
 
-/// The address space of a process on x86-64 and AArch64 Linux (at least 47 bits), less a share for
-/// everything else.
+/// The address space of a process, in bytes.
+///
+/// At least 47 bits on x86-64 and AArch64 Linux, less a share for everything else.
 const ADDRESSES: u64 = (1 << 47) - (1 << 42);
 
 /// Resources that one connection takes at most.
@@ -215,7 +225,9 @@ impl Plan {
             .expect("`from_limits` always adds two bounds")
     }
 
-    /// The connections to allow at once: the number asked for, or the default as far as it fits.
+    /// The number of connections to allow at once.
+    ///
+    /// The number that the operator asks for, or the default as far as it fits.
     ///
     /// # Errors
     ///
@@ -237,7 +249,7 @@ impl Plan {
     }
 }
 
-/// The number of connections, with spare stacks, that these memory mappings suffice for.
+/// The number of connections that these memory mappings suffice for.
 fn connections_for_mappings(mappings: u64, per_connection: &PerConnection) -> u64 {
     let stacks = MAPPINGS_PER_STACK * (CONNECTIONS_PER_SPARE_STACK + 1);
     let memories = per_connection

@@ -67,7 +67,7 @@ impl Default for SharedLimits {
     }
 }
 
-/// The uncounted memory of each sandbox, in bytes.
+/// The memory of each sandbox that the shared limit ignores, in bytes.
 ///
 /// Only memory beyond this counts towards [`SharedLimits::total_memory`]. Most guests never grow
 /// beyond their initial memory, and touch little of that.

@@ -13,8 +13,8 @@ use crate::net::TransportAddress;
 
 /// A connection: its addresses and two directions of bytes.
 ///
-/// The sandbox also learns through it whether the server drains, and reports what the guest used.
-/// An error of either direction is final for that direction.
+/// A transport also tells the guest whether the server drains, and records the resources that the
+/// guest used. An error of either direction is final for that direction.
 pub trait Transport: Send + 'static {
     /// The number of this connection. No other connection of this process has the same number.
     fn id(&self) -> u64;
