@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::server::{ServeError, StartError};
+
 /// Why the server cannot start, with the value at fault and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -273,6 +275,24 @@ impl Error {
         Self::Internal {
             stage,
             reason: format!("{reason:#}"),
+        }
+    }
+}
+
+impl From<StartError> for Error {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Runtime(source) => Self::internal("starting a runtime", source),
+            StartError::Thread(source) => Self::internal("starting a thread", source),
+        }
+    }
+}
+
+impl From<ServeError> for Error {
+    fn from(error: ServeError) -> Self {
+        match error {
+            ServeError::Start(error) => error.into(),
+            ServeError::ThreadDied => Self::internal("serving", "a thread has died"),
         }
     }
 }

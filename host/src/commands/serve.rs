@@ -212,7 +212,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
         }
         supervisor.ready();
         let ended = tokio::select! {
-            ended = serving => ended,
+            ended = serving => ended.map_err(Error::from),
             Err(error) = operating => Err(internal("serving operators")(error)),
             never = working => never,
         };
