@@ -241,9 +241,9 @@ impl<T> Incoming<T> {
             && draining.as_mut().poll(cx).is_ready()
         {
             let listeners = || self.listeners.iter().map(AsyncFd::get_ref);
-            if self.lifecycle.is_passed_on() {
+            if self.lifecycle.has_new_owner() {
                 // Who waits is accepted by our successor, at the same sockets.
-                if self.lifecycle.is_handed_over() {
+                if self.lifecycle.is_handed_over_to_process() {
                     let files = listeners().filter_map(Listener::file);
                     files.for_each(|file| file.hand_over());
                 }

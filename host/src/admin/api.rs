@@ -369,7 +369,7 @@ impl Api {
         match reloaded {
             Ok(Ok(changes)) => json(&changes),
             Ok(Err(error)) => not_reloaded(&error),
-            Err(_) if self.operated.lifecycle.is_handed_over() => failure(
+            Err(_) if self.operated.lifecycle.is_handed_over_to_process() => failure(
                 StatusCode::CONFLICT,
                 "a new process has taken over meanwhile, which reads the config file again; see its log",
             ),

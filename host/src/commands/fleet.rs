@@ -302,7 +302,7 @@ impl Supervisor {
             for port in std::mem::take(&mut running.ports) {
                 match is_handed_over(&port.listening) {
                     // False: it drains already.
-                    true => drop(port.controller.hand_over()),
+                    true => drop(port.controller.hand_over_to_process()),
                     false => port.controller.drain(),
                 }
                 state.closing.push(DrainingEndpoint {

@@ -264,7 +264,7 @@ impl ControlLoop<'_> {
         let served = self.fleet.to_hand_over().await;
         let served = served.map_err(|error| error.to_string())?;
         let successor = handover.start(&served).await?;
-        if !self.controller.hand_over() {
+        if !self.controller.hand_over_to_process() {
             return Err("the server drains".into());
         }
         self.fleet
@@ -291,7 +291,7 @@ impl ControlLoop<'_> {
     pub(super) async fn handed_over(&self) {
         let lifecycle = self.controller.lifecycle();
         lifecycle.draining().await;
-        if !lifecycle.is_handed_over() {
+        if !lifecycle.is_handed_over_to_process() {
             std::future::pending().await
         }
     }
@@ -300,7 +300,7 @@ impl ControlLoop<'_> {
     pub(super) async fn say_that_it_stops(&self) {
         let lifecycle = self.controller.lifecycle();
         lifecycle.draining().await;
-        if !lifecycle.is_handed_over() {
+        if !lifecycle.is_handed_over_to_process() {
             self.supervisor.stopping();
         }
     }

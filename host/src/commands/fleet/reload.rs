@@ -188,7 +188,7 @@ impl Supervisor {
         let are_wanted = |closing: &DrainingEndpoint| {
             let mut wanted = wanted.iter().flat_map(|one| &one.spec.args.listen);
             let is_wanted = wanted.any(|address| address.is_taken_by(&closing.asked));
-            is_wanted && closing.controller.is_followed()
+            is_wanted && closing.controller.is_observed()
         };
         let closed = async {
             while self.state().closing.iter().any(are_wanted) {
@@ -398,7 +398,7 @@ impl Supervisor {
         lead_by_name(&state.running);
         let services = state.running.iter().map(|one| one.service.clone());
         self.services.set(services.collect());
-        state.closing.retain(|one| one.controller.is_followed());
+        state.closing.retain(|one| one.controller.is_observed());
         for port in ports {
             if doors
                 .iter()
@@ -406,7 +406,7 @@ impl Supervisor {
                 .any(|door| door.is_of(&port.listening))
             {
                 // Whoever waits there is accepted by the next.
-                port.controller.pass_on();
+                port.controller.hand_over_in_process();
             } else {
                 port.controller.drain();
                 state.closing.push(DrainingEndpoint {
