@@ -25,9 +25,8 @@ use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use crate::Error;
-use crate::net::unix_socket_file::{
-    self, FileIdentity, SocketFileError, SocketMode, SocketPermissions, UnixSocketFile,
-};
+use crate::net::unix_socket_file::{self, SocketFileError, UnixSocketFile};
+use crate::net::{FileIdentity, SocketMode, SocketPermissions};
 use api::Api;
 pub use api::{AdminState, LimitsSet, ReloadResult, RestartResult};
 pub use log_stream::LogStream;
@@ -115,7 +114,7 @@ impl Admin {
             AdminAddress::Loopback(address) => bind_tcp(*address),
         };
         let token = token.filter(|_| matches!(address, AdminAddress::Loopback(_)));
-        let failed = |(source, fix)| Error::Admin {
+        let failed = |SocketFileError { source, fix }| Error::Admin {
             address: address.clone(),
             source,
             fix,
@@ -302,11 +301,9 @@ fn bind_tcp(address: SocketAddr) -> Result<Listener, SocketFileError> {
             listener.set_nonblocking(true)?;
             Ok(Listener::Tcp(listener))
         })
-        .map_err(|error| {
-            (
-                error,
-                "stop the server that holds the port, or choose another one",
-            )
+        .map_err(|source| SocketFileError {
+            source,
+            fix: "stop the server that holds the port, or choose another one",
         })
 }
 
@@ -319,7 +316,7 @@ fn bind_unix(path: &Path) -> Result<Listener, SocketFileError> {
         ..SocketPermissions::default()
     };
     let (socket, file) = unix_socket_file::bind(path, BACKLOG)?;
-    file.permit(&private)?;
+    file.set_permissions(&private)?;
     Ok(Listener::Unix {
         listener: socket.into(),
         file,

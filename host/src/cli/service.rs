@@ -7,8 +7,7 @@ use bytes::Bytes;
 use clap::{Args, Parser, ValueEnum, ValueHint};
 use wasinetd::limit::Limit;
 use wasinetd::listener;
-use wasinetd::net::unix_socket_file::{SocketMode, SocketOwner, SocketPermissions};
-use wasinetd::net::{Cidr, ListenAddress};
+use wasinetd::net::{Cidr, ListenAddress, SocketMode, SocketOwner, SocketPermissions};
 use wasinetd::sandbox::{self, Access, Destination, DirGrant};
 use wasinetd::service::Probe;
 

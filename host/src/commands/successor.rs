@@ -22,8 +22,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 use wasinetd::listener::ListeningSockets;
-use wasinetd::net::ListenAddress;
-use wasinetd::net::unix_socket_file::FileIdentity;
+use wasinetd::net::{FileIdentity, ListenAddress};
 use wasinetd::service::SwapLock;
 
 use super::{activation, is_kept};

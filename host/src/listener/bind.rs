@@ -8,16 +8,13 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use nix::sys::socket::{getsockopt, sockopt};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with, acceptfrom_with};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
 use crate::Error;
-use crate::net::unix_socket_file::{
-    self, FileIdentity, SocketFileError, SocketPermissions, UnixSocketFile,
-};
-use crate::net::{ListenAddress, Peer, StreamSocket};
+use crate::net::unix_socket_file::{self, SocketFileError, UnixSocketFile};
+use crate::net::{FileIdentity, ListenAddress, Peer, SocketPermissions, StreamSocket};
 
 /// How sockets are to listen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -202,7 +199,7 @@ impl ListeningSockets {
         };
         let done = self.sockets.iter().try_for_each(set_up).map_err(with_fix);
         let done = done.and_then(|()| match &self.file {
-            Some(file) => file.permit(&settings.permissions),
+            Some(file) => file.set_permissions(&settings.permissions),
             None => Ok(()),
         });
         done.map_err(cannot_listen(&self.asked))
@@ -295,9 +292,9 @@ impl Listener {
         }
         match acceptfrom_with(self, flags) {
             Ok((socket, peer)) => {
-                let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
+                let peer = peer.and_then(|peer| Peer::try_from(peer).ok());
                 Poll::Ready(match peer {
-                    Some(peer) => Ok((StreamSocket::Tcp(socket.into()), peer.into())),
+                    Some(peer) => Ok((StreamSocket::Tcp(socket.into()), peer)),
                     None => Err(io::ErrorKind::ConnectionAborted.into()),
                 })
             }
@@ -309,11 +306,7 @@ impl Listener {
 
 /// With the user that the client was when it connected.
 fn of_user(socket: UnixStream) -> io::Result<(StreamSocket, Peer)> {
-    let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
-    let peer = Peer::Unix {
-        uid: credentials.uid(),
-        pid: credentials.pid(),
-    };
+    let peer = Peer::of_unix_socket(&socket)?;
     Ok((StreamSocket::Unix(socket), peer))
 }
 
@@ -432,8 +425,8 @@ fn group(
     Ok(groups.into_iter().map(|(_, bound)| bound).collect())
 }
 
-fn with_fix(error: io::Error) -> SocketFileError {
-    let fix = match error.kind() {
+fn with_fix(source: io::Error) -> SocketFileError {
+    let fix = match source.kind() {
         io::ErrorKind::AddrInUse => {
             "stop the server that holds the port, or choose another one (port 0 takes any that is free)"
         }
@@ -445,11 +438,11 @@ fn with_fix(error: io::Error) -> SocketFileError {
         }
         _ => "choose another address",
     };
-    (error, fix)
+    SocketFileError { source, fix }
 }
 
 fn cannot_listen(address: &ListenAddress) -> impl Fn(SocketFileError) -> Error {
-    |(source, fix)| Error::Listen {
+    |SocketFileError { source, fix }| Error::Listen {
         address: address.clone(),
         source,
         fix,
