@@ -82,13 +82,13 @@ pub trait Route: Send + Sync + 'static {
 /// sandbox, and logs how it went.
 pub fn handle<R: Route>(accepted: Accepted<Arc<R>>) -> impl Future<Output = ()> + Send + use<R> {
     // Boxed, and only where there is something to do: what others have is not to be larger for it.
-    let begun = match accepted.to.front().applies_to(accepted.peer) {
+    let begun = match accepted.route.front().applies_to(accepted.peer) {
         false => {
-            let version = accepted.to.version(None);
+            let version = accepted.route.version(None);
             Ok((ReadyConnection::from(accepted), version))
         }
         true => Err(Box::pin(async move {
-            let route = accepted.to.clone();
+            let route = accepted.route.clone();
             let client = route.front().perform(accepted).await?;
             let tls = client.channel.tls();
             let version = route.version(tls.and_then(|tls| tls.server_name.as_deref()));

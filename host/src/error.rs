@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::listener::BindError;
 use crate::server::{ServeError, StartError};
 
 /// Why the server cannot start, with the value at fault and what to do about it.
@@ -256,13 +257,6 @@ impl Error {
         }
     }
 
-    pub(crate) fn passed(address: &crate::net::ListenAddress, reason: impl Into<String>) -> Self {
-        Self::Passed {
-            address: address.clone(),
-            reason: reason.into(),
-        }
-    }
-
     pub(crate) fn pool(connections: usize, reason: impl std::fmt::Display) -> Self {
         Self::Pool {
             connections,
@@ -275,6 +269,24 @@ impl Error {
         Self::Internal {
             stage,
             reason: format!("{reason:#}"),
+        }
+    }
+}
+
+impl From<BindError> for Error {
+    fn from(error: BindError) -> Self {
+        match error {
+            BindError::Address {
+                address,
+                source,
+                fix,
+            } => Self::Listen {
+                address,
+                source,
+                fix,
+            },
+            BindError::Passed { address, reason } => Self::Passed { address, reason },
+            BindError::Resources { stage, source } => Self::internal(stage, source),
         }
     }
 }

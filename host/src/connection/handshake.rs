@@ -70,7 +70,7 @@ impl<T> From<Accepted<T>> for ReadyConnection {
             peer: accepted.peer,
             via: None,
             local: None,
-            place: accepted.place,
+            place: accepted.permit,
         }
     }
 }

@@ -243,7 +243,7 @@ impl Supervisor {
                         Ok(bound) => addresses.push(PlannedEndpoint::Free(asked.clone(), bound)),
                         Err(error) => mistakes.push(Mistake {
                             line: spec.line("listen"),
-                            text: format!("listen: {}", in_our_way(&state, error)),
+                            text: format!("listen: {}", in_our_way(&state, error.into())),
                         }),
                     }
                 }
@@ -538,7 +538,7 @@ fn set_up(
                 // It could be before.
                 let _ = listening.set_up(old);
             }
-            return Err(error);
+            return Err(error.into());
         }
     }
     Ok(())
