@@ -327,10 +327,7 @@ fn a_bad_file_changes_nothing() {
             format!("{more}{clash}{bad_guest}"),
             "toml:16: guest: the guest",
         ),
-        (
-            format!("{more}{bad_guest}"),
-            "no instance of it can be made",
-        ),
+        (format!("{more}{bad_guest}"), "cannot instantiate the guest"),
         (
             format!(
                 "{more}{}",
@@ -416,7 +413,7 @@ fn guests_are_watched_and_swapped_by_the_name_of_their_service() {
     for file in &files {
         write_version(file, "second");
     }
-    server.wait_for_log(&["a new version was given", "service=\"one\"", "swapped"]);
+    server.wait_for_log(&["guest version changed", "service=\"one\"", "swapped"]);
     assert_eq!(names(), ["second", "first"]);
     let third = config.guest("third.wasm", "third");
     let third = third.to_str().unwrap();

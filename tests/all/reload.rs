@@ -483,7 +483,7 @@ fn files_are_watched_whatever_a_reload_comes_to() {
     for (n, file) in files.iter().enumerate() {
         write_version(file, "second");
         let service = format!("service=\"{}\"", ["one", "two"][n]);
-        server.wait_for_log(&["a new version was given", &service, "outcome=\"swapped\""]);
+        server.wait_for_log(&["guest version changed", &service, "outcome=\"swapped\""]);
     }
     assert_eq!(answer(&mut server.connect()).0, "second");
     assert_eq!(answer(&mut connect(listens(&server, "two"))).0, "second");

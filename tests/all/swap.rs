@@ -94,7 +94,7 @@ fn a_bad_version_changes_nothing_and_everyone_is_told() {
             (Path::new("README.md"), "not WebAssembly"),
             (&*fixture("no_handler"), "does not export"),
             (&*fixture("sockets"), "imports the network"),
-            (&*trap, "no instance of it can be made"),
+            (&*trap, "cannot instantiate the guest"),
         ] {
             let output = admin.ctl(&["swap", "default", text(guest)]);
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -121,7 +121,7 @@ fn a_hangup_swaps_to_what_the_file_has() {
         write_version(&file, "two");
         assert_eq!(served(&server), "one");
         server.signal(Signal::HUP);
-        server.wait_for_log(&["a new version was given", "swapped"]);
+        server.wait_for_log(&["guest version changed", "swapped"]);
         assert_eq!(served(&server), "two");
         server.signal(Signal::HUP);
         server.wait_for_log(&["reloaded", "unchanged"]);
@@ -159,7 +159,7 @@ fn a_file_that_is_watched_is_swapped_to_when_it_is_whole() {
         write_version(&other, "renamed");
         let whole = fs::read(&other).unwrap();
         fs::rename(&other, &file).unwrap();
-        server.wait_for_log(&["a new version was given", "swapped"]);
+        server.wait_for_log(&["guest version changed", "swapped"]);
         assert_eq!(served(&server), "renamed");
         // In place, and with a pause in the middle that lasts until the half was tried.
         write_version(&other, "in-place");
@@ -175,7 +175,7 @@ fn a_file_that_is_watched_is_swapped_to_when_it_is_whole() {
         // In place without a cut: what is half of each version is as valid as the whole.
         write_version(&other, "whole");
         let next = fs::read(&other).unwrap();
-        let given = || server.log_lines("a new version was given").len();
+        let given = || server.log_lines("guest version changed").len();
         while given() < 2 {}
         let mut file_in_place = fs::OpenOptions::new().write(true).open(&file).unwrap();
         let (first, second) = next.split_at(next.len() - 1000);
@@ -228,7 +228,7 @@ fn a_link_to_a_directory_that_leads_elsewhere_is_noticed() {
     let server = Server::start("concurrent", &current.join("guest.wasm"), &arguments);
     assert_eq!(served(&server), "one");
     link("two");
-    server.wait_for_log(&["a new version was given", "swapped"]);
+    server.wait_for_log(&["guest version changed", "swapped"]);
     assert_eq!(served(&server), "two");
 }
 
@@ -264,9 +264,15 @@ fn a_version_is_asked_before_it_is_served() {
         ];
         let server = Server::start(mode, &guest("hello"), &probe);
         for (bad, reason) in [
-            (guest("echo"), "it answered the probe with \\\"GET / HTTP/1"),
+            (
+                guest("echo"),
+                "the guest answered the probe with \\\"GET / HTTP/1",
+            ),
             (fixture("waits"), "within 1s"),
-            (fixture("panic"), "it answered the probe with \\\"half"),
+            (
+                fixture("panic"),
+                "the guest answered the probe with \\\"half",
+            ),
             (fixture("spin"), "within 1s"),
         ] {
             let output = admin.ctl(&["swap", "default", text(&bad)]);
@@ -283,7 +289,7 @@ fn a_version_is_asked_before_it_is_served() {
         let ended = output(bad.arg(guest("echo")));
         let said = String::from_utf8_lossy(&ended.stderr).into_owned();
         assert_eq!(ended.status.code(), Some(65), "{said}");
-        assert!(said.contains("it answered the probe"), "{said}");
+        assert!(said.contains("the guest answered the probe"), "{said}");
         // It begins as expected, and then ends.
         let mut bad = wasinetd();
         bad.args([

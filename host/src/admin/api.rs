@@ -488,7 +488,7 @@ fn not_reloaded(error: &Error) -> Answer {
 
 fn service_status(service: &Arc<Service>) -> model::Service {
     let versions = service.status();
-    let measures = service.measures();
+    let measures = service.stats();
     let durations = measures.duration.buckets();
     model::Service {
         name: service.name().into(),
