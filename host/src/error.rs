@@ -229,6 +229,22 @@ pub enum Error {
     },
 }
 
+impl From<crate::admin::AdminError> for Error {
+    fn from(error: crate::admin::AdminError) -> Self {
+        match error {
+            crate::admin::AdminError::Bind {
+                address,
+                source,
+                fix,
+            } => Self::Admin {
+                address,
+                source,
+                fix,
+            },
+        }
+    }
+}
+
 impl Error {
     /// The exit code that tells a supervisor what kind of failure this is, from BSD's
     /// `sysexits.h`: 65 for the guest, 78 for the configuration, 69 for what the system does not

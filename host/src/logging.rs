@@ -141,7 +141,7 @@ impl Shared {
             // When standard error is closed the log has no reader, and the service goes on.
             let _ = io::stderr().write_all(&bytes);
             if !bytes.is_empty() {
-                self.logs.hand_on(bytes.into(), &ends);
+                self.logs.publish(bytes.into(), &ends);
             }
             if dropped > 0 {
                 tracing::warn!(

@@ -47,7 +47,7 @@ fn connections_are_listed_and_killed() {
         let lines = admin.ctl_text(&["logs", &id]);
         assert_eq!(lines.lines().count(), 2, "{lines}");
         assert!(
-            lines.contains("an operator ends") && lines.contains("killed"),
+            lines.contains("killed by an operator") && lines.contains("outcome=killed"),
             "{lines}"
         );
     }

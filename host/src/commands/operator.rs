@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tracing::{info, warn};
 use wasinetd::Error;
-use wasinetd::admin::{Admin, ReloadResult, RestartResult};
+use wasinetd::admin::{Admin, ReloadFailure, ReloadFailureKind, ReloadResult, RestartResult};
 use wasinetd::config::Table;
 use wasinetd::lifecycle::Controller;
 
@@ -73,7 +73,7 @@ impl ControlLoop<'_> {
                 }
                 if let Some(done) = done {
                     // Whoever asked may have gone.
-                    let _ = done.send(outcome);
+                    let _ = done.send(outcome.map_err(|error| explain(&error)));
                 }
             }
         };
@@ -148,7 +148,7 @@ impl ControlLoop<'_> {
         }
     }
 
-    async fn read_again(&self) -> ReloadResult {
+    async fn read_again(&self) -> Result<String, Error> {
         match &self.config {
             Some((path, table)) => {
                 let changes = self.follow_config(path.clone(), table).await?;
@@ -210,7 +210,7 @@ impl ControlLoop<'_> {
     }
 
     /// Swaps a service to what its guest's file has.
-    async fn swap(&self, name: &str) -> ReloadResult {
+    async fn swap(&self, name: &str) -> Result<String, Error> {
         let Some((service, file)) = self.fleet.guest_of(name) else {
             // Only a reload removes services, and this is called by one, or for files of a service.
             return Ok(format!("{name} is gone"));
@@ -303,6 +303,19 @@ impl ControlLoop<'_> {
         if !lifecycle.is_handed_over() {
             self.supervisor.stopping();
         }
+    }
+}
+
+/// The failure of a reload, as the admin API reports it.
+fn explain(error: &Error) -> ReloadFailure {
+    ReloadFailure {
+        kind: match error {
+            Error::Internal { .. } => ReloadFailureKind::Internal,
+            Error::Draining => ReloadFailureKind::Draining,
+            _ => ReloadFailureKind::Refused,
+        },
+        text: error.to_string(),
+        exit_code: error.exit_code(),
     }
 }
 

@@ -217,7 +217,7 @@ pub(crate) fn serve(args: ServeArgs) -> Result<ExitCode, Error> {
             never = working => never,
         };
         if let Some(admin) = &admin {
-            admin.last_answers().await;
+            admin.finish_responses().await;
         }
         ended
     });
@@ -287,7 +287,7 @@ fn admin(args: &ServerArgs, inherited: &mut InheritedFds) -> Result<Option<Admin
     let adopt = |socket, file| Admin::adopt(address, token.clone(), socket, file);
     match inherited.admin(adopt) {
         Some(admin) => Ok(Some(admin)),
-        None => Admin::bind(address, token).map(Some),
+        None => Ok(Some(Admin::bind(address, token)?)),
     }
 }
 

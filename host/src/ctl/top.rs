@@ -84,7 +84,7 @@ fn rates(before: Option<&Service>, now: &Service, seconds: f64) -> [String; 8] {
         .versions
         .iter()
         .find(|version| version.state == "current");
-    let at = |share| match now.duration(before, share) {
+    let at = |share| match now.duration_quantile(before, share) {
         None => "-".into(),
         Some(Bucket { seconds: None, .. }) => "more".into(),
         Some(Bucket {
