@@ -167,7 +167,7 @@ fn what_cannot_be_asked_says_why() {
     refused(
         wasinetd().args(swap).args(["nope", "README.md"]),
         64,
-        "there is: default",
+        "the services are: default",
     );
     refused(
         wasinetd().args(swap).args(["default", "no.wasm"]),

@@ -52,7 +52,7 @@ fn an_operator_swaps_and_rolls_back() {
         let mut open = server.connect();
         assert_eq!(answer(&mut open), ("one".into(), false));
         let said = admin.ctl_text(&["swap", "default", text(&two)]);
-        assert!(said.contains("is served in place of"), "{said}");
+        assert!(said.contains("has replaced"), "{said}");
         assert_eq!(served(&server), "two");
         // The one that was open finishes with what it began with.
         assert_eq!(answer(&mut open), ("one".into(), true));
