@@ -133,7 +133,7 @@ fn a_version_is_swapped_and_rolled_back() {
     page.choose(&guest("hello"));
     page.confirm("hello.wasm");
     page.wait_for(&format!("{CURRENT} != {echo}"));
-    page.wait_for(&format!("{NOTICE}.includes('and no longer ' + {echo})"));
+    page.wait_for(&format!("{NOTICE}.includes('instead of ' + {echo})"));
     assert!(!is_echo(&operated.server));
 
     page.wait_for("!document.querySelector('[data-action=rollback]').disabled");
@@ -152,7 +152,7 @@ fn the_page_asks_for_the_token_and_forgets_none() {
     page.open(&operated.origin());
     let reason = "document.querySelector('#token-reason').textContent";
     page.wait_for("document.activeElement.id == 'token'");
-    page.wait_for(&format!("{reason}.includes('only those who show')"));
+    page.wait_for(&format!("{reason}.includes('requires a token')"));
     page.call("Input.insertText", json!({ "text": "wrong" }));
     page.press("Enter");
     page.wait_for(&format!("{reason}.includes('does not accept this token')"));
@@ -194,7 +194,7 @@ fn the_page_says_that_the_server_drains_or_is_gone_and_recovers() {
     client.finish();
     assert_eq!(operated.server.wait().code(), Some(0));
     page.wait_for(&format!("{PROBLEM}.includes('cannot be reached')"));
-    page.wait_for(&format!("{PROBLEM}.includes('What is shown is from')"));
+    page.wait_for(&format!("{PROBLEM}.includes('Showing data from')"));
     drop(client);
     operated.start_again();
     page.wait_for("document.querySelector('#phase').textContent == 'serving'");
