@@ -125,7 +125,7 @@ fn a_new_guest_builds_tests_itself_and_is_served() {
     let (answer, end) = client.read_all();
     assert_eq!(answer, b"");
     assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
-    server.wait_for_log(&["a line of the client is too long"]);
+    server.wait_for_log(&["the client sent a line that is too long"]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! `completions`: what a shell completes the command line with.
+//! `completions`: scripts that complete the command line in a shell.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -13,7 +13,7 @@ use crate::cli::Cli;
 pub(crate) fn completions(shell: Shell) -> Result<ExitCode, Error> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "wasinetd", &mut script);
-    // Whoever closes the pipe has read enough.
+    // The reader may have closed the pipe.
     let _ = io::stdout().lock().write_all(&script);
     Ok(ExitCode::SUCCESS)
 }

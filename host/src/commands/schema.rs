@@ -1,4 +1,4 @@
-//! `schema`: what a config file may have, for editors.
+//! `schema`: a JSON schema of the config file, for editors.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -11,20 +11,20 @@ use wasinetd::config::{Key, Takes};
 use super::configured::keys;
 use crate::cli::{ServerTable, ServiceTable};
 
-/// Prints a JSON schema (draft 2020-12) of the config file.
+/// Prints the schema (JSON Schema draft 2020-12).
 pub(crate) fn schema() -> Result<ExitCode, Error> {
     let mut schema = table(&ServerTable::command());
     schema["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
     schema["title"] = json!("wasinetd.toml");
     schema["properties"]["service"] = json!({
-        "description": "A service: where it listens, and the guest that each connection is given to",
+        "description": "A service: its addresses, and the guest that handles its connections",
         "type": "array",
         "minItems": 1,
         "items": table(&ServiceTable::command()),
     });
     schema["required"] = json!(["service"]);
     let text = serde_json::to_string_pretty(&schema).unwrap_or_default();
-    // Whoever closes the pipe has read enough.
+    // The reader may have closed the pipe.
     let _ = writeln!(io::stdout().lock(), "{text}");
     Ok(ExitCode::SUCCESS)
 }
@@ -52,7 +52,7 @@ fn table(command: &Command) -> Value {
 
 fn property(key: &Key, arg: &Arg) -> Value {
     let values = arg.get_possible_values();
-    let one = match (key.takes, values.is_empty()) {
+    let single = match (key.takes, values.is_empty()) {
         (Takes::Switch, _) => json!({ "type": "boolean" }),
         (_, true) => json!({ "type": ["string", "integer"] }),
         (_, false) => {
@@ -60,12 +60,12 @@ fn property(key: &Key, arg: &Arg) -> Value {
             json!({ "enum": names })
         }
     };
-    let several = json!({ "type": "array", "items": one });
-    let pairs = json!({ "type": "object", "additionalProperties": one });
+    let several = json!({ "type": "array", "items": single });
+    let pairs = json!({ "type": "object", "additionalProperties": single });
     let mut property = match key.takes {
-        Takes::Switch | Takes::One => one,
-        Takes::Many => json!({ "anyOf": [one, several] }),
-        Takes::Pairs => json!({ "anyOf": [one, several, pairs] }),
+        Takes::Switch | Takes::One => single,
+        Takes::Many => json!({ "anyOf": [single, several] }),
+        Takes::Pairs => json!({ "anyOf": [single, several, pairs] }),
     };
     if let Some(help) = arg.get_help() {
         property["description"] = json!(help.to_string());
