@@ -1,7 +1,7 @@
 //! The admin API: HTTP for operators, on a Unix socket or a loopback address.
 //!
-//! `socket.rs` owns the socket, `http_server.rs` its connections, `api.rs` each request. The answers are
-//! in `snapshot.rs` (state), `orders.rs` (changes), `logs.rs` and `dashboard.rs`.
+//! `socket.rs` owns the socket, `http_server.rs` its connections, `api.rs` each request. The answers
+//! are in `snapshot.rs` (state), `orders.rs` (changes), `logs.rs` and `dashboard.rs`.
 
 mod address;
 mod api;

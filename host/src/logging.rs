@@ -18,10 +18,10 @@ use wasinetd::sync::lock;
 
 use crate::cli::{LogFormat, LogLevel};
 
-/// Time that a line waits for others, to be written by the same system call.
+/// Time that a line waits for others: one system call writes all of them.
 const BATCH_DELAY: Duration = Duration::from_millis(20);
 
-/// Size of the buffer for a slow reader of the log, in bytes. When the buffer is full, further lines
+/// Size of the buffer, in bytes, for a slow reader of the log. When the buffer is full, further lines
 /// are dropped and counted: a stuck log must not stop the service.
 const MAX_BUFFERED: usize = 8 << 20;
 
@@ -94,7 +94,7 @@ struct Shared {
 #[derive(Default)]
 struct Buffer {
     bytes: Vec<u8>,
-    /// For each line, the number of the connection that it is about, if any, and its end in `bytes`.
+    /// The connection that each line is about, if any. Then the end of the line in `bytes`.
     lines: Vec<(Option<u64>, usize)>,
     dropped: u64,
     ended: bool,

@@ -1,4 +1,4 @@
-//! Services: listeners' names, and the versions of the guests that handle their connections.
+//! Services, and the versions of the guests that handle their connections.
 //!
 //! A connection starts with the current version and keeps it. A new version is prepared in the
 //! background (`prepare.rs`) and becomes the current one by one exchange of a pointer (`swap.rs`).

@@ -20,7 +20,7 @@ const FILES: [(&str, &str, &str); 3] = [
     ),
 ];
 
-/// Limits the page to files of this server, and forbids other pages to embed it.
+/// The page loads files of this server only. Other pages cannot embed it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
     connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 

@@ -24,7 +24,7 @@ pub(super) struct Chunk {
     lines: Arc<[LogLine]>,
 }
 
-/// The number of the connection that a line is about, if any, and the end of the line in the text.
+/// The connection that a line is about, if any. Then the end of the line in the text.
 type LogLine = (Option<u64>, usize);
 
 impl Chunk {

@@ -47,9 +47,10 @@ pub struct Service {
 }
 
 impl Service {
-    /// The bucket with the given quantile of durations, of connections that ended after `before`.
+    /// The bucket with a quantile of the durations of ended connections.
     ///
-    /// Without `before`, all ended connections count. `None` if there are none.
+    /// With `before`, an earlier state, only connections that ended later count. `None` if there are
+    /// none.
     pub fn duration_quantile(&self, before: Option<&Self>, quantile: f64) -> Option<Bucket> {
         let before = before.map_or(&[][..], |before| &before.durations);
         let counts_before = before.iter().map(|bucket| bucket.count);

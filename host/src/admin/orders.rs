@@ -17,7 +17,7 @@ use crate::service::{Service, SwapError, SwapReport};
 /// Largest component that a swap accepts.
 const MAX_COMPONENT_BYTES: usize = 256 << 20;
 
-/// The answer to an order that comes after the server has started to drain.
+/// The answer to an order that comes too late.
 const DRAINING: &str = "the server is draining already";
 
 /// Resets the connection with this number.
@@ -83,7 +83,7 @@ fn reload_failure(failure: ReloadFailure) -> Response {
     failure_with_exit_code(status, failure.text, Some(failure.exit_code))
 }
 
-/// Swaps the guest of `service` for the component in the body of `request`.
+/// Swaps the guest of `service`. The body of the request is the new component.
 pub(super) async fn swap(
     service: Arc<Service>,
     request: Request<Incoming>,
@@ -133,7 +133,7 @@ fn swapped(result: Result<SwapReport, SwapError>) -> Response {
     }
 }
 
-/// The message for an unknown service, with the names of the known ones.
+/// Tells that a service does not exist, and lists the existing ones.
 pub(super) fn no_service(state: &AdminState, name: &str) -> String {
     let services = state.services.list();
     let names: Vec<_> = services.iter().map(|service| service.name()).collect();

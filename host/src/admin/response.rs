@@ -29,7 +29,7 @@ pub(super) fn failure(status: StatusCode, error: &str) -> Response {
     failure_with_exit_code(status, error.into(), None)
 }
 
-/// A failure whose status does not tell `ctl` which exit code to use.
+/// A failure with an exit code for `ctl`, if the status does not suffice.
 pub(super) fn failure_with_exit_code(
     status: StatusCode,
     error: String,

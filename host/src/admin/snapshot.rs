@@ -77,7 +77,7 @@ pub(super) fn limits(state: &AdminState) -> Vec<model::Limit> {
         .collect()
 }
 
-/// The value of a limit, with the names of the services if their values differ.
+/// The value of a limit. If services have different values, each with its service.
 fn limit_value(limit: Limit, configured: &[(String, Vec<(Limit, String)>)]) -> String {
     let values: Vec<_> = configured
         .iter()

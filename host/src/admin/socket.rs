@@ -32,8 +32,8 @@ pub struct Admin {
 enum Listener {
     Unix {
         listener: UnixListener,
-        /// Removed on drop, unless the file still belongs to the process that hands over, or belongs
-        /// to the one that has taken over.
+        /// Removed on drop, if it belongs to this process. It does not before [`Admin::take_over`] of an
+        /// adopted socket, nor after [`Admin::hand_over`].
         file: UnixSocketFile,
     },
     Tcp(TcpListener),
@@ -61,9 +61,9 @@ impl Admin {
             })
     }
 
-    /// Adopts a listening socket that another process hands over, with its file if it has one.
+    /// Adopts a listening socket from another process.
     ///
-    /// The file belongs to the other process until [`Self::take_over`]. Returns `None` if the socket
+    /// `file` is that of a Unix socket. It belongs to the other process until [`Self::take_over`]. Returns `None` if the socket
     /// listens elsewhere than on `address`.
     pub fn adopt(
         address: &AdminAddress,
@@ -99,7 +99,7 @@ impl Admin {
         }
     }
 
-    /// Duplicates the socket for another process, with its file if it has one.
+    /// Duplicates the socket for another process. A Unix socket has a file, too.
     ///
     /// # Errors
     ///
@@ -159,9 +159,9 @@ impl Admin {
         }
     }
 
-    /// Waits until the responses in progress are sent, for at most a second.
+    /// Waits until the responses in progress are sent. Gives up after a second.
     ///
-    /// Call it before the process exits: the client of `ctl drain` gets its response.
+    /// Call it before the process exits, for example so that `ctl drain` gets its response.
     pub async fn finish_responses(&self) {
         self.in_progress.finish().await;
     }

@@ -30,9 +30,9 @@ pub struct AdminState {
     pub logs: LogStream,
     /// Channel for orders to drain.
     pub drain: mpsc::Sender<()>,
-    /// Channel for orders to upgrade to a new process, each with a channel for the result.
+    /// Channel for orders to upgrade. Each brings a channel for the result.
     pub restarts: mpsc::Sender<oneshot::Sender<RestartResult>>,
-    /// Channel for orders to reload, each with a channel for the result.
+    /// Channel for orders to reload. Each brings a channel for the result.
     pub reloads: mpsc::Sender<oneshot::Sender<ReloadResult>>,
     /// Time when the server started.
     pub since: SystemTime,
@@ -41,10 +41,10 @@ pub struct AdminState {
 /// Returns the value of each limit, for each service by name.
 pub type ConfiguredLimits = Box<dyn Fn() -> Vec<(String, Vec<(Limit, String)>)> + Send + Sync>;
 
-/// Number of the process that has taken over, or the reason why none has.
+/// ID of the process that has taken over, or the reason for failure.
 pub type RestartResult = Result<u32, String>;
 
-/// Summary of the changes made by a reload, or the reason why nothing has changed.
+/// Summary of the changes by a reload, or the reason for failure.
 pub type ReloadResult = Result<String, ReloadFailure>;
 
 /// A reload that changed nothing, as the admin API reports it.

@@ -10,7 +10,6 @@ use std::time::{Duration, SystemTime};
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose};
 use wasinetd::Error;
 
-use super::internal;
 use crate::cli::CertArgs;
 
 /// Validity from now on. A test certificate should not be left in use for good.
@@ -28,12 +27,13 @@ pub(crate) fn cert(args: &CertArgs) -> Result<ExitCode, Error> {
             io::ErrorKind::AlreadyExists.into(),
         ));
     }
-    let failed = internal("creating a certificate");
-    let pair = KeyPair::generate().map_err(|error| failed(error.to_string()))?;
-    let params = params(&args.name).map_err(|error| failed(error.to_string()))?;
-    let signed = params
-        .self_signed(&pair)
-        .map_err(|error| failed(error.to_string()))?;
+    let failed = |error: rcgen::Error| Error::Internal {
+        stage: "creating a certificate",
+        reason: error.to_string(),
+    };
+    let pair = KeyPair::generate().map_err(failed)?;
+    let params = params(&args.name).map_err(failed)?;
+    let signed = params.self_signed(&pair).map_err(failed)?;
     // The key first: a certificate without its key is useless.
     write_new(&key, 0o600, &pair.serialize_pem())?;
     write_new(&certificate, 0o644, &signed.pem()).inspect_err(|_| {

@@ -40,7 +40,7 @@ impl AdminClient {
         self.request(Method::POST, path, body).await
     }
 
-    /// Passes the body of a response to `take` as it arrives, until it ends or `take` returns false.
+    /// Passes the body of a response to `take` as it arrives. Stops when `take` returns false.
     pub(super) async fn stream(
         &self,
         path: &str,

@@ -6,7 +6,7 @@ use wasinetd::admin::model;
 
 use crate::cli::EX_USAGE;
 
-/// A message for the operator, and the exit code that goes with it.
+/// Message for the operator, with an exit code.
 #[derive(Debug)]
 pub(crate) struct CtlError {
     pub(super) code: u8,

@@ -11,7 +11,7 @@ pub(super) fn size(bytes: u64) -> String {
     ByteSize(bytes).to_string().replace(' ', "")
 }
 
-/// A time in the largest unit of which there is at least one.
+/// A time in its largest unit, from seconds to days.
 pub(super) fn age(seconds: f64) -> String {
     match seconds {
         ..60.0 => format!("{seconds:.1}s"),

@@ -11,7 +11,7 @@ use super::format::{age, short_digest, size};
 use super::table::Table;
 use super::view;
 
-/// Moves the cursor to the upper left and clears the screen below it.
+/// Moves the cursor to the upper left, then clears the screen.
 const CLEAR: &str = "\x1b[H\x1b[J";
 
 /// Largest number of connections in a view: those with the most CPU time. Arbitrary: fits a terminal.

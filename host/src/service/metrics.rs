@@ -53,7 +53,7 @@ struct ConnectionCounts {
     ended: [u64; OUTCOMES.len()],
 }
 
-/// Connections of the current version, of the previous one, and of all older ones together.
+/// Counts of the current version, the previous one, and all older ones together.
 fn connection_counts(service: &Service) -> Vec<ConnectionCounts> {
     let versions = lock(&service.versions);
     let counts = |version: String, open, ended| ConnectionCounts {

@@ -25,7 +25,9 @@ const INSTANTIATE_TIMEOUT: Duration = Duration::from_secs(5);
 /// tenth of the time of a thread that serves.
 const NICENESS: i32 = 10;
 
-/// Loads the guest of `component`, instantiates it once, and sends it the probe.
+/// Loads the guest of `component` and tests it.
+///
+/// The test creates one instance, and sends the probe if there is one.
 ///
 /// `compiled` is a guest of the same component: its code is used instead of compiling again.
 ///
@@ -106,7 +108,7 @@ fn reason(failure: Failure) -> String {
     }
 }
 
-/// Runs `work` on threads of low priority, so that threads that serve are not slowed down.
+/// Runs `work` on threads of low priority, to keep the server responsive.
 ///
 /// # Errors
 ///

@@ -7,9 +7,10 @@ use arc_swap::ArcSwap;
 use super::state::Service;
 use crate::connection::{self, Handshake, Version};
 
-/// Route from a listener to its service, or to another one by TLS server name (SNI).
+/// Route from a listener to a service, by TLS server name.
 ///
-/// The server name is that of RFC 6066, section 3.
+/// The name is that of the server name indication (RFC 6066, section 3). Clients without a matching
+/// name reach the listener's own service.
 pub struct SniRoute {
     handshake: Handshake,
     service: Arc<Service>,
@@ -57,7 +58,7 @@ impl connection::Route for SniRoute {
     }
 }
 
-/// Whether `name` matches one of `patterns`, where `*` is one label (RFC 9525, section 6.3).
+/// Whether `name` matches a pattern. `*` is one label (RFC 9525, section 6.3).
 fn matches_any(name: &str, patterns: &[String]) -> bool {
     // RFC 6066 has clients omit the last dot. Some send it.
     let name = name.trim_end_matches('.');

@@ -22,7 +22,7 @@ use crate::telemetry::counters::Counters;
 pub struct Service {
     pub(super) engine: Engine,
     pub(super) shared: SharedParts,
-    /// The current version once more, for new connections: they take no lock.
+    /// The current version, for new connections. Unlike `versions`, it needs no lock.
     pub(super) current: ArcSwap<Version>,
     pub(super) versions: Mutex<Versions>,
     /// Held during a swap, from preparing a version to its exchange.
@@ -33,7 +33,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// Creates a service whose first version is made from the bytes of `component`.
+    /// Creates a service whose first version is `component`.
     ///
     /// Blocks while the component is compiled and probed.
     ///

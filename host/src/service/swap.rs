@@ -36,7 +36,7 @@ struct Change {
 }
 
 impl Service {
-    /// Serves new connections with the guest made from `component`, once that guest has been tested.
+    /// Tests the guest of `component`, then serves new connections with it.
     ///
     /// Open connections keep their version.
     ///
@@ -77,8 +77,8 @@ impl Service {
 
     /// Serves new connections with a prepared version. Open connections keep their version.
     ///
-    /// If the version has other settings, [`Self::roll_back`] cannot undo this: a rollback changes the
-    /// guest and not the settings.
+    /// If the version has new settings, [`Self::roll_back`] cannot undo this, because a rollback would
+    /// bring back the old settings too.
     ///
     /// # Errors
     ///
@@ -178,8 +178,8 @@ impl Service {
         if versions.draining {
             return Err(SwapError::Draining);
         }
-        // Before the replaced version is told so: its connections may ask their clients to connect
-        // again, and those must reach the new version.
+        // Before the replaced version drains: its connections may ask their clients to connect again,
+        // and those clients must reach the new version.
         self.current.store(next.version.clone());
         let before = versions.replace_current(next, settings);
         drop(versions);

@@ -50,7 +50,7 @@ pub(super) struct Versions {
     pub(super) previous: Option<InstalledVersion>,
     /// Versions before those two that are still in use, the latest first.
     pub(super) older: Vec<InstalledVersion>,
-    /// Connections of freed versions that ended while the version was an older one.
+    /// Ended connections of freed versions, as [`InstalledVersion::ended_since_old`] counts them.
     pub(super) ended_on_freed: EndedCounts,
     /// The server is draining, so the current version stays.
     pub(super) draining: bool,
@@ -68,7 +68,7 @@ impl Versions {
         }
     }
 
-    /// Makes `next` the current version, and returns the digest of the replaced one.
+    /// Makes `next` the current version. Returns the digest of the replaced one.
     ///
     /// New settings leave no previous version: a rollback would bring back the old settings too.
     pub(super) fn replace_current(
@@ -126,7 +126,7 @@ impl Versions {
         self.older.len() + previous.count()
     }
 
-    /// Keeps the current version from now on, and lets the connections of all versions drain.
+    /// Keeps the current version for good. The connections of all versions drain.
     pub(super) fn drain(&mut self) {
         self.draining = true;
         self.current.controller.drain();
@@ -197,7 +197,7 @@ pub(super) struct InstalledVersion {
     controller: Controller,
     since: SystemTime,
     replaced_at: Option<Instant>,
-    /// Bytes of the component, handed over to a new process by an upgrade.
+    /// Bytes of the component. An upgrade hands them to the new process.
     pub(super) component: Bytes,
     /// Connections that had ended when the version became an older one. Metrics have counted those
     /// under the digest of the version, and count only the rest as `older`.

@@ -1,5 +1,5 @@
-// The dashboard of a running wasinetd. The server's answers contain untrusted text, such as the errors
-// of guests, so the page shows them as text and never parses them as HTML.
+// The dashboard of a running wasinetd. The server's answers contain untrusted text, such as the
+// errors of guests, so the page shows them as text and never parses them as HTML.
 
 const POLL_INTERVAL = 1000;
 const POLL_TIMEOUT = 5000;
@@ -18,7 +18,7 @@ let connections = [];
 /** Values of the limits, and the ID of the process that has them. */
 let limits = { pid: null, values: new Map() };
 let lastAnswer = null;
-/** The element that had the focus when the dialog opened, and gets it back when the dialog closes. */
+/** The element with the focus when the dialog opened. It gets the focus back. */
 let dialogOpener = null;
 /** Resolves the promise of the dialog's question. */
 let resolveQuestion = () => {};
@@ -320,8 +320,8 @@ function renderConnections() {
   setText(byId('shown'), `${visible} of ${found} shown, ${open} open`);
 }
 
-/** While a row is in use, no row moves, and the row stays even if its connection has ended: an operator
- *  must not kill another connection than the one aimed at. */
+/** While a row is in use, no row moves, and the row stays even if its connection has ended: an
+ *  operator must not kill another connection than the one aimed at. */
 function keepPlaces(chosen) {
   if (!isInUse(connectionRows)) return chosen;
   const rows = [...connectionRows.rows];
@@ -369,8 +369,8 @@ function fill(element, fields) {
   }
 }
 
-/** Makes `parent` hold one child per item, in their order. A child belongs to the key of its item: it is
- *  updated in place, and moved only if necessary, because moving loses the focus. */
+/** Makes `parent` hold one child per item, in their order. A child belongs to the key of its item.
+ *  It is updated in place, and moved only if necessary, because moving loses the focus. */
 function sync(parent, items, keyOf, create, update) {
   const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   const children = items.map((item, i) => {
