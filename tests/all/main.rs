@@ -10,6 +10,7 @@ mod config;
 mod connection_limits;
 mod ctl;
 mod dashboard;
+mod documents;
 mod ending;
 mod grants;
 mod guest_limits;
