@@ -68,21 +68,18 @@ fn a_source_has_so_many_connections_and_others_are_served() {
         // A place that is given back can be had again.
         first.finish();
         assert_eq!(first.read_to_end(), "");
-        server.wait_for_log(&["connection ended", &port_of(&first)]);
+        server.wait_for_log(&["connection ended", &first.peer_field()]);
         let mut third = server.connect();
         assert!(is_served(&mut third));
         assert!(is_served(&mut second));
     }
 }
 
-fn port_of(client: &Client) -> String {
-    format!("peer={} ", client.0.local_addr().unwrap())
-}
-
 #[test]
 fn by_default_one_source_does_not_have_all_places() {
     for mode in MODES {
-        let server = Server::start(mode, &guest("echo"), &["--max-connections", "3"]);
+        let limit = ["--max-connections", "3"];
+        let server = Server::start_with_source_limit(mode, &guest("echo"), &limit);
         let mut open: Vec<_> = (0..2).map(|_| server.connect()).collect();
         assert!(open.iter_mut().all(is_served));
         assert!(!serves(&server, HERE));
@@ -145,8 +142,6 @@ fn a_full_server_can_say_so() {
         let arguments = [
             "--max-connections",
             "1",
-            "--max-connections-per-source",
-            "off",
             "--when-full",
             "close",
             "--full-banner",
@@ -159,7 +154,7 @@ fn a_full_server_can_say_so() {
         server.wait_for_log(&["refused a client", "limit=max-connections "]);
         first.finish();
         assert_eq!(first.read_to_end(), "");
-        server.wait_for_log(&["connection ended", &port_of(&first)]);
+        server.wait_for_log(&["connection ended", &first.peer_field()]);
         assert!(serves(&server, HERE));
     }
 }

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::harness::{
-    AdminSocket, Client, Server, fixture, guest, has_program, root, run, text_fixture, wasinetd,
+    AdminSocket, Client, Server, fixture, guest, has_program, root, run, wasinetd, wat_fixture,
     write_version,
 };
 use crate::swap::{Load, answer};
@@ -311,7 +311,7 @@ fn a_bad_file_changes_nothing() {
         "[[service]]\nname = 'clash'\nlisten = '{taken}'\nguest = {:?}\n",
         guest("echo")
     );
-    let bad_guest = service("bad", text_fixture("start_traps"), "");
+    let bad_guest = service("bad", wat_fixture("start_traps"), "");
     for (bad, reason) in [
         (format!("{more}idle = 1"), "idle is no setting"),
         (

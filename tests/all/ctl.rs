@@ -199,7 +199,7 @@ fn on_a_loopback_address_a_token_is_shown() {
     let file = token.to_str().unwrap();
     let arguments = ["--admin", "127.0.0.1:0", "--admin-token-file", file];
     let mut server = Server::start("concurrent", &guest("echo"), &arguments);
-    let address = server.operators();
+    let address = server.admin_address();
     let status = |token: &[&str]| {
         let mut command = wasinetd();
         command.args(["ctl", "--admin", &address]).args(token);

@@ -265,7 +265,7 @@ impl Operated {
         writeln!(file, "{TOKEN}").unwrap();
         let mut server = serve(directory.path(), "127.0.0.1:0", arguments);
         Self {
-            admin: server.operators(),
+            admin: server.admin_address(),
             server,
             directory,
         }

@@ -1,7 +1,6 @@
 //! How connections end: in order, by reset, by half.
 
 use std::io::{ErrorKind, Write};
-use std::time::Duration;
 
 use crate::harness::{Client, MODES, Server, fixture, guest};
 
@@ -153,15 +152,9 @@ fn a_client_that_resets_ends_the_guests_read() {
         let mut client = server.connect();
         client.send("x");
         assert_eq!(client.read(1), "x");
-        reset(client);
+        client.reset();
         server.wait_for_log(&["connection ended", "bytes_in=1", "outcome=client gone"]);
     }
-}
-
-fn reset(client: Client) {
-    socket2::SockRef::from(&client.0)
-        .set_linger(Some(Duration::ZERO))
-        .unwrap();
 }
 
 #[test]
@@ -169,11 +162,11 @@ fn a_client_that_resets_before_it_says_anything_is_gone() {
     for mode in MODES {
         // One thread: two would each have a backlog, and take from them in either order.
         let one = ["--max-connections", "1", "--threads", "1"];
-        let server = Server::start(mode, &fixture("count"), &one);
+        let server = Server::start_with_source_limit(mode, &fixture("count"), &one);
         // The second waits in the backlog until it has reset.
         let first = server.connect();
         let second = server.connect();
-        reset(second);
+        second.reset();
         drop(first);
         server.wait_for_log(&["connection ended", "id=1 ", "outcome=ok"]);
         server.wait_for_log(&["connection ended", "id=2 ", "outcome=client gone"]);

@@ -9,9 +9,9 @@ use rustix::buffer::spare_capacity;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit, setrlimit};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
-use crate::harness::{Client, MODES, PATIENCE, Server, guest, page, request};
+use crate::harness::{MODES, PATIENCE, Server, guest, page, request};
 
 /// How many of a kind there are side by side.
 const MANY: usize = 100;
@@ -25,13 +25,6 @@ fn serve(mode: &str, limits: &[&str]) -> Server {
 
 fn others_are_served(server: &Server) {
     assert_eq!(server.connect().get("/").body, page("hello.html"));
-}
-
-/// Makes the end of a client's connection a reset.
-fn reset(client: Client) {
-    SockRef::from(&client.0)
-        .set_linger(Some(Duration::ZERO))
-        .unwrap();
 }
 
 /// Waits until so many connections have ended as `outcome` says.
@@ -100,7 +93,7 @@ fn who_resets_at_any_point_harms_nobody() {
         for sent in 0..=whole.len() {
             let mut client = server.connect();
             client.send(&whole[..sent]);
-            reset(client);
+            client.reset();
         }
         let answer = {
             let mut client = server.connect();
@@ -112,7 +105,7 @@ fn who_resets_at_any_point_harms_nobody() {
             let mut client = server.connect();
             client.send(request("/"));
             client.read(received);
-            reset(client);
+            client.reset();
         }
         others_are_served(&server);
         assert_eq!(server.log_lines("a bug in wasinetd").len(), 0, "{server:?}");
@@ -176,14 +169,7 @@ fn a_burst_against_a_limit_of_a_thousand_is_served_in_the_end() {
     let spare = files.maximum.unwrap_or(u64::MAX).saturating_sub(500);
     let clients = BURST.min(usize::try_from(spare).unwrap_or(BURST));
     for mode in MODES {
-        let limits = [
-            "--max-connections",
-            "1000",
-            "--max-connections-per-source",
-            "off",
-            "--log-level",
-            "warn",
-        ];
+        let limits = ["--max-connections", "1000", "--log-level", "warn"];
         let arguments: Vec<_> = PAGES.iter().chain(&limits).copied().collect();
         let server = Server::start_alone(mode, &guest("hello"), &arguments);
         let mut crowd = Crowd::new();
@@ -270,7 +256,8 @@ impl Crowd {
 fn a_flood_from_one_source_leaves_places_for_others() {
     for mode in MODES {
         let limits = ["--max-connections", "20", "--first-byte-timeout", "30s"];
-        let server = serve(mode, &limits);
+        let arguments = [PAGES.as_slice(), &limits].concat();
+        let server = Server::start_with_source_limit(mode, &guest("hello"), &arguments);
         let mut flood: Vec<_> = (0..MANY)
             .filter_map(|_| server.connect_from("127.0.0.9").ok())
             .collect();

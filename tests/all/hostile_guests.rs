@@ -6,7 +6,7 @@
 use std::thread;
 use std::time::Instant;
 
-use crate::harness::{Client, MODES, PATIENCE, Server, fixture, run, text_fixture, wasinetd};
+use crate::harness::{Client, MODES, PATIENCE, Server, fixture, run, wasinetd, wat_fixture};
 
 /// How many of a kind run side by side.
 const MANY: usize = 100;
@@ -196,7 +196,7 @@ fn who_traps_before_the_first_call() {
 fn who_traps_while_it_is_instantiated_is_not_served() {
     let mut command = wasinetd();
     command.args(["serve", "--listen", "127.0.0.1:0"]);
-    let output = run(command.arg(text_fixture("start_traps")));
+    let output = run(command.arg(wat_fixture("start_traps")));
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(65), "{text}");
     assert!(text.contains("unreachable"), "{text}");
@@ -206,7 +206,7 @@ fn who_traps_while_it_is_instantiated_is_not_served() {
 fn who_takes_all_it_can_by_tables() {
     for mode in MODES {
         // Every other connection is an innocent one.
-        let server = Server::start_alone(mode, &text_fixture("table_bomb"), &COMPUTING);
+        let server = Server::start_alone(mode, &wat_fixture("table_bomb"), &COMPUTING);
         let before = server.memory("VmRSS");
         let mut clients: Vec<_> = (0..2 * MANY).map(|_| server.connect()).collect();
         let ends: Vec<_> = clients
@@ -244,14 +244,7 @@ fn who_drops_its_connection_first_can_go_on() {
 fn nothing_of_a_connection_is_left_for_the_next() {
     for mode in MODES {
         // Few slots, so that each is used again and again.
-        let few = [
-            "--max-connections",
-            "4",
-            "--max-connections-per-source",
-            "off",
-            "--max-memory",
-            "16MiB",
-        ];
+        let few = ["--max-connections", "4", "--max-memory", "16MiB"];
         let server = Server::start(mode, &fixture("scavenges"), &few);
         let ask = |question: &str| {
             let mut client = server.connect();

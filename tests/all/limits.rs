@@ -10,16 +10,7 @@ use crate::harness::{MODES, Server, guest};
 #[test]
 fn as_many_connections_as_allowed_are_served_at_once() {
     for mode in MODES {
-        let server = Server::start(
-            mode,
-            &guest("echo"),
-            &[
-                "--max-connections",
-                "3",
-                "--max-connections-per-source",
-                "off",
-            ],
-        );
+        let server = Server::start(mode, &guest("echo"), &["--max-connections", "3"]);
         let mut clients: Vec<_> = (0..3).map(|_| server.connect()).collect();
         for client in &mut clients {
             client.send("x");
@@ -31,23 +22,14 @@ fn as_many_connections_as_allowed_are_served_at_once() {
 #[test]
 fn one_more_waits_in_the_backlog_until_a_place_is_free() {
     for mode in MODES {
-        let server = Server::start(
-            mode,
-            &guest("echo"),
-            &[
-                "--max-connections",
-                "2",
-                "--max-connections-per-source",
-                "off",
-            ],
-        );
+        let server = Server::start(mode, &guest("echo"), &["--max-connections", "2"]);
         let mut first = server.connect();
         let mut second = server.connect();
         for client in [&mut first, &mut second] {
             client.send("x");
             assert_eq!(client.read(1), "x");
         }
-        let before = server.sockets();
+        let before = server.open_sockets();
         let mut third = server.connect();
         third.send("y");
         third
@@ -59,7 +41,7 @@ fn one_more_waits_in_the_backlog_until_a_place_is_free() {
             matches!(early, Err(ErrorKind::WouldBlock | ErrorKind::TimedOut)),
             "{early:?}"
         );
-        assert_eq!(server.sockets(), before, "it was accepted");
+        assert_eq!(server.open_sockets(), before, "it was accepted");
         drop(first);
         third
             .0
@@ -72,7 +54,7 @@ fn one_more_waits_in_the_backlog_until_a_place_is_free() {
 #[test]
 fn one_place_is_enough_for_many_listeners() {
     for mode in MODES {
-        let server = Server::start(
+        let server = Server::start_with_source_limit(
             mode,
             &guest("echo"),
             &[

@@ -13,7 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 
 use crate::config::{Config, connect, echoes, listens, service};
 use crate::harness::{
-    Client, PATIENCE, Server, Successor, guest, output, run, text_fixture, wasinetd, write_version,
+    Client, PATIENCE, Server, Successor, guest, output, run, wasinetd, wat_fixture, write_version,
 };
 use crate::swap::answer;
 
@@ -125,7 +125,7 @@ fn who_is_connected_counts_after_a_reload() {
     full(one);
     assert_eq!(config.admin.ctl_json(&["status"])["open"], 3);
     open.clear();
-    config.admin.wait_for_none_open();
+    config.admin.wait_for_no_connections();
     drop(served(two));
 }
 
@@ -350,7 +350,7 @@ fn a_restart_that_fails_leaves_sockets_as_they_are() {
     let _server = Server::start_config(&config.path, 1);
     let holder = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = holder.local_addr().unwrap().to_string();
-    let bad = service("bad", text_fixture("start_traps"), "");
+    let bad = service("bad", wat_fixture("start_traps"), "");
     for wrong in [echo_at("two", &[taken], ""), bad] {
         config.write(&(at("echo.sock", "unix-mode = '0666'") + &wrong));
         let output = config.admin.ctl(&["restart"]);

@@ -234,7 +234,8 @@ fn the_service_manager_is_told() {
             ("WATCHDOG_USEC", "200000"),
         ];
         let arguments = ["--admin", &admin.flag];
-        let server = Server::start_in(&program, &environment, mode, &guest("echo"), &arguments);
+        let server =
+            Server::start_with_env(&program, &environment, mode, &guest("echo"), &arguments);
         assert!(manager.next().starts_with("READY=1"));
         manager.wait_for("WATCHDOG=1");
         manager.wait_for("WATCHDOG=1");

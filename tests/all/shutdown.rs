@@ -185,16 +185,7 @@ fn no_client_that_sent_a_request_on_a_new_connection_loses_its_answer() {
 #[test]
 fn no_client_of_a_full_server_loses_its_answer() {
     for mode in MODES {
-        stop_under_load(
-            mode,
-            &[
-                "--max-connections",
-                "2",
-                "--max-connections-per-source",
-                "off",
-            ],
-            one_request,
-        );
+        stop_under_load(mode, &["--max-connections", "2"], one_request);
     }
 }
 

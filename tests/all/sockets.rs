@@ -165,7 +165,8 @@ fn a_unix_socket_has_the_mode_and_the_owner_it_is_to_have() {
         command.args(["-c", &script, "sh"]);
         let flag = place.flag();
         let arguments = [&["--listen", &flag], arguments].concat();
-        let server = Server::start_by(command, 1, "concurrent", &guest("echo"), &arguments);
+        let server =
+            Server::start_with_command(command, 1, "concurrent", &guest("echo"), &arguments);
         assert_eq!(mode_of(&place), expected, "{server:?}");
     }
     if !getuid().is_root() {
@@ -511,7 +512,7 @@ fn tcp() -> (SocketAddr, OwnedFd) {
     (listener.local_addr().unwrap(), listener.into())
 }
 
-fn echoes<S: crate::harness::Socketlike>(mut client: Client<S>) {
+fn echoes<S: crate::harness::StreamSocket>(mut client: Client<S>) {
     client.send("hello");
     assert_eq!(client.read(5), "hello");
     client.finish();
@@ -534,7 +535,7 @@ fn sockets_that_are_passed_are_served_by_name() {
         ];
         let command = pass(&program(), &sockets);
         let listen = ["--listen", "fd:local, too", "--listen", "fd:web"];
-        let mut server = Server::start_by(command, 3, mode, &guest("echo"), &listen);
+        let mut server = Server::start_with_command(command, 3, mode, &guest("echo"), &listen);
         // They are told by where they are.
         assert_eq!(server.addresses(), [web, other]);
         assert_eq!(server.path(), place.path());
@@ -552,21 +553,22 @@ fn sockets_that_are_passed_are_served_by_name() {
         let waits_too = Client::connect_unix(&place.path()).unwrap();
         let command = pass(&program(), &sockets);
         // Without --listen all are meant; by number, one.
-        let server = Server::start_by(command, 4, mode, &guest("echo"), &[]);
+        let server = Server::start_with_command(command, 4, mode, &guest("echo"), &[]);
         echoes(waits);
         echoes(waits_too);
         echoes(Client::connect(unasked).unwrap());
         assert_eq!(server.log_lines("nobody listens at").len(), 0);
         drop(server);
         let command = pass(&program(), &sockets);
-        let server = Server::start_by(command, 1, mode, &guest("echo"), &["--listen", "fd:6"]);
+        let server =
+            Server::start_with_command(command, 1, mode, &guest("echo"), &["--listen", "fd:6"]);
         assert_eq!(server.addresses(), [unasked]);
         echoes(server.connect());
         drop(server);
         // Without names as well.
         let only = &sockets[3].1;
         let command = pass_unnamed(&program(), std::iter::once(only));
-        let server = Server::start_by(command, 1, mode, &guest("echo"), &[]);
+        let server = Server::start_with_command(command, 1, mode, &guest("echo"), &[]);
         assert_eq!(server.addresses(), [unasked]);
         echoes(server.connect());
     }
@@ -635,7 +637,7 @@ fn systemd_starts_it_when_a_client_comes() {
             thread::yield_now();
         }
     });
-    let server = Server::start_by(
+    let server = Server::start_with_command(
         command,
         1,
         "concurrent",
@@ -667,7 +669,7 @@ fn all_sockets_are_handed_over_under_load() {
             "--dir",
             "static::/static",
         ];
-        let mut server = Server::start_by(command, 2, mode, &guest("hello"), &arguments);
+        let mut server = Server::start_with_command(command, 2, mode, &guest("hello"), &arguments);
         let (stop, answers) = (AtomicBool::new(false), [const { AtomicUsize::new(0) }; 2]);
         let least = || {
             let both = answers.each_ref().map(|n| n.load(Ordering::Relaxed));
@@ -733,7 +735,7 @@ fn a_socket_that_was_passed_is_not_taken_for_a_port_of_ours() {
     let write = |listen: String| config.write(&echo_at("echo", &[listen], ""));
     write("fd:web".into());
     let command = pass(&program(), &[("web", socket)]);
-    let mut server = Server::start_config_by(command, &config.path, 1);
+    let mut server = Server::start_config_with_command(command, &config.path, 1);
     echoes(Client::connect(address).unwrap());
     write(address.to_string());
     let output = config.admin.ctl(&["restart"]);

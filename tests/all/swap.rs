@@ -86,7 +86,7 @@ fn a_bad_version_changes_nothing_and_everyone_is_told() {
     for mode in MODES {
         let (admin, file, server) = names(mode, &[]);
         let bad = admin.beside("bad.wasm");
-        let trap = crate::harness::text_fixture("start_traps");
+        let trap = crate::harness::wat_fixture("start_traps");
         let good = fs::read(&file).unwrap();
         fs::write(&bad, &good[..good.len() / 2]).unwrap();
         for (guest, reason) in [
@@ -434,7 +434,7 @@ fn what_was_swapped_away_is_freed() {
         let least = memory[45..].iter().min().unwrap();
         assert!(*least < most + 4 * 1024, "{memory:?} KiB");
         // All but the two last are gone, once their last connections are.
-        while admin.versions() > 2 {}
+        while admin.version_count() > 2 {}
         server.wait_for_log(&["an old version is freed"]);
         let series = admin.metrics();
         let series = series
@@ -454,7 +454,7 @@ fn hello_asks_its_clients_to_connect_again() {
         assert!(!client.get("/").head.contains("Connection: close"));
         admin.ctl_text(&["swap", "default", text(&guest("echo"))]);
         // However long it is idle, its next request is answered.
-        while admin.versions() < 2 {}
+        while admin.version_count() < 2 {}
         thread::sleep(Duration::from_secs(1));
         client.send(request("/"));
         let response = client.response();

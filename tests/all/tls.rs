@@ -954,8 +954,6 @@ fn a_full_server_sends_no_text_to_who_speaks_tls() {
     let arguments = [
         "--max-connections",
         "1",
-        "--max-connections-per-source",
-        "off",
         "--when-full",
         "close",
         "--full-banner",
