@@ -33,5 +33,6 @@ mod shutdown;
 mod sockets;
 mod splits;
 mod start;
+mod structure;
 mod swap;
 mod tls;
