@@ -84,14 +84,14 @@ impl<S: StreamSocket> Client<S> {
         self.0.finish().expect("the connection is open");
     }
 
-    /// Reads to the end of the stream, and returns the error that ended it, if any.
+    /// Reads to the end of the stream, or to an error.
     pub(crate) fn read_all(&mut self) -> (Vec<u8>, io::Result<()>) {
         let mut bytes = Vec::new();
         let end = self.0.read_to_end(&mut bytes).map(drop);
         (bytes, end)
     }
 
-    /// Reads text to the end of the stream, which must be an orderly one (FIN).
+    /// Reads text to the end of the stream, which must be orderly (FIN).
     pub(crate) fn read_to_end(&mut self) -> String {
         let (bytes, end) = self.read_all();
         let text = String::from_utf8_lossy(&bytes).into_owned();

@@ -32,7 +32,7 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
     guest(&format!("fixtures/{name}"))
 }
 
-/// A test guest that is written in the text format (WAT), by name.
+/// A test guest in the text format (WAT), by name.
 pub(crate) fn wat_fixture(name: &str) -> PathBuf {
     let text = root().join("guest/fixtures/src").join(name);
     let component = wat::parse_file(text.with_extension("wat"))
@@ -52,7 +52,7 @@ pub(crate) fn page(name: &str) -> String {
     std::fs::read_to_string(root().join("static").join(name)).expect("the pages are in static/")
 }
 
-/// Writes a copy of the guest `names` that answers with the version `name`.
+/// Writes a copy of the guest `names` that calls itself `name`.
 pub(crate) fn write_version(path: &Path, name: &str) {
     let mut component = std::fs::read(fixture("names")).expect("the fixture exists");
     let offset = component

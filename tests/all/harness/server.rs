@@ -168,7 +168,7 @@ impl Server {
         &self.paths[0]
     }
 
-    /// The address of the admin API, which the server prints when it has a port of its own.
+    /// The address of the admin API. The server prints it if it is TCP.
     pub(crate) fn admin_address(&mut self) -> String {
         let mut line = String::new();
         let stdout = self.stdout.as_mut().expect("standard output is open");
@@ -260,7 +260,7 @@ impl Drop for Server {
     }
 }
 
-/// Shows the command and the end of the log, for the message of a failed test.
+/// Shows the command and the end of the log.
 impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "command: {}", self.command)?;

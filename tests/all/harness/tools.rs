@@ -16,7 +16,7 @@ pub(super) fn program_in_root(program: &Path) -> Command {
     in_root(Command::new(program))
 }
 
-/// Runs `command` in the root directory of the workspace, with a cache for tests only.
+/// Lets `command` run in the root directory of the workspace.
 pub(super) fn in_root(mut command: Command) -> Command {
     command.current_dir(root());
     // The default cache is in the home directory of the developer.
@@ -24,7 +24,7 @@ pub(super) fn in_root(mut command: Command) -> Command {
     command
 }
 
-/// Runs a command to its end, while no test has the machine for itself.
+/// Runs a command to its end, after tests that run alone.
 ///
 /// A test with a running server uses [`output`]: its server holds the machine already.
 pub(crate) fn run(command: &mut Command) -> Output {

@@ -11,10 +11,12 @@ pub(super) fn cycles(modules: &Crate) -> Vec<String> {
     cycles.map(|cycle| describe(modules, &cycle)).collect()
 }
 
-/// A module and the import by which it depends on the next module of a cycle.
+/// A module of a cycle, and its import of the next module.
 type Step<'a> = (&'a ModulePath, &'a Import);
 
-/// The cycles whose first module in order of names is `start`, one for each module that imports `start`.
+/// The cycles whose first module in order of names is `start`.
+///
+/// There is one for each module that imports `start`.
 ///
 /// Every cycle has a first module, so a crate with a cycle has an answer for one of its modules.
 fn cycles_from<'a>(modules: &'a Crate, start: &'a ModulePath) -> Vec<Vec<Step<'a>>> {
@@ -61,7 +63,7 @@ fn describe(modules: &Crate, cycle: &[Step]) -> String {
     text
 }
 
-/// Describes the imports from one room of the crate to another that `rooms` does not allow.
+/// Describes the imports between rooms that `rooms` does not allow.
 pub(super) fn forbidden_imports(
     modules: &Crate,
     base: &[&str],
@@ -92,7 +94,7 @@ pub(super) fn forbidden_imports(
     problems
 }
 
-/// Describes where a library is named outside the files and directories that hide it.
+/// Describes where a library is named outside the files that hide it.
 pub(super) fn named_libraries(crates: &[Crate], hidden: &[(&[&str], &[&str])]) -> Vec<String> {
     let mut problems = Vec::new();
     for module in crates.iter().flat_map(|modules| modules.modules.values()) {
@@ -110,7 +112,7 @@ pub(super) fn named_libraries(crates: &[Crate], hidden: &[(&[&str], &[&str])]) -
     problems
 }
 
-/// Whether `place` is the file, or a directory (with `/` at its end) around the file.
+/// Whether `place` is the file, or a directory (`NAME/`) around the file.
 fn is_in(file: &str, place: &str) -> bool {
     file == place || place.ends_with('/') && file.starts_with(place)
 }

@@ -59,7 +59,7 @@ fn find_functions(stream: TokenStream, functions: &mut Vec<Function>) {
     }
 }
 
-/// The line of the brace that closes the function, unless the function has no body.
+/// The line of the closing brace, if the function has a body.
 fn end_of_body(tokens: &[TokenTree]) -> Option<usize> {
     tokens.iter().find_map(|token| match token {
         TokenTree::Punct(punct) if punct.as_char() == ';' => Some(None),
@@ -70,7 +70,7 @@ fn end_of_body(tokens: &[TokenTree]) -> Option<usize> {
     })?
 }
 
-/// Whether a reason stands in the comments and attributes right above a function.
+/// Whether the comments right above a function contain a reason.
 fn has_reason(lines_above: &[&str]) -> bool {
     lines_above
         .iter()

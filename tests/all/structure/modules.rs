@@ -61,7 +61,7 @@ impl Crate {
 
 type Scans = BTreeMap<ModulePath, (String, Scan)>;
 
-/// Scans the file of `module` and the files of its children, which are below `directory`.
+/// Scans a module, and its children in `directory`.
 fn scan_modules(
     sources: &Sources,
     module: ModulePath,

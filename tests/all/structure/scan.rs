@@ -1,4 +1,4 @@
-//! Finds the paths and the child modules in the text of a file.
+//! Finds the paths and child modules in the text of a file.
 
 use std::iter::Peekable;
 use std::vec::IntoIter;

@@ -22,7 +22,7 @@ impl Server {
             .count()
     }
 
-    /// The number of threads with this name that have used at least 100 ms of CPU time.
+    /// The number of threads with this name and 100 ms of CPU time.
     pub(crate) fn busy_threads(&self, name: &str) -> usize {
         std::fs::read_dir(self.proc("task"))
             .expect("the server runs")
