@@ -1,6 +1,6 @@
 //! A running server.
 
-mod builder;
+mod launch;
 mod log;
 mod proc;
 
@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::client::Client;
 use super::machine::{MachineUse, PATIENCE};
 use super::tools::{program_in_root, wasinetd};
-use builder::ServerBuilder;
+use launch::{Launch, ServerBuilder};
 use log::LogReader;
 
 /// Both dispatch modes: each test runs in both.
@@ -41,19 +41,19 @@ pub(crate) struct Server {
 impl Server {
     /// Serves `guest` on a free port. All clients together may use all connections.
     pub(crate) fn start(mode: &str, guest: &Path, arguments: &[&str]) -> Self {
-        ServerBuilder::new(wasinetd()).start(mode, guest, arguments)
+        Self::spawn(ServerBuilder::new(wasinetd()).guest(mode, guest, arguments))
     }
 
     /// Like [`Server::start`], with the default limit on connections per source.
     pub(crate) fn start_with_source_limit(mode: &str, guest: &Path, arguments: &[&str]) -> Self {
         let builder = ServerBuilder::new(wasinetd()).default_source_limit();
-        builder.start(mode, guest, arguments)
+        Self::spawn(builder.guest(mode, guest, arguments))
     }
 
     /// Like [`Server::start`], while no other test has a server.
     pub(crate) fn start_alone(mode: &str, guest: &Path, arguments: &[&str]) -> Self {
         let builder = ServerBuilder::new(wasinetd()).alone();
-        builder.start(mode, guest, arguments)
+        Self::spawn(builder.guest(mode, guest, arguments))
     }
 
     /// Like [`Server::start`], with the executable at `program`.
@@ -63,7 +63,8 @@ impl Server {
         guest: &Path,
         arguments: &[&str],
     ) -> Self {
-        ServerBuilder::new(program_in_root(program)).start(mode, guest, arguments)
+        let builder = ServerBuilder::new(program_in_root(program));
+        Self::spawn(builder.guest(mode, guest, arguments))
     }
 
     /// Like [`Server::start_program`], with environment variables.
@@ -76,7 +77,7 @@ impl Server {
     ) -> Self {
         let mut command = program_in_root(program);
         command.envs(environment.iter().copied());
-        ServerBuilder::new(command).start(mode, guest, arguments)
+        Self::spawn(ServerBuilder::new(command).guest(mode, guest, arguments))
     }
 
     /// Like [`Server::start`], with a command that executes `wasinetd`.
@@ -90,7 +91,7 @@ impl Server {
         arguments: &[&str],
     ) -> Self {
         let builder = ServerBuilder::in_root(command).listeners(listeners);
-        builder.start(mode, guest, arguments)
+        Self::spawn(builder.guest(mode, guest, arguments))
     }
 
     /// Serves a config file that names `listeners` addresses.
@@ -105,11 +106,16 @@ impl Server {
         listeners: usize,
     ) -> Self {
         let builder = ServerBuilder::new(command).listeners(listeners);
-        builder.start_config(config)
+        Self::spawn(builder.config(config))
     }
 
-    /// Runs `command` and waits until the server listens on `listeners` sockets.
-    fn spawn(mut command: Command, listeners: usize, machine: MachineUse) -> Self {
+    /// Starts the server and waits until it listens on all sockets.
+    fn spawn(launch: Launch) -> Self {
+        let Launch {
+            mut command,
+            listeners,
+            machine,
+        } = launch;
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -222,6 +228,26 @@ impl Server {
 
 /// The process.
 impl Server {
+    /// The number of open sockets.
+    pub(crate) fn open_sockets(&self) -> usize {
+        proc::open_sockets(self.child.id())
+    }
+
+    /// The number of threads with this name and 100 ms of CPU time.
+    pub(crate) fn busy_threads(&self, name: &str) -> usize {
+        proc::busy_threads(self.child.id(), name)
+    }
+
+    /// The CPU time so far, user and system.
+    pub(crate) fn cpu_time(&self) -> Duration {
+        proc::cpu_time(self.child.id())
+    }
+
+    /// A figure of `/proc/PID/status` in KiB, such as `VmRSS`.
+    pub(crate) fn memory(&self, name: &str) -> u64 {
+        proc::memory(self.child.id(), name)
+    }
+
     pub(crate) fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }

@@ -5,9 +5,18 @@ use std::process::Command;
 
 use super::super::machine::MachineUse;
 use super::super::tools::in_root;
-use super::Server;
 
-/// A server that is to be started.
+/// A server that can be started.
+pub(super) struct Launch {
+    /// The complete command line.
+    pub(super) command: Command,
+    /// The number of sockets on which the server will listen.
+    pub(super) listeners: usize,
+    /// Held as long as the server runs.
+    pub(super) machine: MachineUse,
+}
+
+/// Settings of a server that is to be started.
 pub(super) struct ServerBuilder {
     command: Command,
     /// The number of sockets, unless the `--listen` arguments tell.
@@ -51,8 +60,8 @@ impl ServerBuilder {
         self
     }
 
-    /// Serves `guest` with further arguments.
-    pub(super) fn start(mut self, mode: &str, guest: &Path, arguments: &[&str]) -> Server {
+    /// Serves `guest` with further arguments, once the machine is free.
+    pub(super) fn guest(mut self, mode: &str, guest: &Path, arguments: &[&str]) -> Launch {
         let machine = self.machine();
         self.command.args(["serve", "--dispatch", mode]);
         if !arguments.contains(&"--threads") {
@@ -71,14 +80,22 @@ impl ServerBuilder {
             named.max(1)
         });
         self.command.arg(guest);
-        Server::spawn(self.command, listeners, machine)
+        Launch {
+            command: self.command,
+            listeners,
+            machine,
+        }
     }
 
-    /// Serves a config file.
-    pub(super) fn start_config(mut self, config: &Path) -> Server {
+    /// Serves a config file, once the machine is free.
+    pub(super) fn config(mut self, config: &Path) -> Launch {
         let machine = self.machine();
         self.command.args(["serve", "--config"]).arg(config);
-        Server::spawn(self.command, self.listeners.unwrap_or(1), machine)
+        Launch {
+            command: self.command,
+            listeners: self.listeners.unwrap_or(1),
+            machine,
+        }
     }
 
     fn machine(&self) -> MachineUse {
