@@ -74,6 +74,8 @@ fn guest_and_log_see_the_client_address_from_the_header() {
                 "{text}"
             );
             let via = format!("via={} ", client.0.local_addr().unwrap());
+            // The server logs the end when the client has closed too, or two seconds later.
+            drop(client);
             server.wait_for_log(&["connection ended", "peer=192.0.2.1:56324 ", &via]);
         }
     }
@@ -381,6 +383,8 @@ fn haproxy_announces_its_clients() {
             text.ends_with(&format!(" {here} {}", haproxy.address)),
             "{text}"
         );
+        // The server logs the end when the client has closed too, or two seconds later.
+        drop(client);
         server.wait_for_log(&["connection ended", &format!("peer={here} via=127.0.0.1:")]);
     }
 }

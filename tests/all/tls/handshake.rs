@@ -155,6 +155,8 @@ fn a_tls_handshake_can_follow_a_proxy_header() {
             text.ends_with(" 192.0.2.1:56324 198.51.100.2:443"),
             "{text}"
         );
+        // The server logs the end when the client has closed too, or two seconds later.
+        drop(tls);
         server.wait_for_log(&[
             "peer=192.0.2.1:56324 via=127.0.0.1:",
             "tls=TLSv1.3 localhost",
