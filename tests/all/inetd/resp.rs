@@ -263,7 +263,8 @@ fn set_large(n: usize) -> String {
 #[test]
 fn a_full_store_answers_oom_and_keeps_serving() {
     for mode in MODES {
-        let server = Server::start(mode, &guest("resp"), &[]);
+        // The guest computes for half a minute here, close to the default limit.
+        let server = Server::start(mode, &guest("resp"), &["--cpu-time", "10m"]);
         let client = StoreClient::connect(&server);
         fill_with_each_type(&client);
         assert_emptied_lists_free_memory(&client);
