@@ -101,7 +101,7 @@ fn each_limit_is_counted_when_it_is_met() {
             "--max-memory",
             "4MiB",
         ];
-        let server = Server::start(mode, &fixture("uses"), &limits);
+        let server = Server::start(mode, &fixture("uses_resources"), &limits);
         let met = |limit| figure(&socket, "limits_met_total", &format!("limit=\"{limit}\""));
         let all = ask(&socket, "/metrics", &[]);
         let counted: Vec<_> = all

@@ -60,7 +60,7 @@ fn an_idle_connection_is_ended_and_a_slow_one_is_not() {
 #[test]
 fn a_guest_that_sleeps_for_a_year_is_ended() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("waits"), &["--idle-timeout", SHORT]);
+        let server = Server::start(mode, &fixture("sleeps_forever"), &["--idle-timeout", SHORT]);
         reset(&mut server.connect());
         server.wait_for_log(&["id=1 ", &limited("idle-timeout")]);
     }

@@ -11,7 +11,7 @@ use crate::harness::{AdminSocket, MODES, Server, fixture, guest, output, wasinet
 fn connections_are_listed_and_killed() {
     for mode in MODES {
         let admin = AdminSocket::new();
-        let server = Server::start(mode, &fixture("uses"), &["--admin", &admin.flag]);
+        let server = Server::start(mode, &fixture("uses_resources"), &["--admin", &admin.flag]);
         assert_eq!(admin.ctl_json(&["connections"]), serde_json::json!([]));
         let mut kept = server.connect();
         let mut killed = server.connect();

@@ -21,11 +21,11 @@ fn ok_delivers_all_that_was_written_and_closes() {
 #[test]
 fn a_write_that_a_guest_has_begun_is_delivered_though_it_returns() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("begun_write"), &[]);
+        let server = Server::start(mode, &fixture("unfinished_write"), &[]);
         let (bytes, end) = server.connect().read_all();
         end.unwrap();
         assert_eq!(bytes.len(), 16 << 20);
-        let server = Server::start(mode, &fixture("early_write"), &[]);
+        let server = Server::start(mode, &fixture("write_before_send"), &[]);
         assert_eq!(server.connect().read_to_end(), "hello");
     }
 }
@@ -33,7 +33,7 @@ fn a_write_that_a_guest_has_begun_is_delivered_though_it_returns() {
 #[test]
 fn a_guest_can_give_up_on_a_client_that_does_not_read() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("gives_up"), &[]);
+        let server = Server::start(mode, &fixture("gives_up_writing"), &[]);
         let client = server.connect();
         server.wait_for_log(&["connection ended", "outcome=ok"]);
         drop(client);
@@ -91,7 +91,7 @@ fn a_trap_resets_and_is_logged_with_the_functions_it_happened_in() {
         assert_reset_after_half(&mut server.connect());
         let line = server.wait_for_log(&["connection ended", "outcome=trap: wasm `unreachable`"]);
         assert!(line.contains("panic::this_function_panics"), "{line}");
-        server.wait_for_log(&["id=1", "stderr", "as it was asked to"]);
+        server.wait_for_log(&["id=1", "stderr", "as requested"]);
         // The server goes on.
         assert_reset_after_half(&mut server.connect());
     }

@@ -19,7 +19,7 @@ fn ask(server: &Server, request: &str) -> Option<String> {
 /// A guest does `within`, and is stopped for `limit` when it is asked for `beyond`. Others go on.
 fn stops(arguments: &[&str], within: &str, beyond: &str, limit: &str) {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("uses"), arguments);
+        let server = Server::start(mode, &fixture("uses_resources"), arguments);
         let mut other = server.connect();
         assert_eq!(ask_again(&mut other), "done");
         assert_eq!(ask(&server, within).as_deref(), Some("done"), "{server:?}");
@@ -42,7 +42,7 @@ fn ask_again(client: &mut Client) -> String {
 #[test]
 fn memory_is_refused_beyond_its_limit() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("uses"), &["--max-memory", "4MiB"]);
+        let server = Server::start(mode, &fixture("uses_resources"), &["--max-memory", "4MiB"]);
         assert_eq!(ask(&server, "memory 2000000").as_deref(), Some("done"));
         server.wait_for_log(&["id=1 ", "outcome=ok"]);
         assert!(
@@ -59,7 +59,11 @@ fn memory_is_refused_beyond_its_limit() {
 #[test]
 fn memory_of_all_guests_is_bounded() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("uses"), &["--max-total-memory", "8MiB"]);
+        let server = Server::start(
+            mode,
+            &fixture("uses_resources"),
+            &["--max-total-memory", "8MiB"],
+        );
         // What a guest has grown to stays its own until its connection ends.
         let mut first = server.connect();
         first.send("memory 6000000\n");
@@ -83,7 +87,7 @@ fn a_guest_that_would_begin_beyond_its_memory_is_refused() {
         "127.0.0.1:0",
         "--max-memory",
         "128KiB",
-        fixture("uses").to_str().unwrap(),
+        fixture("uses_resources").to_str().unwrap(),
     ]));
     assert_eq!(output.status.code(), Some(65));
     let text = String::from_utf8_lossy(&output.stderr);
@@ -160,7 +164,7 @@ fn a_call_hands_over_so_much() {
 #[test]
 fn so_much_of_what_a_guest_prints_is_logged() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("uses"), &["--max-output", "1KiB"]);
+        let server = Server::start(mode, &fixture("uses_resources"), &["--max-output", "1KiB"]);
         assert_eq!(ask(&server, "print 1000").as_deref(), Some("done"));
         server.wait_for_log(&["id=1 ", "outcome=ok"]);
         assert_eq!(ask(&server, "print 2000").as_deref(), Some("done"));

@@ -205,9 +205,9 @@ impl AdminSocket {
     }
 }
 
-/// A version of the guest `names` that goes by this name, as a file at `path`.
+/// Writes a version of the guest `named_version` with this name to `path`.
 pub(crate) fn write_version(path: &Path, name: &str) {
-    let mut component = std::fs::read(fixture("names")).expect("it is there");
+    let mut component = std::fs::read(fixture("named_version")).expect("it is there");
     let place = component
         .windows(16)
         .position(|bytes| bytes == b"NAME-OF-VERSION-")

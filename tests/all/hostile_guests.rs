@@ -226,7 +226,7 @@ fn who_takes_all_it_can_by_tables() {
 #[test]
 fn who_drops_its_connection_first_can_go_on() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("drops_first"), &[]);
+        let server = Server::start(mode, &fixture("drops_connection_first"), &[]);
         for _ in 0..MANY {
             let mut client = server.connect();
             for text in ["one", "more"] {

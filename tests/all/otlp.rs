@@ -45,7 +45,7 @@ fn each_connection_is_a_span() {
         let place = AdminSocket::new();
         let listen = ["--listen", "127.0.0.1:0", "--listen", &place.flag];
         let arguments = [&listen[..], &["--otlp", &endpoint]].concat();
-        let mut server = Server::start(mode, &fixture("uses"), &arguments);
+        let mut server = Server::start(mode, &fixture("uses_resources"), &arguments);
         let local = server.connect_unix();
         local.finish();
         server.wait_for_log(&["peer=unix:"]);

@@ -264,7 +264,7 @@ fn the_end_is_told_apart_at_a_unix_socket() {
     for mode in MODES {
         let place = Place::new();
         // After all that was sent comes an error, though the guest has read all that came.
-        let server = place.serve(mode, &fixture("uses"), &["--cpu-time", "100ms"]);
+        let server = place.serve(mode, &fixture("uses_resources"), &["--cpu-time", "100ms"]);
         let mut client = server.connect_unix();
         client.send("print 1\n");
         assert_eq!(client.read_line(), "done");
@@ -295,7 +295,7 @@ fn the_end_is_told_apart_at_a_unix_socket() {
         server.wait_for_log(&["outcome=guest error"]);
         drop(server);
         // An answer of a guest that has not read all is whole.
-        let server = place.serve(mode, &fixture("gives_up"), &[]);
+        let server = place.serve(mode, &fixture("gives_up_writing"), &[]);
         let mut client = server.connect_unix();
         client.send("unread");
         let (bytes, end) = client.read_all();

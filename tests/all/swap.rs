@@ -265,7 +265,7 @@ fn a_version_is_asked_before_it_is_served() {
         let server = Server::start(mode, &guest("hello"), &probe);
         for (bad, reason) in [
             (guest("echo"), "it answered the probe with \\\"GET / HTTP/1"),
-            (fixture("waits"), "within 1s"),
+            (fixture("sleeps_forever"), "within 1s"),
             (fixture("panic"), "it answered the probe with \\\"half"),
             (fixture("spin"), "within 1s"),
         ] {
@@ -309,7 +309,7 @@ fn an_old_version_ends_when_its_time_is_up() {
         let mut old = server.connect();
         old.send("a");
         assert_eq!(old.read(1), "a");
-        admin.ctl_text(&["swap", "default", text(&fixture("names"))]);
+        admin.ctl_text(&["swap", "default", text(&fixture("named_version"))]);
         let replaced = Instant::now();
         old.send("b");
         assert_eq!(old.read(1), "b");
@@ -331,7 +331,7 @@ fn an_old_version_ends_when_its_time_is_up() {
         let mut old = server.connect();
         old.send("a");
         assert_eq!(old.read(1), "a");
-        admin.ctl_text(&["swap", "default", text(&fixture("names"))]);
+        admin.ctl_text(&["swap", "default", text(&fixture("named_version"))]);
         old.send("b");
         assert_eq!(old.read(1), "b");
     }

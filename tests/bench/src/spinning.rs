@@ -99,7 +99,11 @@ const SWEEP: Duration = Duration::from_millis(1);
 fn crowds(effort: Effort) -> Result<Table, String> {
     let mut rows = Vec::new();
     for dispatch in ["concurrent", "spawn"] {
-        let command = wasinetd(dispatch, "fixtures/uses", &["--log-level", "error"]);
+        let command = wasinetd(
+            dispatch,
+            "fixtures/uses_resources",
+            &["--log-level", "error"],
+        );
         for crowd in CROWDS {
             let mut figures: [Samples; 4] = Default::default();
             for _ in 0..effort.rounds {
