@@ -1,4 +1,4 @@
-//! Clients that ask and expect an answer.
+//! Clients that send requests and expect answers.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -8,110 +8,107 @@ use std::time::{Duration, Instant};
 use crate::client;
 use crate::samples::quantile;
 
-/// How long each waits between two questions, so that it measures waiting and makes no load.
+/// The pause between two requests, so that the clients measure latency and add no load.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// A connection is kept for as many questions, well within what the server lets one last.
-const KEPT_FOR: usize = 500;
+/// The number of requests per kept connection, well below the server's limit on its lifetime.
+const REQUESTS_PER_CONNECTION: usize = 500;
 
-const QUESTION: &[u8] = b"innocent\n";
+/// The request. The guest `hostile` echoes it.
+pub(super) const REQUEST: &[u8] = b"innocent\n";
 
-/// One that connects anew for each question, and one that keeps its connection.
-pub(super) struct Innocents(SocketAddr);
-
-/// What they felt.
-pub(super) struct Felt {
+/// The results of both clients during a phase.
+pub(super) struct Results {
+    /// The number of answered requests.
     pub(super) answered: usize,
-    pub(super) failed: Vec<String>,
-    pub(super) new: Times,
-    pub(super) kept: Times,
+    /// The errors of failed requests.
+    pub(super) failures: Vec<String>,
+    /// Latency of the client that connects for each request.
+    pub(super) new: Latency,
+    /// Latency of the client that keeps its connection.
+    pub(super) kept: Latency,
 }
 
-/// In milliseconds.
-pub(super) struct Times {
+/// Latency in milliseconds.
+pub(super) struct Latency {
     pub(super) p50: f64,
     pub(super) p99: f64,
 }
 
-impl Felt {
-    /// Every good request is answered.
-    pub(super) fn check(&self, beside: &str, broken: &mut Vec<String>) {
-        if let Some(first) = self.failed.first() {
-            let many = self.failed.len();
-            broken.push(format!("beside {beside} {many} were not answered: {first}"));
+impl Results {
+    /// Adds a problem for failed requests, and for a phase without answers.
+    pub(super) fn check(&self, fault: &str, problems: &mut Vec<String>) {
+        if let Some(first) = self.failures.first() {
+            let count = self.failures.len();
+            problems.push(format!("beside {fault}: {count} requests failed: {first}"));
         }
         if self.answered == 0 {
-            broken.push(format!("beside {beside} nobody was answered"));
+            problems.push(format!("beside {fault}: no request was answered"));
         }
     }
 }
 
-impl Innocents {
-    pub(super) fn new(address: SocketAddr) -> Self {
-        Self(address)
-    }
-
-    pub(super) fn until(&self, end: Instant) -> Felt {
-        let (new, kept) = thread::scope(|scope| {
-            let kept = scope.spawn(|| repeat(end, || self.keep(end)));
-            let anew = || {
-                let started = Instant::now();
-                ask(&mut client::connect(self.0)?)?;
-                Ok(vec![millis(started)])
-            };
-            let new = repeat(end, anew);
-            (new, kept.join().expect("asking does not panic"))
-        });
-        let times = |mut times: Vec<f64>| Times {
-            p50: quantile(&mut times, 0.5),
-            p99: quantile(&mut times, 0.99),
-        };
-        Felt {
-            answered: new.0.len() + kept.0.len(),
-            failed: [new.1, kept.1].concat(),
-            new: times(new.0),
-            kept: times(kept.0),
-        }
-    }
-
-    /// Asks on one connection, over and over.
-    fn keep(&self, end: Instant) -> io::Result<Vec<f64>> {
-        let mut stream = client::connect(self.0)?;
-        let mut times = Vec::new();
-        while times.len() < KEPT_FOR && Instant::now() < end {
+/// Runs a client that connects for each request and one that keeps its connection, until `end`.
+pub(super) fn run(address: SocketAddr, end: Instant) -> Results {
+    let (new, kept) = thread::scope(|scope| {
+        let kept = scope.spawn(|| repeat(end, || ask_on_one_connection(address, end)));
+        let connect_and_ask = || {
             let started = Instant::now();
-            ask(&mut stream)?;
-            times.push(millis(started));
-            thread::sleep(PAUSE);
-        }
-        Ok(times)
+            ask(&mut client::connect(address)?)?;
+            Ok(vec![millis_since(started)])
+        };
+        let new = repeat(end, connect_and_ask);
+        (new, kept.join().expect("the client does not panic"))
+    });
+    let latency = |mut times: Vec<f64>| Latency {
+        p50: quantile(&mut times, 0.5),
+        p99: quantile(&mut times, 0.99),
+    };
+    Results {
+        answered: new.0.len() + kept.0.len(),
+        failures: [new.1, kept.1].concat(),
+        new: latency(new.0),
+        kept: latency(kept.0),
     }
 }
 
-/// The times of all that went well, and what did not.
-fn repeat(end: Instant, mut once: impl FnMut() -> io::Result<Vec<f64>>) -> (Vec<f64>, Vec<String>) {
-    let (mut times, mut failed) = (Vec::new(), Vec::new());
+/// Sends requests on one connection. Returns their latencies in milliseconds.
+fn ask_on_one_connection(address: SocketAddr, end: Instant) -> io::Result<Vec<f64>> {
+    let mut stream = client::connect(address)?;
+    let mut times = Vec::new();
+    while times.len() < REQUESTS_PER_CONNECTION && Instant::now() < end {
+        let started = Instant::now();
+        ask(&mut stream)?;
+        times.push(millis_since(started));
+        thread::sleep(PAUSE);
+    }
+    Ok(times)
+}
+
+/// Repeats `ask` until `end`. Returns all latencies and all errors.
+fn repeat(end: Instant, mut ask: impl FnMut() -> io::Result<Vec<f64>>) -> (Vec<f64>, Vec<String>) {
+    let (mut times, mut failures) = (Vec::new(), Vec::new());
     while Instant::now() < end {
-        match once() {
+        match ask() {
             Ok(more) => times.extend(more),
-            Err(error) => failed.push(error.to_string()),
+            Err(error) => failures.push(error.to_string()),
         }
         thread::sleep(PAUSE);
     }
-    (times, failed)
+    (times, failures)
 }
 
-/// Asks once.
+/// Sends one request and checks the answer.
 pub(super) fn ask(stream: &mut TcpStream) -> io::Result<()> {
-    stream.write_all(QUESTION)?;
-    let mut answer = [0; QUESTION.len()];
+    stream.write_all(REQUEST)?;
+    let mut answer = [0; REQUEST.len()];
     stream.read_exact(&mut answer)?;
-    match answer == QUESTION {
-        true => Ok(()),
-        false => Err(io::Error::other("another answer than asked for")),
+    if answer != REQUEST {
+        return Err(io::Error::other("the answer is wrong"));
     }
+    Ok(())
 }
 
-fn millis(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1e3
+fn millis_since(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1e3
 }
