@@ -413,7 +413,7 @@ mod tests {
             requests(input.as_ref(), 1).1,
         );
         assert_eq!(whole, bytewise);
-        whole.expect("it is refused")
+        whole.expect("the input is malformed")
     }
 
     #[test]

@@ -80,6 +80,7 @@ mod half;
 mod stream;
 mod tls;
 
+use std::io;
 use std::time::Duration;
 
 pub use half::{ReadHalf, WriteHalf};
@@ -120,13 +121,27 @@ macro_rules! export {
                 async fn handle_connection(
                     connection: $crate::rt::Connection,
                 ) -> ::core::result::Result<(), $crate::rt::ErrorCode> {
-                    $crate::rt::run(connection, $handler).await
+                    $crate::run(connection, $handler).await
                 }
             }
 
             $crate::export_guest!(Guest);
         };
     };
+}
+
+/// Calls the handler and returns its result as `wasinetd:tcp/handler` defines it.
+///
+/// [`export!`] expands to a call of this function. Not a public interface.
+#[doc(hidden)]
+pub async fn run<F, Fut>(connection: rt::Connection, handler: F) -> Result<(), rt::ErrorCode>
+where
+    F: FnOnce(TcpStream) -> Fut,
+    Fut: Future<Output = io::Result<()>>,
+{
+    handler(TcpStream::new(connection))
+        .await
+        .map_err(|error| rt::error_code(&error))
 }
 
 /// Exports a type that implements `rt::Handler` itself. Not a public interface.

@@ -1,8 +1,6 @@
-//! The code behind `export!`: generated bindings, and their connection to [`TcpStream`].
+//! The generated bindings that `export!` expands to, and the conversion of errors.
 
 use std::io;
-
-use crate::TcpStream;
 
 /// Bindings generated from `wit/`. The host generates its own from the same files.
 #[allow(missing_docs)]
@@ -32,19 +30,8 @@ pub mod bindings {
 pub use bindings::export_handler;
 pub use bindings::exports::wasinetd::tcp::handler::{Connection, ErrorCode, Guest as Handler};
 
-/// Calls the handler and returns its result as `wasinetd:tcp/handler` defines it.
-pub async fn run<F, Fut>(connection: Connection, handler: F) -> Result<(), ErrorCode>
-where
-    F: FnOnce(TcpStream) -> Fut,
-    Fut: Future<Output = io::Result<()>>,
-{
-    handler(TcpStream::new(connection))
-        .await
-        .map_err(|error| error_code(&error))
-}
-
 /// The error code that the host logs for `error`.
-fn error_code(error: &io::Error) -> ErrorCode {
+pub(crate) fn error_code(error: &io::Error) -> ErrorCode {
     match error.kind() {
         io::ErrorKind::ConnectionReset => ErrorCode::ConnectionReset,
         io::ErrorKind::BrokenPipe => ErrorCode::ConnectionBroken,

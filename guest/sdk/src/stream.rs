@@ -9,10 +9,10 @@ use std::task::{Context, Poll};
 
 use futures::io::{AsyncBufRead, AsyncRead, AsyncWrite};
 
-use crate::TlsInfo;
 use crate::half::{ReadHalf, WriteHalf};
 use crate::rt::Connection;
 use crate::rt::bindings::wasinetd::tcp::types::SocketAddress;
+use crate::tls::TlsInfo;
 
 /// The client connection that the host passes to the handler.
 ///

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
+use crate::effort::Effort;
+use crate::machine;
 use crate::report::{Chart, Section, Table};
 use crate::samples::Samples;
 use crate::server::{Address, PAGES, QUIET_PAGES, Server, contenders, wasinetd};
 use crate::wrk::{self, CONNECTIONS, Workload};
-use crate::{Effort, machine};
 
 /// The data sizes of the padded guests, in KiB. Their file names end with the size.
 const PADDING_KIB: [u32; 6] = [0, 64, 256, 1024, 4096, 16384];

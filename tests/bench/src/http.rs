@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::effort::Effort;
+use crate::machine;
 use crate::native;
 use crate::report::{Chart, Section, Table};
 use crate::samples::Samples;
 use crate::server::{Address, PAGES, Server, wasinetd};
 use crate::wrk::{self, CONNECTIONS, Workload};
-use crate::{Effort, machine};
 
 /// A server to measure if its program is installed.
 struct Candidate {

@@ -1,10 +1,11 @@
 //! Idle connections: memory, and the cost beside active ones.
 
+use crate::client;
+use crate::effort::Effort;
 use crate::report::{Section, Table};
 use crate::samples::Samples;
 use crate::server::{Address, QUIET_PAGES, Server, contenders};
 use crate::wrk::{self, Workload};
-use crate::{Effort, client};
 
 /// The number of idle connections for measuring memory.
 const IDLE: usize = 2_000;

@@ -4,7 +4,7 @@ use std::fs;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::Effort;
+use crate::effort::Effort;
 
 /// Describes the machine and the effort in one line.
 pub(crate) fn describe(effort: Effort) -> String {

@@ -8,6 +8,7 @@
 
 mod build;
 mod client;
+mod effort;
 mod growth;
 mod http;
 mod idle;
@@ -26,6 +27,7 @@ use std::path::Path;
 
 use clap::{Parser, ValueEnum};
 
+use effort::Effort;
 use report::Section;
 
 /// Measures wasinetd and writes target/bench/report.md
@@ -85,13 +87,6 @@ impl Suite {
             Self::Growth => growth::measure(effort),
         }
     }
-}
-
-/// The number and duration of measurements.
-#[derive(Clone, Copy)]
-struct Effort {
-    rounds: u32,
-    seconds: u32,
 }
 
 fn main() -> Result<(), String> {

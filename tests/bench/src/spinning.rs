@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use crate::effort::Effort;
 use crate::report::{Section, Table};
 use crate::samples::{Samples, quantile};
 use crate::server::{Address, Server, wasinetd};
-use crate::{Effort, client, machine};
+use crate::{client, machine};
 
 /// The number of measured requests per round.
 const REQUESTS: usize = 300;

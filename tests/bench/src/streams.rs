@@ -1,9 +1,10 @@
 //! Echo: throughput and latency.
 
+use crate::client;
+use crate::effort::Effort;
 use crate::report::{Section, Table};
 use crate::samples::{Samples, quantile};
 use crate::server::{Address, Server, contenders};
-use crate::{Effort, client};
 
 const GIB: usize = 1 << 30;
 

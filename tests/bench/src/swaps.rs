@@ -9,11 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::client;
+use crate::effort::Effort;
 use crate::report::{Section, Table};
 use crate::samples::{Samples, quantile};
 use crate::server::{Address, PAGES, QUIET_PAGES, Server, wasinetd};
 use crate::wrk::{self, CONNECTIONS, Workload};
-use crate::{Effort, client};
 
 /// The pauses between swaps under load: those of a hasty operator and those of a script.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_millis(100)];
