@@ -1,6 +1,7 @@
-//! What a sandbox costs by itself, over a transport in memory: no socket, no kernel, no client.
+//! The cost of a sandbox alone.
 //!
-//! `make bench` runs these before it measures whole servers; a regression shows here first.
+//! The transport is in memory: no socket, no kernel, no client.
+//! `make bench` runs these benchmarks before it measures whole servers.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,12 +18,12 @@ use wasinetd::sandbox::{
     Engine, Grants, Guest, GuestLimits, PoolSize, Requirements, SharedLimits, Transport,
 };
 
-/// As in the command: what is measured is what is served with.
+/// The allocator of the `wasinetd` binary.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Room for more than one, so that slots are chosen as in a server.
-const ROOM: PoolSize = PoolSize {
+/// Several slots: the pool chooses among them, as in a server.
+const POOL: PoolSize = PoolSize {
     connections: 64,
     stacks: 128,
 };
@@ -35,8 +36,9 @@ fn guest(name: &str) -> Guest {
     let component = std::fs::read(&path).unwrap_or_else(|error| {
         panic!("{path}: {error}; run `make build` first");
     });
-    let needs = Requirements::of(&component).expect("the guest is accepted");
-    let engine = Engine::new(ROOM, &needs, SharedLimits::default(), None).expect("the pool fits");
+    let requirements = Requirements::of(&component).expect("the guest is accepted");
+    let engine = Engine::new(POOL, &requirements, SharedLimits::default(), None)
+        .expect("the address space suffices");
     Guest::new(
         &engine,
         &component,
@@ -50,23 +52,23 @@ fn runtime() -> Runtime {
     Builder::new_current_thread()
         .enable_all()
         .build()
-        .expect("there are files enough")
+        .expect("the open-file limit allows a reactor")
 }
 
-/// A client that sends a message, again each time that it is back, and so many times.
+/// A client of an echo server. It sends a message, waits for the echo, and repeats.
 struct Client {
     message: [u8; 64],
-    rounds: u64,
-    /// Bytes that are not back yet.
-    out: usize,
+    rounds_left: u64,
+    /// Bytes sent and not echoed yet.
+    in_flight: usize,
 }
 
 impl Client {
     fn new(rounds: u64) -> Arc<Mutex<Self>> {
         Arc::new(Mutex::new(Self {
             message: [b'x'; 64],
-            rounds,
-            out: 0,
+            rounds_left: rounds,
+            in_flight: 0,
         }))
     }
 }
@@ -85,17 +87,17 @@ impl Transport for Client {
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        if self.out > 0 {
+        if self.in_flight > 0 {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        if self.rounds == 0 {
+        if self.rounds_left == 0 {
             return Poll::Ready(Ok(0));
         }
-        self.rounds -= 1;
-        self.out = self.message.len();
-        buf[..self.out].copy_from_slice(&self.message);
-        Poll::Ready(Ok(self.out))
+        self.rounds_left -= 1;
+        self.in_flight = self.message.len();
+        buf[..self.in_flight].copy_from_slice(&self.message);
+        Poll::Ready(Ok(self.in_flight))
     }
 
     fn poll_receivable(&mut self, _: &mut Context<'_>) -> Poll<()> {
@@ -103,7 +105,7 @@ impl Transport for Client {
     }
 
     fn poll_send(&mut self, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.out -= bytes.len();
+        self.in_flight -= bytes.len();
         Poll::Ready(Ok(bytes.len()))
     }
 
@@ -140,7 +142,7 @@ fn connection(runtime: &Runtime, guest: &Guest, rounds: u64) -> Duration {
     let started = Instant::now();
     runtime
         .block_on(guest.handle(Client::new(rounds)))
-        .expect("the guest says that all is well");
+        .expect("the guest succeeds");
     started.elapsed()
 }
 
@@ -151,7 +153,7 @@ fn sandbox(criterion: &mut Criterion) {
             bencher.iter(|| {
                 runtime
                     .block_on(guest.try_out(Client::new(0)))
-                    .expect("it starts")
+                    .expect("the guest starts")
             });
         });
     }

@@ -1,25 +1,24 @@
-//! From serving, to draining, to the end: of the server, and of each version of a guest.
+//! Phases of a server, or of one version of a guest: serving, replaced, draining, ended.
 
 use tokio::sync::watch;
 
-/// Where the server, or a version, is on its way to its end.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct LifecycleState {
+struct State {
     phase: Phase,
-    /// Who accepts at the same sockets from now on, if anyone does.
-    next: Option<TakenOverBy>,
+    /// Takes over the listening sockets. None if they are closed.
+    new_owner: Option<NewOwner>,
 }
 
-/// Who goes on with the sockets.
+/// New owner of the listening sockets.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum TakenOverBy {
-    /// Another one here.
-    Here,
-    /// Another process.
-    Process,
+enum NewOwner {
+    /// Another accept loop in this process.
+    ThisProcess,
+    /// The process that replaces this one.
+    OtherProcess,
 }
 
-/// How far the server, or a version, has come on its way to its end. It never goes back.
+/// Phases in their order. A state never returns to an earlier phase.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
 enum Phase {
     Serving,
@@ -28,122 +27,168 @@ enum Phase {
     Ended,
 }
 
-/// Moves the server, or a version, on, for all who hold a [`Lifecycle`] of it.
+/// Moves a server or a version to its next phase.
+///
+/// Every [`Lifecycle`] of it sees the change.
 #[derive(Debug)]
-pub struct Controller(watch::Sender<LifecycleState>);
+pub struct Controller(watch::Sender<State>);
 
 impl Default for Controller {
     fn default() -> Self {
-        Self(watch::Sender::new(LifecycleState {
+        Self(watch::Sender::new(State {
             phase: Phase::Serving,
-            next: None,
+            new_owner: None,
         }))
     }
 }
 
 impl Controller {
-    /// A view of the phase, for those that have to act on it.
+    /// A view of the current phase.
     pub fn lifecycle(&self) -> Lifecycle {
         Lifecycle(self.0.subscribe())
     }
 
-    /// New connections are another version's; the open ones may finish, in their own time.
+    /// Marks a version as replaced: a newer one gets the new connections. Open ones go on.
     pub fn replace(&self) {
         self.advance(Phase::Replaced);
     }
 
-    /// No new connections; the open ones may finish.
+    /// Starts draining: no new connections, and the open ones may finish.
     pub fn drain(&self) {
         self.advance(Phase::Draining);
     }
 
-    /// The same, and another process goes on with the listening sockets: nobody is to be refused. False
-    /// when it is too late, because the server drains already.
+    /// Starts draining, and leaves the listening sockets to another process.
+    ///
+    /// No client is refused. Returns false if it is too late, because draining has begun already.
     #[must_use]
-    pub fn hand_over(&self) -> bool {
-        self.leave_to(TakenOverBy::Process)
+    pub fn hand_over_to_process(&self) -> bool {
+        self.drain_with_new_owner(NewOwner::OtherProcess)
     }
 
-    /// The same, and another one in this process goes on with the listening sockets.
-    pub fn pass_on(&self) {
-        // If it drains already, the other one goes on all the same.
-        self.leave_to(TakenOverBy::Here);
+    /// Starts draining, and leaves the listening sockets to this process.
+    ///
+    /// Another accept loop takes them over, so no client is refused.
+    pub fn hand_over_in_process(&self) {
+        // If draining has begun already, the other loop accepts all the same.
+        self.drain_with_new_owner(NewOwner::ThisProcess);
     }
 
-    fn leave_to(&self, next: TakenOverBy) -> bool {
+    fn drain_with_new_owner(&self, new_owner: NewOwner) -> bool {
         self.0.send_if_modified(|state| {
-            let serves = state.phase < Phase::Draining;
-            if serves {
-                state.next = Some(next);
+            let accepting = state.phase < Phase::Draining;
+            if accepting {
+                state.new_owner = Some(new_owner);
                 state.phase = Phase::Draining;
             }
-            serves
+            accepting
         })
     }
 
-    /// Whether anybody looks at it.
-    pub fn is_followed(&self) -> bool {
+    /// Whether any [`Lifecycle`] of this controller exists.
+    pub fn is_observed(&self) -> bool {
         self.0.receiver_count() > 0
     }
 
-    /// The open connections end now.
+    /// Ends the open connections.
     pub fn end(&self) {
         self.advance(Phase::Ended);
     }
 
     fn advance(&self, to: Phase) {
         self.0.send_if_modified(|state| {
-            let forward = state.phase < to;
-            if forward {
+            let is_later = state.phase < to;
+            if is_later {
                 state.phase = to;
             }
-            forward
+            is_later
         });
     }
 }
 
-/// Tells whether the server is draining or has ended. A dropped [`Controller`] counts as the end.
+/// View of the phase of a server or a version. A dropped [`Controller`] counts as the end.
 #[derive(Clone, Debug)]
-pub struct Lifecycle(watch::Receiver<LifecycleState>);
+pub struct Lifecycle(watch::Receiver<State>);
 
 impl Lifecycle {
-    /// Whether no new connections are taken any more.
+    /// Whether draining has begun: new connections are no longer accepted.
     pub fn is_draining(&self) -> bool {
-        self.0.borrow().phase >= Phase::Draining || self.0.has_changed().is_err()
+        self.has_reached(Phase::Draining)
     }
 
-    /// Whether new connections are another version's, or nobody's.
+    /// Whether new connections go to another version, or to none.
     pub fn is_replaced(&self) -> bool {
-        self.0.borrow().phase >= Phase::Replaced || self.0.has_changed().is_err()
+        self.has_reached(Phase::Replaced)
     }
 
-    /// Waits until new connections are another version's, or nobody's.
+    fn has_reached(&self, phase: Phase) -> bool {
+        self.0.borrow().phase >= phase || self.0.has_changed().is_err()
+    }
+
+    /// Waits until new connections go to another version, or to none.
     pub async fn replaced(&self) {
-        self.reached(Phase::Replaced).await;
+        self.wait_for(Phase::Replaced).await;
     }
 
-    /// Whether another process takes the new connections.
-    pub fn is_handed_over(&self) -> bool {
-        self.0.borrow().next == Some(TakenOverBy::Process)
+    /// Whether another process accepts the new connections.
+    pub fn is_handed_over_to_process(&self) -> bool {
+        self.0.borrow().new_owner == Some(NewOwner::OtherProcess)
     }
 
-    /// Whether somebody else takes the new connections, in this process or another.
-    pub fn is_passed_on(&self) -> bool {
-        self.0.borrow().next.is_some()
+    /// Whether this or another process takes over the listening sockets.
+    pub fn has_new_owner(&self) -> bool {
+        self.0.borrow().new_owner.is_some()
     }
 
-    /// Waits until no new connections are to be taken.
+    /// Waits until draining begins.
     pub async fn draining(&self) {
-        self.reached(Phase::Draining).await;
+        self.wait_for(Phase::Draining).await;
     }
 
-    /// Waits until open connections are to end.
+    /// Waits until open connections must end.
     pub async fn ended(&self) {
-        self.reached(Phase::Ended).await;
+        self.wait_for(Phase::Ended).await;
     }
 
-    async fn reached(&self, goal: Phase) {
-        // The error says that the controller is gone, which is the end as well.
-        let _ = self.0.clone().wait_for(|state| state.phase >= goal).await;
+    async fn wait_for(&self, phase: Phase) {
+        // Fails if the controller is dropped, which counts as the end.
+        let _ = self.0.clone().wait_for(|state| state.phase >= phase).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_phase_never_goes_back() {
+        let controller = Controller::default();
+        let lifecycle = controller.lifecycle();
+        controller.drain();
+        controller.replace();
+        assert!(lifecycle.is_draining() && lifecycle.is_replaced());
+    }
+
+    #[test]
+    fn sockets_are_handed_over_before_draining_or_not_at_all() {
+        let controller = Controller::default();
+        let lifecycle = controller.lifecycle();
+        assert!(controller.hand_over_to_process());
+        assert!(lifecycle.is_draining() && lifecycle.is_handed_over_to_process());
+        let draining = Controller::default();
+        let lifecycle = draining.lifecycle();
+        draining.drain();
+        assert!(!draining.hand_over_to_process());
+        assert!(!lifecycle.has_new_owner());
+    }
+
+    #[test]
+    fn a_dropped_controller_counts_as_the_end() {
+        let controller = Controller::default();
+        let lifecycle = controller.lifecycle();
+        assert!(controller.is_observed() && !lifecycle.is_replaced());
+        drop(controller);
+        assert!(lifecycle.is_draining());
+        futures::executor::block_on(lifecycle.ended());
     }
 }

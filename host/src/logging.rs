@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -14,26 +14,24 @@ use tracing_subscriber::fmt;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use wasinetd::admin::LogStream;
+use wasinetd::config::model::{LogFormat, LogLevel};
+use wasinetd::sync::lock;
 
-use crate::cli::{LogFormat, LogLevel};
+/// Time that a line waits for others, to be written by the same system call.
+const BATCH_DELAY: Duration = Duration::from_millis(20);
 
-/// How long a line may wait for others to be written together with it.
-const GATHER: Duration = Duration::from_millis(20);
-
-/// The most that is kept for a reader of the log that does not keep up, in bytes. When it is full,
-/// further lines are dropped and counted: a stuck log must not stop the service.
+/// Size of the buffer, in bytes, for a slow reader of the log. When the buffer is full, further lines
+/// are dropped and counted: a stuck log must not stop the service.
 const MAX_BUFFERED: usize = 8 << 20;
 
-/// How long the last lines may take to be written when the server ends.
-const LAST_LINES: Duration = Duration::from_secs(1);
+/// Longest time for writing the last lines when the process exits.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Starts to log. What is logged is written out when the guard is dropped.
-///
-/// What is written is handed on to `logs` as well.
+/// Starts logging to standard error and to `logs`. Dropping the guard writes the last lines.
 pub(crate) fn start(format: LogFormat, level: LogLevel, logs: LogStream) -> LogGuard {
     let shared = Arc::new(Shared {
-        lines: Mutex::default(),
-        filled: Condvar::new(),
+        buffer: Mutex::default(),
+        wake_writer: Condvar::new(),
         logs,
     });
     let level = match level {
@@ -46,147 +44,153 @@ pub(crate) fn start(format: LogFormat, level: LogLevel, logs: LogStream) -> LogG
         .with_ansi(io::stderr().is_terminal())
         .with_writer({
             let shared = shared.clone();
-            move || Gatherer(shared.clone())
+            move || LineWriter(shared.clone())
         });
-    // In this order: what an event is about is known when its line is written.
-    let log = tracing_subscriber::registry().with(level).with(About);
+    // In this order: the connection of an event is known when its line is written.
+    let log = tracing_subscriber::registry()
+        .with(level)
+        .with(ConnectionIdLayer);
     match format {
         LogFormat::Text => log.with(lines).init(),
         LogFormat::Json => log.with(lines.json().flatten_event(true)).init(),
     }
-    let (done, written) = mpsc::channel();
+    let (done, finished) = mpsc::channel();
     let writer = shared.clone();
     thread::spawn(move || {
-        writer.write_out();
-        // The guard may have given up on us.
+        writer.write_lines();
+        // The guard may have stopped waiting.
         let _ = done.send(());
     });
-    LogGuard { shared, written }
+    LogGuard { shared, finished }
 }
 
-/// Keeps the log going; writes out the rest of it when dropped.
+/// Keeps the log running. Dropping it writes the last lines.
 pub(crate) struct LogGuard {
     shared: Arc<Shared>,
-    written: Receiver<()>,
+    finished: Receiver<()>,
 }
 
 impl Drop for LogGuard {
     fn drop(&mut self) {
-        self.shared.lock().ended = true;
-        self.shared.filled.notify_one();
-        // The thread may be stuck in a write that nobody reads. The process ends with or without
-        // its last lines.
-        let _ = self.written.recv_timeout(LAST_LINES);
+        lock(&self.shared.buffer).ended = true;
+        self.shared.wake_writer.notify_one();
+        // The thread may be stuck in a write. The process exits anyway, without its last lines.
+        let _ = self.finished.recv_timeout(FINISH_TIMEOUT);
     }
 }
 
-/// Lines on their way from all threads to the one that writes them.
+/// Lines from all threads on their way to the writing thread.
 ///
-/// A system call for each line, or a wake-up of another thread, would be a good part of the cost of
-/// a short connection. Here the writing thread is woken by the first line, waits a moment, and
-/// writes all that has come together.
+/// A system call per line, or a wake-up per line, would be a good part of the cost of a short
+/// connection. So the first line wakes the writing thread, which waits a moment and writes all lines
+/// together.
 struct Shared {
-    lines: Mutex<Lines>,
-    filled: Condvar,
+    buffer: Mutex<Buffer>,
+    wake_writer: Condvar,
     logs: LogStream,
 }
 
 #[derive(Default)]
-struct Lines {
+struct Buffer {
     bytes: Vec<u8>,
-    /// The connection that each line is of, and where it ends.
-    ends: Vec<(Option<u64>, usize)>,
+    /// The connection that each line is about, if any. Then the end of the line in `bytes`.
+    lines: Vec<(Option<u64>, usize)>,
     dropped: u64,
     ended: bool,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Lines> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn push(&self, line: &[u8]) {
-        let mut lines = self.lock();
-        if lines.bytes.len() + line.len() > MAX_BUFFERED {
-            lines.dropped += 1;
+        let mut buffer = lock(&self.buffer);
+        if buffer.bytes.len() + line.len() > MAX_BUFFERED {
+            buffer.dropped += 1;
             return;
         }
-        let first = lines.bytes.is_empty();
-        lines.bytes.extend_from_slice(line);
-        let end = lines.bytes.len();
-        lines.ends.push((ABOUT.take(), end));
-        drop(lines);
-        if first {
-            self.filled.notify_one();
+        let is_first = buffer.bytes.is_empty();
+        buffer.bytes.extend_from_slice(line);
+        let end = buffer.bytes.len();
+        buffer.lines.push((CONNECTION_ID.take(), end));
+        drop(buffer);
+        if is_first {
+            self.wake_writer.notify_one();
         }
     }
 
-    fn write_out(&self) {
+    /// Writes lines until the log ends.
+    fn write_lines(&self) {
         loop {
-            let lines = self.lock();
-            let empty = |lines: &mut Lines| lines.bytes.is_empty() && !lines.ended;
-            let lines = self
-                .filled
-                .wait_while(lines, empty)
-                .unwrap_or_else(PoisonError::into_inner);
-            // The end cuts the wait short.
-            let gather = self
-                .filled
-                .wait_timeout_while(lines, GATHER, |lines| !lines.ended);
-            let (mut lines, _) = gather.unwrap_or_else(PoisonError::into_inner);
-            let bytes = std::mem::take(&mut lines.bytes);
-            let ends = std::mem::take(&mut lines.ends);
-            let (dropped, ended) = (std::mem::take(&mut lines.dropped), lines.ended);
-            drop(lines);
-            // When standard error is closed the log has no reader, and the service goes on.
-            let _ = io::stderr().write_all(&bytes);
-            if !bytes.is_empty() {
-                self.logs.hand_on(bytes.into(), &ends);
+            let buffer = self.next_batch();
+            // A closed standard error must not stop the service.
+            let _ = io::stderr().write_all(&buffer.bytes);
+            if !buffer.bytes.is_empty() {
+                self.logs.publish(buffer.bytes.into(), &buffer.lines);
             }
-            if dropped > 0 {
+            if buffer.dropped > 0 {
                 tracing::warn!(
-                    dropped,
+                    dropped = buffer.dropped,
                     "log lines were dropped: the log was not read fast enough"
                 );
-            } else if ended {
+            } else if buffer.ended {
                 return;
             }
         }
     }
-}
 
-thread_local! {
-    /// The connection that the line which is being written on this thread is about.
-    static ABOUT: Cell<Option<u64>> = const { Cell::new(None) };
-}
-
-/// Finds out which connection an event is about: the one of its field `id`. What a guest prints is no
-/// field, and so cannot pass for one.
-struct About;
-
-impl<S: Subscriber> Layer<S> for About {
-    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        ABOUT.set(None);
-        event.record(&mut Id);
+    /// Waits for a first line, and [`BATCH_DELAY`] for others. The end of the log cuts both short.
+    fn next_batch(&self) -> Buffer {
+        let is_empty = |buffer: &mut Buffer| buffer.bytes.is_empty() && !buffer.ended;
+        let buffer = self
+            .wake_writer
+            .wait_while(lock(&self.buffer), is_empty)
+            .unwrap_or_else(PoisonError::into_inner);
+        let (mut buffer, _) = self
+            .wake_writer
+            .wait_timeout_while(buffer, BATCH_DELAY, |buffer| !buffer.ended)
+            .unwrap_or_else(PoisonError::into_inner);
+        let ended = buffer.ended;
+        std::mem::replace(
+            &mut *buffer,
+            Buffer {
+                ended,
+                ..Buffer::default()
+            },
+        )
     }
 }
 
-struct Id;
+thread_local! {
+    /// The connection of the event that this thread is writing.
+    static CONNECTION_ID: Cell<Option<u64>> = const { Cell::new(None) };
+}
 
-impl Visit for Id {
+/// Remembers the field `id` of each event: the number of the connection that the event is about.
+///
+/// Output of guests is no field, so a guest cannot write lines for another connection.
+struct ConnectionIdLayer;
+
+impl<S: Subscriber> Layer<S> for ConnectionIdLayer {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        CONNECTION_ID.set(None);
+        event.record(&mut IdVisitor);
+    }
+}
+
+struct IdVisitor;
+
+impl Visit for IdVisitor {
     fn record_u64(&mut self, field: &Field, value: u64) {
         if field.name() == "id" {
-            ABOUT.set(Some(value));
+            CONNECTION_ID.set(Some(value));
         }
     }
 
     fn record_debug(&mut self, _: &Field, _: &dyn std::fmt::Debug) {}
 }
 
-/// Where one line is put together.
-struct Gatherer(Arc<Shared>);
+/// Passes one formatted line to the writing thread.
+struct LineWriter(Arc<Shared>);
 
-impl Write for Gatherer {
+impl Write for LineWriter {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.0.push(line);
         Ok(line.len())

@@ -1,16 +1,16 @@
-//! Who may connect, how many at once, and how fast: obeyed and violated.
+//! Admission of clients by address, number and rate: obeyed and violated.
 
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use crate::harness::{Client, MODES, PATIENCE, Server, guest, run, wasinetd};
 
-/// Whether the server answers this client. If not, it has reset it.
+/// Whether the server answers this client rather than resets its connection.
 fn is_served(client: &mut Client) -> bool {
     use std::io::{Read, Write};
-    // It may be reset before it has said anything.
-    let said = client.0.write_all(b"x");
-    match said.and_then(|()| client.0.read_exact(&mut [0])) {
+    // The reset may arrive before the write.
+    let sent = client.0.write_all(b"x");
+    match sent.and_then(|()| client.0.read_exact(&mut [0])) {
         Ok(()) => true,
         Err(error) => {
             let kind = error.kind();
@@ -23,17 +23,17 @@ fn is_served(client: &mut Client) -> bool {
     }
 }
 
-/// Whether a new client from `source` is answered.
+/// Whether the server answers a new client from `source`.
 fn serves(server: &Server, source: &str) -> bool {
     let client = server.connect_from(source);
-    // It may be reset before its system has told it that it is connected.
+    // The reset may arrive before `connect` returns.
     client.is_ok_and(|mut client| is_served(&mut client))
 }
 
-const HERE: &str = "127.0.0.1";
+const LOCALHOST: &str = "127.0.0.1";
 
 #[test]
-fn who_is_denied_is_reset_and_others_are_served() {
+fn denied_clients_are_reset_others_are_served() {
     for mode in MODES {
         let server = Server::start(mode, &guest("echo"), &["--deny", "127.0.0.2"]);
         assert!(!serves(&server, "127.0.0.2"));
@@ -43,7 +43,7 @@ fn who_is_denied_is_reset_and_others_are_served() {
 }
 
 #[test]
-fn only_who_is_allowed_is_served() {
+fn only_allowed_clients_are_served() {
     for mode in MODES {
         let arguments = ["--allow", "127.0.1.0/24", "--deny", "127.0.1.7/32"];
         let server = Server::start(mode, &guest("echo"), &arguments);
@@ -55,43 +55,40 @@ fn only_who_is_allowed_is_served() {
 }
 
 #[test]
-fn a_source_has_so_many_connections_and_others_are_served() {
+fn connections_per_source_are_limited_others_are_served() {
     for mode in MODES {
         let arguments = ["--max-connections-per-source", "2"];
         let server = Server::start(mode, &guest("echo"), &arguments);
         let mut first = server.connect();
         let mut second = server.connect();
         assert!(is_served(&mut first) && is_served(&mut second));
-        assert!(!serves(&server, HERE));
+        assert!(!serves(&server, LOCALHOST));
         server.wait_for_log(&["refused a client", "limit=max-connections-per-source"]);
         assert!(serves(&server, "127.0.0.2"));
-        // A place that is given back can be had again.
+        // A connection that has ended leaves its permit to the next one.
         first.finish();
         assert_eq!(first.read_to_end(), "");
-        server.wait_for_log(&["connection ended", &port_of(&first)]);
+        server.wait_for_log(&["connection ended", &first.peer_field()]);
         let mut third = server.connect();
         assert!(is_served(&mut third));
         assert!(is_served(&mut second));
     }
 }
 
-fn port_of(client: &Client) -> String {
-    format!("peer={} ", client.0.local_addr().unwrap())
-}
-
 #[test]
-fn by_default_one_source_does_not_have_all_places() {
+fn one_source_cannot_use_all_connections_by_default() {
     for mode in MODES {
-        let server = Server::start(mode, &guest("echo"), &["--max-connections", "3"]);
+        let limit = ["--max-connections", "3"];
+        let server = Server::start_with_source_limit(mode, &guest("echo"), &limit);
         let mut open: Vec<_> = (0..2).map(|_| server.connect()).collect();
         assert!(open.iter_mut().all(is_served));
-        assert!(!serves(&server, HERE));
+        assert!(!serves(&server, LOCALHOST));
         assert!(serves(&server, "127.0.0.2"));
     }
 }
 
 #[test]
-fn a_source_is_a_prefix() {
+fn addresses_with_the_same_prefix_are_one_source() {
     for mode in MODES {
         let arguments = [
             "--max-connections-per-source",
@@ -108,45 +105,46 @@ fn a_source_is_a_prefix() {
 }
 
 #[test]
-fn clients_that_come_too_fast_wait_and_are_served() {
+fn accept_rate_delays_clients_but_serves_them() {
     for mode in MODES {
         let server = Server::start(mode, &guest("echo"), &["--accept-rate", "10"]);
         let start = Instant::now();
-        // Ten have leave at once, and each thread may have taken one more; the rest of them take a
-        // tenth of a second each.
+        // Ten connections are accepted at once, and each thread may have accepted one more. Each
+        // other connection waits for a tenth of a second.
         let mut clients: Vec<_> = (0..20).map(|_| server.connect()).collect();
         assert!(clients.iter_mut().all(is_served));
-        let taken = start.elapsed();
-        assert!(taken > Duration::from_millis(700), "{taken:?}");
+        let elapsed = start.elapsed();
+        assert!(elapsed > Duration::from_millis(700), "{elapsed:?}");
         server.wait_for_log(&["WARN", "limit=accept-rate"]);
-        // And it is over when they have been served.
-        assert!(serves(&server, HERE));
+        // The delay ends with the burst.
+        assert!(serves(&server, LOCALHOST));
     }
 }
 
 #[test]
-fn a_source_that_comes_too_fast_is_reset_and_recovers() {
+fn accept_rate_per_source_resets_clients_until_it_recovers() {
     for mode in MODES {
         let server = Server::start(mode, &guest("echo"), &["--accept-rate-per-source", "1"]);
-        assert!(serves(&server, HERE));
-        assert!(!serves(&server, HERE));
+        assert!(serves(&server, LOCALHOST));
+        assert!(!serves(&server, LOCALHOST));
         server.wait_for_log(&["refused a client", "limit=accept-rate-per-source"]);
         assert!(serves(&server, "127.0.0.2"));
-        let patience = Instant::now() + PATIENCE;
-        while !serves(&server, HERE) {
-            assert!(Instant::now() < patience, "it is never let in again");
+        let deadline = Instant::now() + PATIENCE;
+        while !serves(&server, LOCALHOST) {
+            assert!(
+                Instant::now() < deadline,
+                "the source is never served again"
+            );
         }
     }
 }
 
 #[test]
-fn a_full_server_can_say_so() {
+fn full_server_sends_its_banner() {
     for mode in MODES {
         let arguments = [
             "--max-connections",
             "1",
-            "--max-connections-per-source",
-            "off",
             "--when-full",
             "close",
             "--full-banner",
@@ -159,13 +157,13 @@ fn a_full_server_can_say_so() {
         server.wait_for_log(&["refused a client", "limit=max-connections "]);
         first.finish();
         assert_eq!(first.read_to_end(), "");
-        server.wait_for_log(&["connection ended", &port_of(&first)]);
-        assert!(serves(&server, HERE));
+        server.wait_for_log(&["connection ended", &first.peer_field()]);
+        assert!(serves(&server, LOCALHOST));
     }
 }
 
 #[test]
-fn what_cannot_be_meant_is_refused() {
+fn invalid_limits_are_refused() {
     for (flag, value) in [
         ("--allow", "10.0.0.0/33"),
         ("--deny", "example.org"),

@@ -1,4 +1,4 @@
-//! Each mistake is named with its value and its fix, and has its exit code.
+//! Errors of the user: each message names the value and the fix, and has an exit code.
 
 use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
@@ -7,7 +7,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::harness::{fixture, guest, root, run, wasinetd};
 
-/// Runs a command that should fail, and checks its code and message.
+/// Asserts that a command fails with an exit code and a message.
 fn refuses(command: &mut Command, code: i32, parts: &[&str]) {
     let output = run(command);
     let message = String::from_utf8_lossy(&output.stderr);
@@ -24,7 +24,7 @@ fn refuses(command: &mut Command, code: i32, parts: &[&str]) {
     );
 }
 
-/// Both commands that read a guest, on a port that is never taken.
+/// Asserts that `serve` and `check` refuse a guest.
 fn refuses_guest(path: &str, parts: &[&str]) {
     refuses(
         wasinetd().args(["serve", "--listen", "127.0.0.1:0", path]),
@@ -39,7 +39,7 @@ fn refuses_fixture(name: &str, parts: &[&str]) {
 }
 
 #[test]
-fn a_guest_that_is_missing() {
+fn missing_guest_is_refused() {
     refuses_guest(
         "no/such.wasm",
         &["\"no/such.wasm\"", "No such file", "give the path"],
@@ -47,7 +47,7 @@ fn a_guest_that_is_missing() {
 }
 
 #[test]
-fn a_guest_that_is_not_wasm() {
+fn guest_that_is_not_wasm_is_refused() {
     refuses_guest(
         "Cargo.toml",
         &["\"Cargo.toml\"", "not WebAssembly", "wasm32-wasip2"],
@@ -55,7 +55,7 @@ fn a_guest_that_is_not_wasm() {
 }
 
 #[test]
-fn a_guest_that_is_a_core_module() {
+fn core_module_is_refused() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), b"\0asm\x01\0\0\0").unwrap();
     let path = file.path().to_str().unwrap();
@@ -66,7 +66,7 @@ fn a_guest_that_is_a_core_module() {
 }
 
 #[test]
-fn a_guest_that_is_cut_off() {
+fn truncated_guest_is_refused() {
     let whole = std::fs::read(guest("echo")).unwrap();
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), &whole[..whole.len() / 2]).unwrap();
@@ -77,7 +77,7 @@ fn a_guest_that_is_cut_off() {
 }
 
 #[test]
-fn a_component_that_nests_without_end() {
+fn component_with_exponential_nesting_is_refused() {
     // Each level instantiates the one inside it twice: 2^30 instances in a few hundred bytes.
     let bomb = (0..30).fold(component(&[]), |inner, _| {
         let inner_section = section(4, &inner);
@@ -92,15 +92,16 @@ fn a_component_that_nests_without_end() {
     );
 }
 
-/// A component of the given sections (component model, binary format).
+/// A component of encoded sections (component model, binary format).
 fn component(sections: &[u8]) -> Vec<u8> {
     [b"\0asm\x0d\0\x01\0", sections].concat()
 }
 
+/// An encoded section (component model, binary format).
 fn section(id: u8, content: &[u8]) -> Vec<u8> {
     let mut bytes = vec![id];
     let mut length = content.len();
-    // LEB128.
+    // The length is encoded as LEB128.
     while length >= 0x80 {
         bytes.push(length as u8 | 0x80);
         length >>= 7;
@@ -111,7 +112,7 @@ fn section(id: u8, content: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn a_guest_without_a_handler() {
+fn guest_without_handler_is_refused() {
     refuses_fixture(
         "no_handler",
         &[
@@ -122,7 +123,7 @@ fn a_guest_without_a_handler() {
 }
 
 #[test]
-fn a_guest_of_another_version() {
+fn guest_of_another_interface_version_is_refused() {
     refuses_fixture(
         "other_version",
         &[
@@ -134,7 +135,7 @@ fn a_guest_of_another_version() {
 }
 
 #[test]
-fn a_guest_with_a_table_that_is_too_large() {
+fn guest_with_too_large_table_is_refused() {
     let text = std::fs::read_to_string(root().join("guest/fixtures/src/table_bomb.wat")).unwrap();
     let file = tempfile::NamedTempFile::new().unwrap();
     let path = file.path().to_str().unwrap();
@@ -144,25 +145,26 @@ fn a_guest_with_a_table_that_is_too_large() {
     };
     build(1_000_001);
     refuses_guest(path, &["1000001 elements", "1000000 are allowed", "fewer"]);
-    // Far more than a compiler makes, and less than that.
+    // Far more elements than a compiler makes, and fewer than the limit.
     build(100_000);
     let accepted = run(wasinetd().args(["check", path]));
     assert_eq!(accepted.status.code(), Some(0), "{accepted:?}");
 }
 
 #[test]
-fn a_guest_that_wants_the_network() {
+fn guest_that_imports_sockets_is_refused() {
     refuses_fixture(
         "sockets",
         &[
             "wasi:sockets/tcp@0.2",
             "not granted",
-            "--allow-connect",
+            "allow-connect HOST:PORT",
             "remove",
         ],
     );
 }
 
+/// `wasinetd serve` with a valid guest.
 fn serve() -> Command {
     let mut command = wasinetd();
     command.arg("serve").arg(guest("hello"));
@@ -170,7 +172,7 @@ fn serve() -> Command {
 }
 
 #[test]
-fn a_port_that_is_taken() {
+fn port_in_use_is_refused() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     for threads in ["1", "2"] {
@@ -183,7 +185,7 @@ fn a_port_that_is_taken() {
 }
 
 #[test]
-fn a_port_that_another_server_would_share() {
+fn port_of_another_server_with_reuse_port_is_refused() {
     let taken = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     taken.set_reuse_address(true).unwrap();
     taken.set_reuse_port(true).unwrap();
@@ -202,7 +204,7 @@ fn a_port_that_another_server_would_share() {
 }
 
 #[test]
-fn an_address_of_another_machine() {
+fn address_of_another_machine_is_refused() {
     refuses(
         serve().args(["--listen", "192.0.2.1:0"]),
         69,
@@ -211,7 +213,7 @@ fn an_address_of_another_machine() {
 }
 
 #[test]
-fn an_address_that_is_none() {
+fn invalid_listen_address_is_refused() {
     for value in ["nonsense", "127.0.0.1", "localhost:80", "127.0.0.1:65536"] {
         refuses(
             serve().args(["--listen", value]),
@@ -222,7 +224,7 @@ fn an_address_that_is_none() {
 }
 
 #[test]
-fn a_directory_that_is_missing_or_none() {
+fn missing_or_invalid_directory_is_refused() {
     for flag in ["--dir", "--dir-rw"] {
         let listen = ["--listen", "127.0.0.1:0"];
         let missing = ["\"no/such\"", "No such file", "create it"];
@@ -251,7 +253,7 @@ fn a_directory_that_is_missing_or_none() {
 }
 
 #[test]
-fn a_variable_that_is_not_set() {
+fn unset_variable_is_refused() {
     let name = "WASINETD_TEST_NOT_SET";
     refuses(
         serve().args(["--env", name]),
@@ -262,7 +264,7 @@ fn a_variable_that_is_not_set() {
 }
 
 #[test]
-fn values_that_are_out_of_range() {
+fn values_out_of_range_are_refused() {
     refuses(
         serve().args(["--drain-timeout", "soon"]),
         64,
@@ -306,7 +308,7 @@ fn values_that_are_out_of_range() {
 }
 
 #[test]
-fn more_connections_than_fit() {
+fn max_connections_beyond_capacity_is_refused() {
     refuses(
         serve().args(["--listen", "127.0.0.1:0", "--max-connections", "1000000000"]),
         78,
@@ -315,7 +317,7 @@ fn more_connections_than_fit() {
 }
 
 #[test]
-fn help_and_version_are_no_mistakes() {
+fn help_and_version_succeed() {
     for arguments in [
         ["--help"].as_slice(),
         &["serve", "--help"],
@@ -332,7 +334,7 @@ fn help_and_version_are_no_mistakes() {
 }
 
 #[test]
-fn check_says_what_a_good_guest_is_made_of_and_how_many_fit() {
+fn check_reports_guest_requirements_and_capacity() {
     let output = run(wasinetd().arg("check").arg(guest("hello")));
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{text}");
@@ -354,14 +356,14 @@ fn check_says_what_a_good_guest_is_made_of_and_how_many_fit() {
 }
 
 #[test]
-fn check_names_the_pool_when_it_is_the_tight_one() {
+fn check_names_the_pool_as_the_tightest_limit() {
     let output = run(wasinetd()
         .args(["check", "--max-connections", "7"])
         .arg(guest("echo")));
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("connections that fit at once: 7\n"), "{text}");
     assert!(
-        text.contains("the tight one is pool (--max-connections)"),
+        text.contains("the tight one is pool (max-connections)"),
         "{text}"
     );
 }

@@ -1,4 +1,4 @@
-//! Servers of a config file: many services, all mistakes at once, and changes while they serve.
+//! Config files: several services, error reports, and reloads of a running server.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -9,19 +9,20 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::harness::{
-    AdminSocket, Client, Server, fixture, guest, has_program, root, run, text_fixture, wasinetd,
-    write_version,
+    AdminSocket, Client, Server, fixture, guest, has_program, output, root, run, wasinetd,
+    wat_fixture, write_version,
 };
 use crate::swap::{Load, answer};
 
-/// A config file, in a directory that is gone with it.
+/// A config file in a temporary directory.
 pub(crate) struct Config {
+    /// The admin socket that the file names.
     pub(crate) admin: AdminSocket,
     pub(crate) path: PathBuf,
 }
 
 impl Config {
-    /// One with an admin socket, and what else is said in `text`.
+    /// Writes a config file with an admin socket and `text`.
     pub(crate) fn new(text: &str) -> Self {
         let admin = AdminSocket::new();
         let config = Self {
@@ -32,17 +33,19 @@ impl Config {
         config
     }
 
+    /// Replaces the content of the file.
     pub(crate) fn write(&self, text: &str) {
         let admin = &self.admin.flag;
         let text = format!("admin = {admin:?}\nthreads = 2\n{text}");
         fs::write(&self.path, text).unwrap();
     }
 
+    /// Runs `wasinetd ctl reload`, which must succeed, and returns its output.
     pub(crate) fn reload(&self) -> String {
         self.admin.ctl_text(&["reload"]).trim_end().into()
     }
 
-    /// A file beside it, with a version of the guest `names`.
+    /// Writes a version of the guest `named_version` next to the config file.
     pub(crate) fn guest(&self, file: &str, version: &str) -> PathBuf {
         let file = self.admin.beside(file);
         write_version(&file, version);
@@ -50,10 +53,11 @@ impl Config {
     }
 }
 
-/// A service of the guest at `path`, on any port.
-pub(crate) fn service(name: &str, path: PathBuf, more: &str) -> String {
+/// A service on a free port, with a guest and further settings.
+pub(crate) fn service(name: &str, path: PathBuf, settings: &str) -> String {
     format!(
-        "[[service]]\nname = {name:?}\nlisten = '127.0.0.1:0'\nguest = {path:?}\nmax-connections-per-source = 'off'\n{more}\n"
+        "[[service]]\nname = {name:?}\nlisten = '127.0.0.1:0'\nguest = {path:?}\n\
+        max-connections-per-source = 'off'\n{settings}\n"
     )
 }
 
@@ -61,13 +65,14 @@ pub(crate) fn connect(address: SocketAddr) -> Client {
     Client::connect(address).unwrap()
 }
 
+/// Asserts that the server at `address` is an echo.
 pub(crate) fn echoes(address: SocketAddr) {
     let mut client = connect(address);
     client.send("hello");
     assert_eq!(client.read(5), "hello");
 }
 
-/// Where a service listens since a reload.
+/// Finds the address of a service that a reload added.
 pub(crate) fn listens(server: &Server, service: &str) -> SocketAddr {
     let line = server.wait_for_log(&["listening", &format!("service=\"{service}\"")]);
     let address = line.split("address=").nth(1).unwrap();
@@ -81,41 +86,44 @@ fn each_service_has_its_own_guest_and_limits() {
     let small = service("small", guest("echo"), full);
     let bytes = service("bytes", guest("echo"), "max-bytes-in = '4B'");
     let config = Config::new(&format!("{web}{small}{bytes}"));
-    // Beside the config file, whatever directory the server is started in.
+    // Paths are relative to the config file, not to the working directory.
     fs::create_dir(config.admin.beside("pages")).unwrap();
-    fs::write(config.admin.beside("pages/hello.html"), "of the file").unwrap();
+    fs::write(
+        config.admin.beside("pages/hello.html"),
+        "from the config directory",
+    )
+    .unwrap();
     let server = Server::start_config(&config.path, 3);
     let [web, small, bytes] = server.addresses() else {
         panic!("{server:?}")
     };
-    assert_eq!(connect(*web).get("/").body, "of the file");
-    let mut only = connect(*small);
-    only.send("a");
-    assert_eq!(only.read(1), "a");
+    assert_eq!(connect(*web).get("/").body, "from the config directory");
+    let mut first = connect(*small);
+    first.send("a");
+    assert_eq!(first.read(1), "a");
     assert_eq!(connect(*small).read_to_end(), "full");
-    // The others have places of their own, and limits.
+    // The other services have limits of their own.
     echoes_four(*bytes);
     let mut client = connect(*bytes);
     client.send("12345");
     assert!(client.read_all().1.is_err());
     server.wait_for_log(&["service=\"bytes\"", "limit: max-bytes-in"]);
-    drop(only);
+    drop(first);
     server.wait_for_log(&["service=\"small\"", "outcome=ok"]);
     echoes(*small);
     let status = config.admin.ctl_json(&["status"]);
-    let names: Vec<_> = status["services"].as_array().unwrap().iter().collect();
-    let names: Vec<_> = names
-        .iter()
-        .map(|one| one["name"].as_str().unwrap())
+    let services = status["services"].as_array().unwrap().iter();
+    let names: Vec<_> = services
+        .map(|service| service["name"].as_str().unwrap())
         .collect();
     assert_eq!(names, ["web", "small", "bytes"]);
     let limits = config.admin.ctl_json(&["limits"]);
-    let of = |name: &str| {
+    let value = |name: &str| {
         let mut limits = limits.as_array().unwrap().iter();
         limits.find(|limit| limit["limit"] == name).unwrap()["value"].clone()
     };
-    assert_eq!(of("max-bytes-in"), "web: off, small: off, bytes: 4B");
-    assert_eq!(of("idle-timeout"), "1m");
+    assert_eq!(value("max-bytes-in"), "web: off, small: off, bytes: 4B");
+    assert_eq!(value("idle-timeout"), "1m");
     let metrics = config.admin.metrics();
     assert!(
         metrics.contains("wasinetd_connections_open{service=\"small\""),
@@ -123,6 +131,7 @@ fn each_service_has_its_own_guest_and_limits() {
     );
 }
 
+/// Like [`echoes`], with four bytes, as many as `max-bytes-in` allows here.
 fn echoes_four(address: SocketAddr) {
     let mut client = connect(address);
     client.send("1234");
@@ -130,17 +139,9 @@ fn echoes_four(address: SocketAddr) {
 }
 
 #[test]
-fn places_are_shared_by_all_services() {
-    let one = service(
-        "one",
-        guest("echo"),
-        "when-full = 'close'\nfull-banner = 'full'",
-    );
-    let two = service(
-        "two",
-        guest("echo"),
-        "when-full = 'close'\nfull-banner = 'full'",
-    );
+fn services_share_max_connections() {
+    let banner = "when-full = 'close'\nfull-banner = 'full'";
+    let [one, two] = ["one", "two"].map(|name| service(name, guest("echo"), banner));
     let config = Config::new(&format!("max-connections = 2\n{one}{two}"));
     let server = Server::start_config(&config.path, 2);
     let [one, two] = server.addresses() else {
@@ -156,76 +157,81 @@ fn places_are_shared_by_all_services() {
 }
 
 #[test]
-fn all_mistakes_are_told_at_once_with_their_lines() {
+fn all_config_mistakes_are_reported_at_once_with_lines() {
     let config = Config::new(
-        "admn = 'x'\ndrain-timeout = '5'\n[[service]]\nname = 'a b'\nlisten = 'localhost'\nidle-timout = '5s'\n[[service]]\nname = 'b'\nguest = 'g.wasm'\ndispatch = 'both'\nwatch = 'yes'\n",
+        "admn = 'x'\ndrain-timeout = '5'\n\
+        [[service]]\nname = 'a b'\nlisten = 'localhost'\nidle-timout = '5s'\n\
+        [[service]]\nname = 'b'\nguest = 'g.wasm'\ndispatch = 'both'\nwatch = 'yes'\n",
     );
-    for command in ["check", "serve"] {
-        let mut command_ = wasinetd();
-        let output = run(command_.args([command, "--config"]).arg(&config.path));
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(78), "{said}");
+    for subcommand in ["check", "serve"] {
+        let mut command = wasinetd();
+        let output = run(command.args([subcommand, "--config"]).arg(&config.path));
+        let report = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(78), "{report}");
         assert_eq!(String::from_utf8(output.stdout).unwrap(), "");
         let path = config.path.display();
-        for (line, what) in [
-            (3, "admn is no setting of the server; admin is"),
+        for (line, message) in [
+            (3, "admn is no setting of the server; did you mean admin?"),
             (4, "drain-timeout = \"5\": time unit needed"),
             (5, "guest is missing"),
             (6, "name = \"a b\": not a name"),
             (7, "listen = \"localhost\": not an"),
-            (8, "idle-timout is no setting of a service; idle-timeout is"),
+            (
+                8,
+                "idle-timout is no setting of a service; did you mean idle-timeout?",
+            ),
             (12, "dispatch = \"both\": write one of spawn, concurrent"),
             (13, "watch = 'yes': write true or false"),
         ] {
             assert!(
-                said.contains(&format!("{path}:{line}: {what}")),
-                "{line}: {what}\n{said}"
+                report.contains(&format!("{path}:{line}: {message}")),
+                "{line}: {message}\n{report}"
             );
         }
-        assert_eq!(said.lines().count(), 8, "{said}");
+        assert_eq!(report.lines().count(), 8, "{report}");
     }
 }
 
 #[test]
-fn what_the_file_names_has_to_be_there() {
+fn config_must_name_existing_files_and_free_addresses() {
     let one =
         "[[service]]\nname = 'a'\nlisten = '127.0.0.1:1'\nguest = 'none.wasm'\ndir = 'none'\n";
     let two = format!(
         "[[service]]\nname = 'a'\nlisten = '127.0.0.1:1'\nguest = {:?}\n",
         fixture("no_handler")
     );
-    let said = |text: &str| {
+    let report = |text: &str| {
         let config = Config::new(text);
         let output = run(wasinetd().args(["check", "--config"]).arg(&config.path));
         assert_eq!(output.status.code(), Some(78));
         String::from_utf8(output.stderr).unwrap()
     };
-    let names = said(&format!("{one}{two}"));
+    let taken = report(&format!("{one}{two}"));
     assert!(
-        names.contains(":9: name: there is a service \"a\" already"),
-        "{names}"
+        taken.contains(":9: name: there is a service \"a\" already"),
+        "{taken}"
     );
     assert!(
-        names.contains(":10: listen: 127.0.0.1:1 is the service \"a\"'s already"),
-        "{names}"
+        taken.contains(":10: listen: 127.0.0.1:1 belongs to the service \"a\" already"),
+        "{taken}"
     );
-    let files = said(one);
+    let missing = report(one);
     assert!(
-        files.contains(":6: guest: cannot read the guest"),
-        "{files}"
+        missing.contains(":6: guest: cannot read the guest"),
+        "{missing}"
     );
     assert!(
-        files.contains(":7: dir: cannot grant the directory"),
-        "{files}"
+        missing.contains(":7: dir: cannot grant the directory"),
+        "{missing}"
     );
-    let refused = said(&two);
+    let refused = report(&two);
     assert!(refused.contains(":6: guest: "), "{refused}");
     assert!(
         refused.contains("no_handler.wasm\" is refused"),
         "{refused}"
     );
-    let none = said("");
-    assert!(none.contains("there is no service"), "{none}");
+    let empty = report("");
+    assert!(empty.contains("there is no service"), "{empty}");
     let output = run(wasinetd().args(["serve", "--config", "/nowhere.toml"]));
     assert_eq!(output.status.code(), Some(78));
     let output = run(wasinetd().args(["serve", "--config", "x.toml", "--watch"]));
@@ -233,21 +239,21 @@ fn what_the_file_names_has_to_be_there() {
 }
 
 #[test]
-fn a_reload_applies_the_difference() {
+fn reload_applies_only_the_changes() {
     let stays = service("stays", guest("echo"), "");
     let goes = service("goes", guest("echo"), "");
     let config = Config::new(&format!("{stays}{goes}"));
     let server = Server::start_config(&config.path, 2);
-    let [at_stays, at_goes] = server.addresses() else {
+    let [stays_address, goes_address] = server.addresses() else {
         panic!("{server:?}")
     };
     assert_eq!(config.reload(), "nothing has changed");
-    let mut clients = [*at_stays, *at_goes].map(connect);
+    let mut clients = [*stays_address, *goes_address].map(connect);
     for client in &mut clients {
         client.send("a");
         assert_eq!(client.read(1), "a");
     }
-    // Another limit for the first, one service less, one more.
+    // One service gets a limit, one is removed, and one is added.
     let stays = service("stays", guest("echo"), "max-bytes-in = '4B'");
     let comes = service("comes", guest("hello"), "dispatch = 'spawn'");
     config.write(&format!("{comes}{stays}"));
@@ -255,52 +261,54 @@ fn a_reload_applies_the_difference() {
         config.reload(),
         "added: comes; changed: stays; removed: goes"
     );
-    let at_comes = listens(&server, "comes");
-    connect(at_comes).get("/nowhere");
-    // Connections that are open have what they had.
+    connect(listens(&server, "comes")).get("/nowhere");
+    // Open connections keep the limits that they began with.
     for client in &mut clients {
         client.send("still the same");
         assert_eq!(client.read(14), "still the same");
     }
-    echoes_four(*at_stays);
-    let mut client = connect(*at_stays);
+    echoes_four(*stays_address);
+    let mut client = connect(*stays_address);
     client.send("12345");
     assert!(client.read_all().1.is_err());
-    // Who comes before its threads have heard of it is served.
-    while Client::connect(*at_goes).is_ok() {}
-    // Its last connection is the end of it.
+    // Until its threads stop listening, the removed service accepts clients.
+    while Client::connect(*goes_address).is_ok() {}
+    // The service ends with its last connection.
     drop(clients);
-    server.wait_for_log(&["a service that was removed has ended", "goes"]);
+    server.wait_for_log(&["a removed service has ended", "goes"]);
     let metrics = config.admin.metrics();
     assert!(!metrics.contains("service=\"goes\""), "{metrics}");
 }
 
 #[test]
-fn an_address_may_become_another_services() {
-    let names = |name: &str, guest: PathBuf, listen: &str| {
+fn reload_moves_an_address_to_another_service() {
+    let service = |name: &str, guest: PathBuf, listen: &str| {
         format!("[[service]]\nname = {name:?}\nlisten = [{listen}]\nguest = {guest:?}\n")
     };
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let fixed = free.local_addr().unwrap();
     drop(free);
     let fixed = format!("'{fixed}'");
-    let config = Config::new(&names("one", guest("echo"), &fixed));
+    let config = Config::new(&service("one", guest("echo"), &fixed));
     let server = Server::start_config(&config.path, 1);
     let address = server.address();
-    let mut before = connect(address);
-    before.send("a");
-    assert_eq!(before.read(1), "a");
-    let other = names("one", guest("echo"), "'127.0.0.1:0'");
-    config.write(&format!("{other}{}", names("two", guest("hello"), &fixed)));
+    let mut open = connect(address);
+    open.send("a");
+    assert_eq!(open.read(1), "a");
+    let moved = service("one", guest("echo"), "'127.0.0.1:0'");
+    config.write(&format!(
+        "{moved}{}",
+        service("two", guest("hello"), &fixed)
+    ));
     assert_eq!(config.reload(), "added: two; changed: one");
     connect(address).get("/nowhere");
     echoes(listens(&server, "one"));
-    before.send("b");
-    assert_eq!(before.read(1), "b");
+    open.send("b");
+    assert_eq!(open.read(1), "b");
 }
 
 #[test]
-fn a_bad_file_changes_nothing() {
+fn reload_of_a_bad_file_changes_nothing() {
     let good = service("one", guest("echo"), "");
     let config = Config::new(&good);
     let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -311,14 +319,14 @@ fn a_bad_file_changes_nothing() {
         "[[service]]\nname = 'clash'\nlisten = '{taken}'\nguest = {:?}\n",
         guest("echo")
     );
-    let bad_guest = service("bad", text_fixture("start_traps"), "");
+    let bad_guest = service("bad", wat_fixture("start_traps"), "");
     for (bad, reason) in [
         (format!("{more}idle = 1"), "idle is no setting"),
         (
             format!("{more}{clash}"),
             "toml:11: listen: cannot listen on",
         ),
-        // One mistake does not hide another.
+        // Both mistakes are reported.
         (
             format!("{more}{clash}{bad_guest}"),
             "toml:11: listen: cannot listen on",
@@ -327,10 +335,7 @@ fn a_bad_file_changes_nothing() {
             format!("{more}{clash}{bad_guest}"),
             "toml:16: guest: the guest",
         ),
-        (
-            format!("{more}{bad_guest}"),
-            "no instance of it can be made",
-        ),
+        (format!("{more}{bad_guest}"), "cannot instantiate the guest"),
         (
             format!(
                 "{more}{}",
@@ -341,34 +346,34 @@ fn a_bad_file_changes_nothing() {
     ] {
         config.write(&bad);
         let output = config.admin.ctl(&["reload"]);
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(78), "{said} for {bad}");
-        assert!(said.contains(reason), "{said} without {reason}");
+        let report = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(78), "{report} for {bad}");
+        assert!(report.contains(reason), "no {reason} in {report}");
         let status = config.admin.ctl_json(&["status"]);
         assert_eq!(status["services"].as_array().unwrap().len(), 1, "{status}");
         echoes(server.address());
     }
     drop(holder);
-    // A hangup does the same.
+    // SIGHUP reloads the file as well.
     config.write(&format!("{good}{more}"));
     server.signal(Signal::HUP);
     echoes(listens(&server, "more"));
 }
 
 #[test]
-fn what_is_set_of_the_server_waits_for_a_restart() {
+fn server_wide_settings_need_a_restart() {
     let config = Config::new(&service("one", guest("echo"), ""));
     let _server = Server::start_config(&config.path, 1);
     config.write(&format!(
         "drain-timeout = '7s'\n{}",
         service("one", guest("echo"), "")
     ));
-    let said = config.reload();
-    assert!(said.contains("needs a restart"), "{said}");
+    let report = config.reload();
+    assert!(report.contains("need a restart"), "{report}");
 }
 
 #[test]
-fn reloads_under_load_lose_nothing() {
+fn reloads_under_load_lose_no_request() {
     let config = Config::new("");
     let file = config.admin.beside("names.wasm");
     write_version(&file, "one");
@@ -385,11 +390,11 @@ fn reloads_under_load_lose_nothing() {
         for n in 1..30 {
             write_version(&file, &format!("version-{n}"));
             config.write(&text(n));
-            let said = config.reload();
-            assert!(said.contains("changed: names"), "{n}: {said}");
+            let report = config.reload();
+            assert!(report.contains("changed: names"), "{n}: {report}");
         }
     });
-    assert!(answers > 500, "{answers} answers is no load");
+    assert!(answers > 500, "only {answers} answers");
     let bad = |line: &&String| line.contains("service=\"names\"") && !line.contains("outcome=ok");
     let lines = server.log_lines("connection ended");
     let bad: Vec<_> = lines.iter().filter(bad).collect();
@@ -397,7 +402,7 @@ fn reloads_under_load_lose_nothing() {
 }
 
 #[test]
-fn guests_are_watched_and_swapped_by_the_name_of_their_service() {
+fn guests_are_watched_and_swapped_per_service() {
     let config = Config::new("");
     let files = ["one.wasm", "two.wasm"].map(|file| config.guest(file, "first"));
     let services = || {
@@ -409,20 +414,20 @@ fn guests_are_watched_and_swapped_by_the_name_of_their_service() {
     let names = || {
         let addresses = server.addresses().iter();
         addresses
-            .map(|at| answer(&mut connect(*at)).0)
+            .map(|address| answer(&mut connect(*address)).0)
             .collect::<Vec<_>>()
     };
     assert_eq!(names(), ["first", "first"]);
     for file in &files {
         write_version(file, "second");
     }
-    server.wait_for_log(&["a new version was given", "service=\"one\"", "swapped"]);
+    server.wait_for_log(&["guest version changed", "service=\"one\"", "swapped"]);
     assert_eq!(names(), ["second", "first"]);
     let third = config.guest("third.wasm", "third");
     let third = third.to_str().unwrap();
     config.admin.ctl_text(&["swap", "two", third]);
     assert_eq!(names(), ["second", "third"]);
-    // A new process serves the same, whatever the files have by now.
+    // A new process serves the same versions, although one file has another version.
     let pid = config.admin.ctl_text(&["restart"]);
     let pid = pid.split(' ').nth(1).unwrap().parse().unwrap();
     let names = names();
@@ -432,7 +437,7 @@ fn guests_are_watched_and_swapped_by_the_name_of_their_service() {
 }
 
 #[test]
-fn the_schema_knows_every_key() {
+fn schema_contains_every_key() {
     let output = run(wasinetd().arg("schema"));
     assert_eq!(output.status.code(), Some(0));
     let schema: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -447,35 +452,24 @@ fn the_schema_knows_every_key() {
         .lines()
         .filter_map(|line| line.trim_start().strip_prefix("--"));
     let flags = flags.map(|flag| flag.split([' ', '=']).next().unwrap());
-    let mut known = 0;
+    let mut known_flags = 0;
     for flag in flags.filter(|flag| !["config"].contains(flag)) {
         let tables = [&schema, service].map(|table| &table["properties"][flag]);
         assert!(tables.iter().any(|key| key.is_object()), "{flag}");
-        known += 1;
+        known_flags += 1;
     }
-    assert!(known > 40, "{known} flags in\n{help}");
+    assert!(known_flags > 40, "{known_flags} flags in\n{help}");
 }
 
 #[test]
-fn the_example_is_served_as_a_whole() {
+fn example_config_is_served() {
     let example = root().join("host/wasinetd.example.toml");
-    let output = run(wasinetd().args(["check", "--config"]).arg(&example));
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(0), "{said}");
-    // On ports of its own.
-    let text = fs::read_to_string(&example).unwrap();
-    let mut rest = &*text;
-    let mut moved = String::new();
-    while let Some(at) = rest.find("127.0.0.1:") {
-        let (before, after) = rest.split_at(at);
-        moved += before;
-        moved += "127.0.0.1:0";
-        let after = &after["127.0.0.1:".len()..];
-        rest = after.trim_start_matches(|c: char| c.is_ascii_digit());
-    }
-    moved += rest;
-    let top = root().display().to_string();
-    let config = Config::new(&moved.replace("\"../", &format!("\"{top}/")));
+    let checked = run(wasinetd().args(["check", "--config"]).arg(&example));
+    let report = String::from_utf8(checked.stderr).unwrap();
+    assert_eq!(checked.status.code(), Some(0), "{report}");
+    let example = on_free_ports(&fs::read_to_string(&example).unwrap());
+    let root = root().display().to_string();
+    let config = Config::new(&example.replace("\"../", &format!("\"{root}/")));
     let server = Server::start_config(&config.path, 8);
     let [hello, echo, discard, daytime, qotd, chargen, ident, _] = server.addresses() else {
         panic!("{server:?}")
@@ -497,22 +491,33 @@ fn the_example_is_served_as_a_whole() {
     }
     let mut command = std::process::Command::new("redis-cli");
     let port = server.addresses()[7].port().to_string();
-    let output = crate::harness::output(command.args(["-p", &port, "PING"]));
+    let output = output(command.args(["-p", &port, "PING"]));
     assert_eq!(String::from_utf8(output.stdout).unwrap(), "PONG\n");
 }
 
-/// Certificate and key in a new directory beside the config file.
+/// Replaces the port of each loopback address by zero.
+fn on_free_ports(text: &str) -> String {
+    let mut parts = text.split("127.0.0.1:");
+    let mut moved = parts.next().unwrap_or_default().to_string();
+    for part in parts {
+        moved += "127.0.0.1:0";
+        moved += part.trim_start_matches(|c: char| c.is_ascii_digit());
+    }
+    moved
+}
+
+/// Makes a certificate and its key in a new directory.
 fn certificate(config: &Config, name: &str) -> [PathBuf; 2] {
     let directory = config.admin.beside(name);
     fs::create_dir(&directory).unwrap();
     let mut command = wasinetd();
     command.arg("cert").arg(&directory).args(["--name", name]);
-    assert!(crate::harness::output(&mut command).status.success());
+    assert!(output(&mut command).status.success());
     ["cert.pem", "key.pem"].map(|file| directory.join(file))
 }
 
 #[test]
-fn a_service_has_those_who_ask_for_its_name() {
+fn services_are_selected_by_server_name() {
     let config = Config::new("");
     let [cert_a, key_a] = certificate(&config, "a.example");
     let [cert_b, key_b] = certificate(&config, "b.example");
@@ -521,12 +526,14 @@ fn a_service_has_those_who_ask_for_its_name() {
         fs::write(config.admin.beside(name).join("hello.html"), name).unwrap();
     }
     let tls = format!(
-        "dir = 'first::/static'\ntls-cert = [{cert_a:?}, {cert_b:?}]\ntls-key = [{key_a:?}, {key_b:?}]"
+        "dir = 'first::/static'\n\
+        tls-cert = [{cert_a:?}, {cert_b:?}]\ntls-key = [{key_a:?}, {key_b:?}]"
     );
     let first = service("first", guest("hello"), &tls);
     let behind = |name: &str| {
         format!(
-            "[[service]]\nname = 'behind'\nbehind = 'first'\nserver-name = '{name}'\nguest = {:?}\ndir = 'behind::/static'\n",
+            "[[service]]\nname = 'behind'\nbehind = 'first'\nserver-name = '{name}'\n\
+            guest = {:?}\ndir = 'behind::/static'\n",
             guest("hello")
         )
     };
@@ -539,29 +546,29 @@ fn a_service_has_those_who_ask_for_its_name() {
             .arg(certificate)
             .args(["--resolve", &format!("{name}:{}:127.0.0.1", address.port())])
             .arg(format!("https://{name}:{}/", address.port()));
-        let output = crate::harness::output(&mut curl);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{said}\n{server:?}");
+        let output = output(&mut curl);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{errors}\n{server:?}");
         String::from_utf8(output.stdout).unwrap()
     };
     assert_eq!(ask("a.example", &cert_a), "first");
     assert_eq!(ask("b.example", &cert_b), "behind");
     server.wait_for_log(&["connection ended", "service=\"behind\"", "b.example"]);
-    // A reload leads them elsewhere, with the certificates that there are.
+    // A reload routes the names to other services and keeps the certificates.
     config.write(&format!("{first}{}", behind("a.example")));
     assert_eq!(config.reload(), "changed: behind");
     assert_eq!(ask("a.example", &cert_a), "behind");
     assert_eq!(ask("b.example", &cert_b), "first");
-    // What the listener decides is not for those behind it to say.
+    // A service behind another one cannot set limits of the listener.
     config.write(&format!(
         "{first}{}max-connections = 3\n",
         behind("a.example")
     ));
-    let said = config.admin.ctl(&["reload"]).stderr;
-    let said = String::from_utf8(said).unwrap();
+    let report = config.admin.ctl(&["reload"]).stderr;
+    let report = String::from_utf8(report).unwrap();
     assert!(
-        said.contains("max-connections: it is for the service \"first\" to say"),
-        "{said}"
+        report.contains("max-connections: set it for the service \"first\" instead"),
+        "{report}"
     );
 }
 
@@ -575,7 +582,7 @@ fn services_drain_together() {
         ));
         let mut server = Server::start_config(&config.path, 2);
         let addresses = server.addresses().to_vec();
-        let clients: Vec<Client> = addresses.iter().map(|at| connect(*at)).collect();
+        let clients: Vec<Client> = addresses.iter().map(|address| connect(*address)).collect();
         let ended = thread::scope(|scope| {
             let clients = scope.spawn(move || {
                 clients

@@ -1,17 +1,17 @@
-//! What an operator sees and does with `wasinetd ctl`.
+//! `wasinetd ctl`, the command for operators.
 
 use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
-use crate::harness::{AdminSocket, MODES, Server, fixture, guest, output, wasinetd};
+use crate::harness::{AdminSocket, Client, MODES, Server, fixture, guest, output, wasinetd};
 
 #[test]
-fn connections_are_listed_and_killed() {
+fn ctl_lists_and_kills_connections() {
     for mode in MODES {
         let admin = AdminSocket::new();
-        let server = Server::start(mode, &fixture("uses"), &["--admin", &admin.flag]);
+        let server = Server::start(mode, &fixture("uses_resources"), &["--admin", &admin.flag]);
         assert_eq!(admin.ctl_json(&["connections"]), serde_json::json!([]));
         let mut kept = server.connect();
         let mut killed = server.connect();
@@ -21,48 +21,51 @@ fn connections_are_listed_and_killed() {
         }
         let list = admin.ctl_json(&["connections"]);
         assert_eq!(list.as_array().unwrap().len(), 2, "{list}");
-        let of = |client: &crate::harness::Client| {
+        let entry_of = |client: &Client| {
             let address = client.0.local_addr().unwrap().to_string();
-            let mut all = list.as_array().unwrap().iter();
-            all.find(|one| one["peer"] == address).unwrap().clone()
+            let mut entries = list.as_array().unwrap().iter();
+            entries
+                .find(|entry| entry["peer"] == address)
+                .unwrap()
+                .clone()
         };
-        let one = of(&killed);
+        let entry = entry_of(&killed);
         assert_eq!(
-            (&one["service"], &one["received"]),
+            (&entry["service"], &entry["received"]),
             (&"default".into(), &11.into())
         );
-        assert!(one["memory"].as_u64().unwrap() > 100_000, "{one}");
-        assert!(one["cpu"].as_f64().unwrap() > 0.01, "{one}");
-        assert!(one["age"].as_f64().unwrap() > 0.0, "{one}");
+        assert!(entry["memory"].as_u64().unwrap() > 100_000, "{entry}");
+        assert!(entry["cpu"].as_f64().unwrap() > 0.01, "{entry}");
+        assert!(entry["age"].as_f64().unwrap() > 0.0, "{entry}");
         let table = admin.ctl_text(&["connections"]);
-        assert!(table.contains(one["peer"].as_str().unwrap()), "{table}");
-        let id = one["id"].to_string();
+        assert!(table.contains(entry["peer"].as_str().unwrap()), "{table}");
+        let id = entry["id"].to_string();
         admin.ctl_text(&["kill", &id]);
         assert!(killed.read_all().1.is_err());
         server.wait_for_log(&["connection ended", &format!("id={id} "), "outcome=killed"]);
         kept.send("compute 1\n");
         assert_eq!(kept.read_line(), "done");
         assert_eq!(admin.ctl(&["kill", &id]).status.code(), Some(64));
-        // Of the log, what is of one connection and nothing else.
+        // `logs ID` shows only the lines of that connection.
         let lines = admin.ctl_text(&["logs", &id]);
         assert_eq!(lines.lines().count(), 2, "{lines}");
         assert!(
-            lines.contains("an operator ends") && lines.contains("killed"),
+            lines.contains("killed by an operator") && lines.contains("outcome=killed"),
             "{lines}"
         );
     }
 }
 
 #[test]
-fn who_computes_without_end_can_be_killed() {
+fn ctl_kills_a_connection_that_computes_forever() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let server = Server::start(mode, &fixture("spin"), &["--admin", &admin.flag]);
         let mut client = server.connect();
         let id = loop {
             let list = admin.ctl_json(&["connections"]);
-            if let Some(one) = list.get(0) {
-                break one["id"].to_string();
+            if let Some(entry) = list.get(0) {
+                break entry["id"].to_string();
             }
         };
         admin.ctl_text(&["kill", &id]);
@@ -71,7 +74,7 @@ fn who_computes_without_end_can_be_killed() {
 }
 
 #[test]
-fn the_log_is_followed() {
+fn ctl_follows_the_log() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let server = Server::start(mode, &guest("echo"), &["--admin", &admin.flag]);
@@ -79,7 +82,7 @@ fn the_log_is_followed() {
         command.args(["ctl", "--admin", &admin.flag, "logs", "--follow"]);
         let mut follower = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(follower.stdout.take().unwrap()).lines();
-        // A line that was there before says that it follows.
+        // The first line may have been logged before the follower connected.
         server.connect().finish();
         let first = lines
             .by_ref()
@@ -98,7 +101,7 @@ fn the_log_is_followed() {
 }
 
 #[test]
-fn limits_and_rates_are_shown() {
+fn ctl_shows_limits_and_rates() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let arguments = [
@@ -128,7 +131,7 @@ fn limits_and_rates_are_shown() {
 }
 
 #[test]
-fn a_server_is_drained() {
+fn ctl_drains_a_server() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let mut server = Server::start(mode, &guest("echo"), &["--admin", &admin.flag]);
@@ -137,7 +140,7 @@ fn a_server_is_drained() {
         assert_eq!(client.read(1), "a");
         admin.ctl_text(&["drain"]);
         server.wait_for_log(&["draining"]);
-        // Asked again, it goes on to drain, and does not end what is open.
+        // Repeating the command has no effect: open connections go on.
         admin.ctl_text(&["drain"]);
         assert_eq!(admin.ctl_json(&["status"])["phase"], "draining");
         let swap = admin.ctl(&["swap", "default", "target/guests/hello.wasm"]);
@@ -151,25 +154,25 @@ fn a_server_is_drained() {
 }
 
 #[test]
-fn what_cannot_be_asked_says_why() {
+fn ctl_explains_why_a_request_fails() {
     let admin = AdminSocket::new();
-    let refused = |command: &mut Command, code, part: &str| {
+    let assert_refused = |command: &mut Command, code, part: &str| {
         let output = output(command);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{text}");
         assert!(text.contains(part), "{text}");
     };
-    refused(wasinetd().args(["ctl", "status"]), 64, "--admin");
+    assert_refused(wasinetd().args(["ctl", "status"]), 64, "--admin");
     let status = ["ctl", "--admin", &admin.flag, "status"];
-    refused(wasinetd().args(status), 69, "is it running");
+    assert_refused(wasinetd().args(status), 69, "is it running");
     let _server = Server::start("concurrent", &guest("echo"), &["--admin", &admin.flag]);
     let swap = ["ctl", "--admin", &admin.flag, "swap"];
-    refused(
+    assert_refused(
         wasinetd().args(swap).args(["nope", "README.md"]),
         64,
-        "there is: default",
+        "the services are: default",
     );
-    refused(
+    assert_refused(
         wasinetd().args(swap).args(["default", "no.wasm"]),
         65,
         "no.wasm",
@@ -177,7 +180,7 @@ fn what_cannot_be_asked_says_why() {
 }
 
 #[test]
-fn on_a_loopback_address_a_token_is_shown() {
+fn admin_on_loopback_requires_a_token() {
     let admin = AdminSocket::new();
     let (token, wrong) = (admin.beside("token"), admin.beside("wrong"));
     fs::write(&token, "0123456789abcdef\n").unwrap();
@@ -191,27 +194,27 @@ fn on_a_loopback_address_a_token_is_shown() {
         command.arg("--admin-token-file").arg(&token);
         command
     };
-    let output = output(serve(0o644).arg(guest("echo")));
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(78), "{text}");
+    let refused = output(serve(0o644).arg(guest("echo")));
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(78), "{text}");
     assert!(text.contains("chmod 600"), "{text}");
     serve(0o600);
     let file = token.to_str().unwrap();
     let arguments = ["--admin", "127.0.0.1:0", "--admin-token-file", file];
     let mut server = Server::start("concurrent", &guest("echo"), &arguments);
-    let address = server.operators();
-    let status = |token: &[&str]| {
+    let address = server.admin_address();
+    let exit_code = |token: &[&str]| {
         let mut command = wasinetd();
         command.args(["ctl", "--admin", &address]).args(token);
-        crate::harness::output(command.arg("status")).status.code()
+        output(command.arg("status")).status.code()
     };
-    assert_eq!(status(&["--admin-token-file", file]), Some(0));
-    assert_eq!(status(&[]), Some(78));
+    assert_eq!(exit_code(&["--admin-token-file", file]), Some(0));
+    assert_eq!(exit_code(&[]), Some(78));
     assert_eq!(
-        status(&["--admin-token-file", wrong.to_str().unwrap()]),
+        exit_code(&["--admin-token-file", wrong.to_str().unwrap()]),
         Some(78)
     );
-    let code = |path: &str, arguments: &[&str]| {
+    let status_code = |path: &str, arguments: &[&str]| {
         let mut curl = Command::new("curl");
         curl.args([
             "--silent",
@@ -221,21 +224,21 @@ fn on_a_loopback_address_a_token_is_shown() {
             "%{http_code}",
         ]);
         curl.args(arguments).arg(format!("http://{address}{path}"));
-        String::from_utf8(crate::harness::output(&mut curl).stdout).unwrap()
+        String::from_utf8(output(&mut curl).stdout).unwrap()
     };
-    let shown = ["--header", "Authorization: Bearer 0123456789abcdef"];
+    let authorized = ["--header", "Authorization: Bearer 0123456789abcdef"];
     for path in ["/metrics", "/v1/status", "/v1/connections", "/v1/logs"] {
         assert_eq!(
-            (code(path, &[]), code(path, &shown)),
+            (status_code(path, &[]), status_code(path, &authorized)),
             ("401".into(), "200".into()),
             "{path}"
         );
     }
-    // Whoever looks after the process needs none, nor does a page that asks for it.
+    // Health checks need no token, and the dashboard asks for it.
     for path in ["/healthz", "/readyz", "/"] {
-        assert_eq!(code(path, &[]), "200", "{path}");
+        assert_eq!(status_code(path, &[]), "200", "{path}");
     }
     let drain = ["--request", "POST"];
-    assert_eq!(code("/v1/drain", &drain), "401");
+    assert_eq!(status_code("/v1/drain", &drain), "401");
     assert_eq!(server.connect().0.peer_addr().unwrap(), server.address());
 }

@@ -1,5 +1,6 @@
-//! What an operator sees and does in a browser: the dashboard in headless Chromium, which is driven by
-//! the DevTools protocol. Where there is no Chromium, these tests say so and are left out.
+//! The dashboard in a browser: headless Chromium, driven by the DevTools protocol.
+//!
+//! Without Chromium these tests print a message and are skipped.
 
 use std::fs::{OpenOptions, Permissions};
 use std::io::{BufRead, BufReader, Write};
@@ -18,25 +19,27 @@ use crate::harness::{Client, PATIENCE, Server, guest, request};
 
 const TOKEN: &str = "a+token/that=nobody%20guesses";
 
-/// As it is in an address. A plus is a plus there.
-const TOKEN_IN_ADDRESS: &str = "a+token/that=nobody%2520guesses";
+/// The token in the fragment of a URL. A plus sign is literal there.
+const TOKEN_IN_URL: &str = "a+token/that=nobody%2520guesses";
 
-/// The row of a connection that is neither hidden nor kept after its end.
+/// The visible rows of open connections.
 const ROWS: &str = "[...document.querySelectorAll('#connections tbody tr:not(.ended)')]";
 
-/// The version of the guest that new connections are served with.
+/// The version of the guest for new connections.
 const CURRENT: &str = "document.querySelector('#services tr.current th')?.textContent";
 
+/// The result of the last action.
 const NOTICE: &str = "document.querySelector('#notice-text').textContent";
 
+/// The state of the server, if it is not serving.
 const PROBLEM: &str = "document.querySelector('#problem').textContent";
 
 #[test]
-fn a_connection_is_seen_and_killed_by_keyboard() {
+fn dashboard_shows_and_kills_a_connection_by_keyboard() {
     let Some(mut page) = Page::new() else { return };
-    let operated = Operated::start(&[]);
-    page.open(&operated.with_token());
-    let mut client = operated.server.connect();
+    let deployment = Deployment::start(&[]);
+    page.open(&deployment.with_token());
+    let mut client = deployment.server.connect();
     client.send("hello");
     assert_eq!(client.read(5), "hello");
     let peer = client.0.local_addr().unwrap();
@@ -44,9 +47,9 @@ fn a_connection_is_seen_and_killed_by_keyboard() {
         "{ROWS}.some(row => row.innerText.includes('{peer}') && row.innerText.match(/5 B\\s+5 B/))"
     ));
 
-    // The focus stays where it is while other rows come and go around it.
+    // The focus stays on its row while other rows appear and disappear.
     page.run(&format!("{ROWS}[0].querySelector('button').focus()"));
-    let mut others: Vec<Client> = (0..205).map(|_| operated.server.connect()).collect();
+    let mut others: Vec<Client> = (0..205).map(|_| deployment.server.connect()).collect();
     page.wait_for("document.querySelector('#shown').textContent.includes('200 of 206 shown')");
     page.wait_for(&format!("{ROWS}.length == 200"));
     others.truncate(3);
@@ -57,7 +60,7 @@ fn a_connection_is_seen_and_killed_by_keyboard() {
         json!(format!("Kill connection 1 of {peer}"))
     );
 
-    // Escape takes it back, and the focus returns.
+    // Escape cancels the action and returns the focus.
     page.press("Enter");
     page.wait_for("document.querySelector('#confirm').open");
     page.wait_for("document.querySelector('#confirm').contains(document.activeElement)");
@@ -70,7 +73,7 @@ fn a_connection_is_seen_and_killed_by_keyboard() {
     client.send("still there");
     assert_eq!(client.read(11), "still there");
 
-    // What is harmless has the focus first.
+    // The harmless button has the focus first.
     page.press("Enter");
     page.wait_for("document.activeElement.textContent == 'Cancel'");
     page.press("Tab");
@@ -78,7 +81,7 @@ fn a_connection_is_seen_and_killed_by_keyboard() {
     page.press("Enter");
     let (_, end) = client.read_all();
     assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
-    operated
+    deployment
         .server
         .wait_for_log(&["connection ended", "killed"]);
     page.wait_for(&format!("{NOTICE} == 'Connection 1 was killed.'"));
@@ -91,14 +94,14 @@ fn a_connection_is_seen_and_killed_by_keyboard() {
     page.wait_for(&format!(
         "{ROWS}.length == 1 && {ROWS}[0].innerText.includes('{peer}')"
     ));
-    page.finish(&operated);
+    page.finish(&deployment);
 }
 
 #[test]
-fn a_version_is_swapped_and_rolled_back() {
+fn dashboard_swaps_and_rolls_back_a_version() {
     let Some(mut page) = Page::new() else { return };
-    let operated = Operated::start(&[]);
-    page.open(&operated.with_token());
+    let deployment = Deployment::start(&[]);
+    page.open(&deployment.with_token());
     let is_echo = |server: &Server| {
         let mut client = server.connect();
         client.send(request("/"));
@@ -106,14 +109,14 @@ fn a_version_is_swapped_and_rolled_back() {
     };
     page.wait_for(CURRENT);
     let echo = page.run(CURRENT);
-    assert!(is_echo(&operated.server));
+    assert!(is_echo(&deployment.server));
     assert_eq!(
         page.run("document.querySelector('[data-action=rollback]').disabled"),
         json!(true)
     );
 
-    // The name of a file is text, whatever it says.
-    let bad = operated.directory.path().join("<b>no<b>.wasm");
+    // HTML in the name of a file is shown as text.
+    let bad = deployment.directory.path().join("<b>no<b>.wasm");
     std::fs::write(&bad, "no component").unwrap();
     page.choose(&bad);
     page.confirm("<b>no<b>.wasm");
@@ -133,26 +136,26 @@ fn a_version_is_swapped_and_rolled_back() {
     page.choose(&guest("hello"));
     page.confirm("hello.wasm");
     page.wait_for(&format!("{CURRENT} != {echo}"));
-    page.wait_for(&format!("{NOTICE}.includes('and no longer ' + {echo})"));
-    assert!(!is_echo(&operated.server));
+    page.wait_for(&format!("{NOTICE}.includes('instead of ' + {echo})"));
+    assert!(!is_echo(&deployment.server));
 
     page.wait_for("!document.querySelector('[data-action=rollback]').disabled");
     page.run("document.querySelector('[data-action=rollback]').focus()");
     page.press("Enter");
     page.confirm(echo.as_str().unwrap());
     page.wait_for(&format!("{CURRENT} == {echo}"));
-    assert!(is_echo(&operated.server));
-    page.finish(&operated);
+    assert!(is_echo(&deployment.server));
+    page.finish(&deployment);
 }
 
 #[test]
-fn the_page_asks_for_the_token_and_forgets_none() {
+fn dashboard_asks_for_the_token_and_keeps_it_in_its_tab() {
     let Some(mut page) = Page::new() else { return };
-    let operated = Operated::start(&[]);
-    page.open(&operated.origin());
+    let deployment = Deployment::start(&[]);
+    page.open(&deployment.origin());
     let reason = "document.querySelector('#token-reason').textContent";
     page.wait_for("document.activeElement.id == 'token'");
-    page.wait_for(&format!("{reason}.includes('only those who show')"));
+    page.wait_for(&format!("{reason}.includes('requires a token')"));
     page.call("Input.insertText", json!({ "text": "wrong" }));
     page.press("Enter");
     page.wait_for(&format!("{reason}.includes('does not accept this token')"));
@@ -164,59 +167,59 @@ fn the_page_asks_for_the_token_and_forgets_none() {
         page.run("document.querySelector('#token-form').hidden"),
         json!(true)
     );
-    // It is for this tab, and nowhere else.
+    // The token is stored for this tab only.
     assert_eq!(
         page.run("[localStorage.length, document.cookie, sessionStorage.length]"),
         json!([0, "", 1])
     );
 
-    // One in the address is taken, and does not stay there.
+    // A token in the URL is stored and removed from the URL.
     page.run("sessionStorage.clear()");
-    page.open(&operated.with_token());
+    page.open(&deployment.with_token());
     page.wait_for("!document.querySelector('#dashboard').hidden");
     assert_eq!(
         page.run("location.href"),
-        json!(format!("{}/", operated.origin()))
+        json!(format!("{}/", deployment.origin()))
     );
-    page.finish(&operated);
+    page.finish(&deployment);
 }
 
 #[test]
-fn the_page_says_that_the_server_drains_or_is_gone_and_recovers() {
+fn dashboard_shows_draining_and_lost_servers_and_recovers() {
     let Some(mut page) = Page::new() else { return };
-    let mut operated = Operated::start(&[]);
-    page.open(&operated.with_token());
-    let client = operated.server.connect();
+    let mut deployment = Deployment::start(&[]);
+    page.open(&deployment.with_token());
+    let client = deployment.server.connect();
     page.wait_for(&format!("{ROWS}.length == 1"));
-    operated.server.signal(Signal::TERM);
+    deployment.server.signal(Signal::TERM);
     page.wait_for("document.querySelector('#phase').textContent == 'draining'");
     page.wait_for(&format!("{PROBLEM}.includes('The server is draining')"));
     client.finish();
-    assert_eq!(operated.server.wait().code(), Some(0));
+    assert_eq!(deployment.server.wait().code(), Some(0));
     page.wait_for(&format!("{PROBLEM}.includes('cannot be reached')"));
-    page.wait_for(&format!("{PROBLEM}.includes('What is shown is from')"));
+    page.wait_for(&format!("{PROBLEM}.includes('Showing data from')"));
     drop(client);
-    operated.start_again();
+    deployment.start_again();
     page.wait_for("document.querySelector('#phase').textContent == 'serving'");
     page.wait_for(&format!("{PROBLEM} == '' && {ROWS}.length == 0"));
-    page.finish(&operated);
+    page.finish(&deployment);
 }
 
 #[test]
-fn the_page_fits_a_phone_and_rests_while_it_is_hidden() {
+fn dashboard_fits_a_phone_and_pauses_while_hidden() {
     let Some(mut page) = Page::new() else { return };
-    let operated = Operated::start(&["--max-bytes-in", "10"]);
+    let deployment = Deployment::start(&["--max-bytes-in", "10"]);
     page.call(
         "Emulation.setDeviceMetricsOverride",
         json!({ "width": 360, "height": 640, "deviceScaleFactor": 2, "mobile": true }),
     );
     let fits = "document.documentElement.scrollWidth <= 360";
-    page.open(&operated.origin());
+    page.open(&deployment.origin());
     page.wait_for("!document.querySelector('#token-form').hidden");
     assert_eq!(page.run(fits), json!(true));
     page.open("about:blank");
-    page.open(&operated.with_token());
-    let mut clients: Vec<Client> = (0..3).map(|_| operated.server.connect()).collect();
+    page.open(&deployment.with_token());
+    let mut clients: Vec<Client> = (0..3).map(|_| deployment.server.connect()).collect();
     clients[0].send("more than is allowed");
     assert!(clients[0].read_all().1.is_err());
     page.wait_for("document.querySelector('#limits-met').innerText.includes('max-bytes-in')");
@@ -228,20 +231,22 @@ fn the_page_fits_a_phone_and_rests_while_it_is_hidden() {
     assert_eq!(page.run(fits), json!(true));
     page.press("Escape");
 
-    page.run("asked = 0; ask = fetch; fetch = (...all) => { asked++; return ask(...all) }; null");
-    page.wait_for("asked > 0");
+    page.run(
+        "requests = 0; send = fetch; fetch = (...all) => { requests++; return send(...all) }; null",
+    );
+    page.wait_for("requests > 0");
     page.run(&hide(true));
-    // Nothing tells that nothing comes but to wait for it: for more than two intervals.
-    let meanwhile =
-        "new Promise(done => setTimeout(done, 2500, asked)).then(before => asked - before)";
-    assert_eq!(page.run(meanwhile), json!(0));
+    // Only waiting shows that no request is sent: more than two intervals.
+    let requests_while_hidden =
+        "new Promise(done => setTimeout(done, 2500, requests)).then(before => requests - before)";
+    assert_eq!(page.run(requests_while_hidden), json!(0));
     page.run(&hide(false));
-    page.run("asked = 0");
-    page.wait_for("asked > 0");
-    page.finish(&operated);
+    page.run("requests = 0");
+    page.wait_for("requests > 0");
+    page.finish(&deployment);
 }
 
-/// What a page sees when its tab is put behind another one, or before it again.
+/// A script that makes the tab hidden or visible to the page.
 fn hide(hidden: bool) -> String {
     format!(
         "Object.defineProperty(document, 'hidden', {{ value: {hidden}, configurable: true }});
@@ -249,14 +254,14 @@ fn hide(hidden: bool) -> String {
     )
 }
 
-/// A server of the echo guest whose operators connect to a loopback address.
-struct Operated {
+/// An echo server, with an admin API on a loopback address.
+struct Deployment {
     server: Server,
     admin: String,
     directory: tempfile::TempDir,
 }
 
-impl Operated {
+impl Deployment {
     fn start(arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut options = OpenOptions::new();
@@ -265,51 +270,53 @@ impl Operated {
         writeln!(file, "{TOKEN}").unwrap();
         let mut server = serve(directory.path(), "127.0.0.1:0", arguments);
         Self {
-            admin: server.operators(),
+            admin: server.admin_address(),
             server,
             directory,
         }
     }
 
-    /// Another server where the first one was, which has ended.
+    /// Starts a new server at the same admin address.
     fn start_again(&mut self) {
         self.server = serve(self.directory.path(), &self.admin, &[]);
     }
 
+    /// The origin of the dashboard.
     fn origin(&self) -> String {
         format!("http://{}", self.admin)
     }
 
+    /// The URL of the dashboard, with the token in its fragment.
     fn with_token(&self) -> String {
-        format!("{}/#token={TOKEN_IN_ADDRESS}", self.origin())
+        format!("{}/#token={TOKEN_IN_URL}", self.origin())
     }
 }
 
 fn serve(directory: &Path, admin: &str, arguments: &[&str]) -> Server {
     let token = directory.join("token").display().to_string();
-    let operated = ["--admin", admin, "--admin-token-file", &token];
-    let arguments = [&operated, arguments].concat();
+    let flags = ["--admin", admin, "--admin-token-file", &token];
+    let arguments = [&flags, arguments].concat();
     Server::start("concurrent", &guest("echo"), &arguments)
 }
 
-/// A page in a browser of its own, which is killed when this is dropped.
+/// A page in a browser of its own. Dropping this kills the browser.
 struct Page {
     browser: Child,
-    /// What the browser keeps: gone when the browser is.
+    /// The data directory of the browser.
     _profile: tempfile::TempDir,
     socket: WebSocket<TcpStream>,
     session: Option<Value>,
     calls: u64,
-    /// What the browser reported unasked.
+    /// Events that the browser has sent.
     events: Vec<Value>,
 }
 
 impl Page {
-    /// None where there is no browser.
+    /// Starts a browser. None if there is none on this machine.
     fn new() -> Option<Self> {
         let Some(chromium) = chromium() else {
             eprintln!(
-                "left out: there is no Chromium to show the dashboard in; \
+                "skipped: Chromium is not installed; \
                 apt-get install chromium, or set CHROMIUM to its path"
             );
             return None;
@@ -325,15 +332,16 @@ impl Page {
             .stderr(Stdio::piped())
             .spawn()
             .expect("Chromium starts");
-        let mut lines = BufReader::new(browser.stderr.take().expect("it is piped")).lines();
+        let mut lines =
+            BufReader::new(browser.stderr.take().expect("standard error is piped")).lines();
         let url = lines
             .by_ref()
             .map_while(Result::ok)
             .find_map(|line| Some(line.strip_prefix("DevTools listening on ")?.to_string()))
-            .expect("Chromium says where to connect");
-        // It would stop when nobody reads what it says.
+            .expect("Chromium prints its URL");
+        // Chromium blocks when its standard error is full.
         thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
-        let address = url.split('/').nth(2).expect("it has an address");
+        let address = url.split('/').nth(2).expect("the URL has a host");
         let stream = TcpStream::connect(address).expect("Chromium listens");
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let (socket, _) = tungstenite::client(&*url, stream).expect("Chromium answers");
@@ -349,6 +357,7 @@ impl Page {
         Some(page)
     }
 
+    /// Opens a tab and subscribes to its events.
     fn attach(&mut self) {
         let target = self.call("Target.createTarget", json!({ "url": "about:blank" }));
         let target = json!({ "targetId": target["targetId"], "flatten": true });
@@ -367,13 +376,13 @@ impl Page {
             call["sessionId"] = session.clone();
         }
         let call = Message::text(call.to_string());
-        self.socket.send(call).expect("the browser lives");
+        self.socket.send(call).expect("the browser runs");
         loop {
             let message = self.socket.read().expect("the browser answers");
             let Message::Text(text) = message else {
                 continue;
             };
-            let mut answer: Value = serde_json::from_str(&text).expect("it is JSON");
+            let mut answer: Value = serde_json::from_str(&text).expect("the answer is JSON");
             if answer["id"] == json!(self.calls) {
                 assert!(answer["error"].is_null(), "{method}: {answer}");
                 return answer["result"].take();
@@ -386,7 +395,7 @@ impl Page {
         self.call("Page.navigate", json!({ "url": url }));
     }
 
-    /// The value of an expression in the page.
+    /// Evaluates an expression in the page.
     fn run(&mut self, expression: &str) -> Value {
         let evaluate =
             json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
@@ -396,7 +405,7 @@ impl Page {
         answer["result"]["value"].take()
     }
 
-    /// Waits until an expression is true in the page. What it is about may not be there yet.
+    /// Waits until an expression is true in the page. Exceptions count as false.
     fn wait_for(&mut self, condition: &str) {
         let deadline = Instant::now() + PATIENCE;
         let attempt =
@@ -405,12 +414,13 @@ impl Page {
             if Instant::now() > deadline {
                 let text = self.run("document.body.innerText");
                 let text = text.as_str().unwrap_or_default();
-                panic!("never so: {condition}\n{text}\n{:?}", self.complaints());
+                panic!("never true: {condition}\n{text}\n{:?}", self.errors());
             }
             thread::sleep(Duration::from_millis(20));
         }
     }
 
+    /// Presses and releases a key.
     fn press(&mut self, key: &str) {
         let (code, text) = match key {
             "Enter" => (13, "\r"),
@@ -427,7 +437,7 @@ impl Page {
         }
     }
 
-    /// Chooses a file as the picker of the only service would.
+    /// Chooses a file in the file picker of the only service.
     fn choose(&mut self, file: &Path) {
         let picker =
             json!({ "expression": "document.querySelector('#services input[type=file]')" });
@@ -436,7 +446,7 @@ impl Page {
         self.call("DOM.setFileInputFiles", chosen);
     }
 
-    /// Confirms what is asked, which has to say `part`.
+    /// Confirms the question of the page, which must contain `part`.
     fn confirm(&mut self, part: &str) {
         self.wait_for("document.querySelector('#confirm').open");
         let text = self.run("document.querySelector('#confirm').innerText");
@@ -448,13 +458,13 @@ impl Page {
         self.wait_for("!document.querySelector('#confirm').open");
     }
 
-    /// Asserts that the browser had nothing to complain about, and asked nobody but the server.
-    fn finish(&mut self, operated: &Operated) {
-        // All that was reported before the answer is known then.
+    /// Asserts that the page had no errors and contacted its server only.
+    fn finish(&mut self, deployment: &Deployment) {
+        // All events before the answer to this call have been received.
         self.run("null");
-        let complaints = self.complaints();
-        assert!(complaints.is_empty(), "{complaints:?}");
-        let origin = format!("{}/", operated.origin());
+        let errors = self.errors();
+        assert!(errors.is_empty(), "{errors:?}");
+        let origin = format!("{}/", deployment.origin());
         let foreign: Vec<_> = self
             .reported("Network.requestWillBeSent")
             .filter_map(|event| event["request"]["url"].as_str())
@@ -466,18 +476,20 @@ impl Page {
         assert!(requests > 3, "the browser reports no requests");
     }
 
-    /// Exceptions, and what is in the console, violations of the page's policy among it. That the server
-    /// refuses, or is gone, is not the page's fault.
-    fn complaints(&self) -> Vec<&Value> {
+    /// Exceptions and console messages, among them violations of the content security policy.
+    ///
+    /// Failed requests to the admin API are no errors of the page.
+    fn errors(&self) -> Vec<&Value> {
         let exceptions = self.reported("Runtime.exceptionThrown");
         let console = self.reported("Runtime.consoleAPICalled");
         let log = self
             .reported("Log.entryAdded")
             .map(|event| &event["entry"])
-            .filter(|entry| entry["source"] != "network" || !is_of_api(&entry["url"]));
+            .filter(|entry| entry["source"] != "network" || !is_api_url(&entry["url"]));
         exceptions.chain(console).chain(log).collect()
     }
 
+    /// The parameters of all events of a method.
     fn reported(&self, method: &str) -> impl Iterator<Item = &Value> {
         self.events
             .iter()
@@ -493,12 +505,12 @@ impl Drop for Page {
     }
 }
 
-fn is_of_api(url: &Value) -> bool {
+fn is_api_url(url: &Value) -> bool {
     let path = url.as_str().and_then(|url| url.splitn(4, '/').nth(3));
     path.is_some_and(|path| path.starts_with("v1/"))
 }
 
-/// A browser of this machine.
+/// The path of a browser on this machine.
 fn chromium() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("CHROMIUM") {
         return Some(path.into());

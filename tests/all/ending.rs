@@ -1,12 +1,11 @@
-//! How connections end: in order, by reset, by half.
+//! How connections end: in order, by reset, or half-closed.
 
 use std::io::{ErrorKind, Write};
-use std::time::Duration;
 
 use crate::harness::{Client, MODES, Server, fixture, guest};
 
 #[test]
-fn ok_delivers_all_that_was_written_and_closes() {
+fn ok_delivers_all_written_bytes_and_closes() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("burst"), &[]);
         let mut client = server.connect();
@@ -19,13 +18,13 @@ fn ok_delivers_all_that_was_written_and_closes() {
 }
 
 #[test]
-fn a_write_that_a_guest_has_begun_is_delivered_though_it_returns() {
+fn a_started_write_is_delivered_after_the_guest_returns() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("begun_write"), &[]);
+        let server = Server::start(mode, &fixture("unfinished_write"), &[]);
         let (bytes, end) = server.connect().read_all();
         end.unwrap();
         assert_eq!(bytes.len(), 16 << 20);
-        let server = Server::start(mode, &fixture("early_write"), &[]);
+        let server = Server::start(mode, &fixture("write_before_send"), &[]);
         assert_eq!(server.connect().read_to_end(), "hello");
     }
 }
@@ -33,7 +32,7 @@ fn a_write_that_a_guest_has_begun_is_delivered_though_it_returns() {
 #[test]
 fn a_guest_can_give_up_on_a_client_that_does_not_read() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("gives_up"), &[]);
+        let server = Server::start(mode, &fixture("gives_up_writing"), &[]);
         let client = server.connect();
         server.wait_for_log(&["connection ended", "outcome=ok"]);
         drop(client);
@@ -41,7 +40,7 @@ fn a_guest_can_give_up_on_a_client_that_does_not_read() {
 }
 
 #[test]
-fn a_guest_can_connect_one_stream_to_the_other() {
+fn a_guest_can_splice_its_streams() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("splice"), &[]);
         let mut client = server.connect();
@@ -56,11 +55,11 @@ fn a_guest_can_connect_one_stream_to_the_other() {
 }
 
 #[test]
-fn an_echo_comes_whole_while_the_guest_waits_for_more() {
+fn an_echo_arrives_complete_before_the_client_finishes() {
     for mode in MODES {
         let server = Server::start(mode, &guest("echo"), &[]);
         let mut client = server.connect();
-        // Less than is asked for later, so that the guest has to write in parts.
+        // The small receive buffer makes the guest write in parts.
         socket2::SockRef::from(&client.0)
             .set_recv_buffer_size(4096)
             .unwrap();
@@ -72,7 +71,7 @@ fn an_echo_comes_whole_while_the_guest_waits_for_more() {
 }
 
 #[test]
-fn an_error_resets_and_its_text_is_logged_in_one_line() {
+fn a_guest_error_resets_and_is_logged_in_one_line() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("error"), &[]);
         assert_reset_after_half(&mut server.connect());
@@ -85,22 +84,22 @@ fn an_error_resets_and_its_text_is_logged_in_one_line() {
 }
 
 #[test]
-fn a_trap_resets_and_is_logged_with_the_functions_it_happened_in() {
+fn a_trap_resets_and_is_logged_with_its_backtrace() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("panic"), &[]);
         assert_reset_after_half(&mut server.connect());
         let line = server.wait_for_log(&["connection ended", "outcome=trap: wasm `unreachable`"]);
         assert!(line.contains("panic::this_function_panics"), "{line}");
-        server.wait_for_log(&["id=1", "stderr", "as it was asked to"]);
-        // The server goes on.
+        server.wait_for_log(&["id=1", "stderr", "as requested"]);
+        // The server keeps serving.
         assert_reset_after_half(&mut server.connect());
     }
 }
 
-/// The end must not look like the end of an answer.
+/// Asserts that a truncated answer ends with a reset.
 fn assert_reset_after_half(client: &mut Client) {
     let (bytes, end) = client.read_all();
-    // A reset may overtake what was sent before it.
+    // A reset may overtake bytes that were sent before.
     assert!(b"half".starts_with(&bytes), "{bytes:?}");
     assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
@@ -136,7 +135,7 @@ fn a_guest_can_close_first_and_then_read_to_the_end() {
 }
 
 #[test]
-fn a_client_that_is_gone_ends_the_guests_write() {
+fn a_client_that_closes_ends_the_write_of_the_guest() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("flood"), &[]);
         let mut client = server.connect();
@@ -147,33 +146,27 @@ fn a_client_that_is_gone_ends_the_guests_write() {
 }
 
 #[test]
-fn a_client_that_resets_ends_the_guests_read() {
+fn a_client_that_resets_ends_the_read_of_the_guest() {
     for mode in MODES {
         let server = Server::start(mode, &guest("echo"), &[]);
         let mut client = server.connect();
         client.send("x");
         assert_eq!(client.read(1), "x");
-        reset(client);
+        client.reset();
         server.wait_for_log(&["connection ended", "bytes_in=1", "outcome=client gone"]);
     }
 }
 
-fn reset(client: Client) {
-    socket2::SockRef::from(&client.0)
-        .set_linger(Some(Duration::ZERO))
-        .unwrap();
-}
-
 #[test]
-fn a_client_that_resets_before_it_says_anything_is_gone() {
+fn a_reset_before_the_first_byte_is_logged_as_client_gone() {
     for mode in MODES {
-        // One thread: two would each have a backlog, and take from them in either order.
+        // With one thread there is one backlog, whose order is known.
         let one = ["--max-connections", "1", "--threads", "1"];
-        let server = Server::start(mode, &fixture("count"), &one);
-        // The second waits in the backlog until it has reset.
+        let server = Server::start_with_source_limit(mode, &fixture("count"), &one);
+        // The second client waits in the backlog, where it resets its connection.
         let first = server.connect();
         let second = server.connect();
-        reset(second);
+        second.reset();
         drop(first);
         server.wait_for_log(&["connection ended", "id=1 ", "outcome=ok"]);
         server.wait_for_log(&["connection ended", "id=2 ", "outcome=client gone"]);
@@ -181,7 +174,7 @@ fn a_client_that_resets_before_it_says_anything_is_gone() {
 }
 
 #[test]
-fn a_client_that_says_nothing_and_leaves_ends_in_order() {
+fn a_client_that_closes_without_sending_ends_in_order() {
     for mode in MODES {
         let server = Server::start(mode, &guest("echo"), &[]);
         drop(server.connect());
@@ -195,20 +188,20 @@ fn a_client_that_says_nothing_and_leaves_ends_in_order() {
 }
 
 #[test]
-fn a_client_that_does_not_close_is_not_waited_for_without_end() {
+fn a_client_that_does_not_close_does_not_hold_the_connection() {
     for mode in MODES {
         let server = Server::start(mode, &guest("hello"), &["--dir", "static::/static"]);
         let mut client = server.connect();
         client.send("GET / HTTP/1.0\r\n\r\n");
         client.read_to_end();
-        // Our side stays open, and the server is done with it all the same.
+        // The client keeps its side open.
         server.wait_for_log(&["connection ended", "outcome=ok"]);
         drop(client);
     }
 }
 
 #[test]
-fn the_guest_knows_its_number_and_both_addresses() {
+fn a_guest_knows_its_connection_id_and_both_addresses() {
     for mode in MODES {
         let server = Server::start(
             mode,

@@ -1,11 +1,11 @@
-//! A guest sees what it was granted, and nothing else.
+//! A guest has access to its grants only.
 
 use std::fs;
 use std::os::unix::fs::symlink;
 
 use crate::harness::{MODES, Server, fixture};
 
-/// Asks the fixture and returns its answer.
+/// Sends a request to the fixture and returns the answer.
 fn ask(server: &Server, request: &str) -> String {
     let mut client = server.connect();
     client.send(format!("{request}\n"));
@@ -13,7 +13,7 @@ fn ask(server: &Server, request: &str) -> String {
 }
 
 #[test]
-fn a_directory_can_be_read_and_not_written() {
+fn a_read_only_directory_can_be_read_but_not_written() {
     let directory = tempfile::tempdir().unwrap();
     fs::write(directory.path().join("file"), "content").unwrap();
     let grant = format!("{}::/data", directory.path().display());
@@ -34,7 +34,7 @@ fn a_directory_can_be_read_and_not_written() {
 }
 
 #[test]
-fn a_directory_granted_for_writing_can_be_written() {
+fn a_writable_directory_can_be_written() {
     for mode in MODES {
         let directory = tempfile::tempdir().unwrap();
         let grant = format!("{}::/data", directory.path().display());
@@ -49,7 +49,7 @@ fn a_directory_granted_for_writing_can_be_written() {
 }
 
 #[test]
-fn no_path_leads_out_of_a_directory() {
+fn no_path_leaves_a_granted_directory() {
     let parent = tempfile::tempdir().unwrap();
     let directory = parent.path().join("inside");
     fs::create_dir(&directory).unwrap();
@@ -79,7 +79,7 @@ fn no_path_leads_out_of_a_directory() {
 }
 
 #[test]
-fn nothing_is_there_without_a_grant() {
+fn files_and_variables_need_a_grant() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("grants"), &[]);
         assert!(ask(&server, "read /etc/passwd").starts_with("error "));
@@ -91,7 +91,7 @@ fn nothing_is_there_without_a_grant() {
 }
 
 #[test]
-fn a_variable_is_granted_with_a_value_or_with_ours() {
+fn a_variable_is_granted_with_a_value_or_inherited() {
     for mode in MODES {
         let path = std::env::var("PATH").unwrap();
         let server = Server::start(
@@ -106,12 +106,12 @@ fn a_variable_is_granted_with_a_value_or_with_ours() {
 }
 
 #[test]
-fn the_short_way_to_a_file_reads_all_of_it() {
+fn fetch_reads_whole_files_of_the_nearest_grant() {
     let directory = tempfile::tempdir().unwrap();
     let inner = directory.path().join("inner");
     fs::create_dir(&inner).unwrap();
     fs::create_dir(directory.path().join("other")).unwrap();
-    fs::write(directory.path().join("other/file"), "of the nearer grant").unwrap();
+    fs::write(directory.path().join("other/file"), "in the nearer grant").unwrap();
     let grant = |path: &str, name| format!("{}{path}::{name}", directory.path().display());
     for mode in MODES {
         let server = Server::start(
@@ -124,7 +124,7 @@ fn the_short_way_to_a_file_reads_all_of_it() {
                 &grant("/other", "/data/inner"),
             ],
         );
-        // Around the length of one step, and of several.
+        // Lengths around one read, and of several reads.
         for length in [0, 1, 4095, 4096, 4097, 20_000] {
             let text = "x".repeat(length);
             fs::write(directory.path().join("file"), &text).unwrap();
@@ -133,7 +133,7 @@ fn the_short_way_to_a_file_reads_all_of_it() {
         }
         assert_eq!(
             ask(&server, "fetch /data/inner/file"),
-            "ok of the nearer grant"
+            "ok in the nearer grant"
         );
         for (path, kind) in [
             ("/data/none", "NotFound"),

@@ -1,25 +1,27 @@
-//! Each limit of a guest, obeyed and violated.
+//! Each limit of a guest: obeyed and violated.
 
 use std::fs::File;
 use std::net::Shutdown;
 
-use crate::harness::{Client, MODES, Server, fixture};
+use crate::harness::{Client, MODES, Server, fixture, run, wasinetd};
 
-/// Asks a new connection's guest to use something, and returns its answer, or None if it was stopped.
+/// Sends a request to the guest of a new connection. None if the guest is stopped.
 fn ask(server: &Server, request: &str) -> Option<String> {
     let mut client = server.connect();
     client.send(format!("{request}\n"));
-    // It may have been reset already.
+    // The connection may be reset already.
     let _ = client.0.shutdown(Shutdown::Write);
     let (bytes, end) = client.read_all();
     end.ok()
         .map(|()| String::from_utf8_lossy(&bytes).trim_end().to_string())
 }
 
-/// A guest does `within`, and is stopped for `limit` when it is asked for `beyond`. Others go on.
-fn stops(arguments: &[&str], within: &str, beyond: &str, limit: &str) {
+/// Asserts that `limit` allows `within` and stops a guest at `beyond`.
+///
+/// Another connection goes on meanwhile.
+fn assert_limit(arguments: &[&str], within: &str, beyond: &str, limit: &str) {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("uses"), arguments);
+        let server = Server::start(mode, &fixture("uses_resources"), arguments);
         let mut other = server.connect();
         assert_eq!(ask_again(&mut other), "done");
         assert_eq!(ask(&server, within).as_deref(), Some("done"), "{server:?}");
@@ -34,22 +36,23 @@ fn stops(arguments: &[&str], within: &str, beyond: &str, limit: &str) {
     }
 }
 
+/// Sends a small request on an open connection.
 fn ask_again(client: &mut Client) -> String {
     client.send("memory 1\n");
     client.read_line()
 }
 
 #[test]
-fn memory_is_refused_beyond_its_limit() {
+fn max_memory_refuses_further_memory() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("uses"), &["--max-memory", "4MiB"]);
+        let server = Server::start(mode, &fixture("uses_resources"), &["--max-memory", "4MiB"]);
         assert_eq!(ask(&server, "memory 2000000").as_deref(), Some("done"));
         server.wait_for_log(&["id=1 ", "outcome=ok"]);
         assert!(
             !server.log_lines("id=1 ")[0].contains("limit="),
             "{server:?}"
         );
-        // It is told so, and lives.
+        // The guest gets an error and goes on.
         let refused = ask(&server, "memory 4000000").unwrap();
         assert!(refused.contains("memory allocation failed"), "{refused}");
         server.wait_for_log(&["id=2 ", "outcome=ok", "limit=\"max-memory\""]);
@@ -57,17 +60,21 @@ fn memory_is_refused_beyond_its_limit() {
 }
 
 #[test]
-fn memory_of_all_guests_is_bounded() {
+fn max_total_memory_bounds_all_guests_together() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("uses"), &["--max-total-memory", "8MiB"]);
-        // What a guest has grown to stays its own until its connection ends.
+        let server = Server::start(
+            mode,
+            &fixture("uses_resources"),
+            &["--max-total-memory", "8MiB"],
+        );
+        // A guest keeps its memory until its connection ends.
         let mut first = server.connect();
         first.send("memory 6000000\n");
         assert_eq!(first.read_line(), "done");
         let refused = ask(&server, "memory 6000000").unwrap();
         assert!(refused.contains("memory allocation failed"), "{refused}");
         server.wait_for_log(&["id=2 ", "outcome=ok", "limit=\"max-total-memory\""]);
-        // What every guest has is not counted.
+        // The initial memory of a guest does not count.
         assert_eq!(ask(&server, "memory 100000").as_deref(), Some("done"));
         drop(first);
         server.wait_for_log(&["id=1 ", "connection ended"]);
@@ -76,23 +83,23 @@ fn memory_of_all_guests_is_bounded() {
 }
 
 #[test]
-fn a_guest_that_would_begin_beyond_its_memory_is_refused() {
-    let output = crate::harness::run(crate::harness::wasinetd().args([
+fn a_guest_with_too_much_initial_memory_is_refused() {
+    let output = run(wasinetd().args([
         "serve",
         "--listen",
         "127.0.0.1:0",
         "--max-memory",
         "128KiB",
-        fixture("uses").to_str().unwrap(),
+        fixture("uses_resources").to_str().unwrap(),
     ]));
     assert_eq!(output.status.code(), Some(65));
     let text = String::from_utf8_lossy(&output.stderr);
-    assert!(text.contains("--max-memory allows 131072"), "{text}");
+    assert!(text.contains("max-memory allows 131072"), "{text}");
 }
 
 #[test]
-fn a_guest_may_compute_for_so_long() {
-    stops(
+fn cpu_time_limits_computing() {
+    assert_limit(
         &["--cpu-time", "500ms"],
         "compute 200",
         "compute 60000",
@@ -101,7 +108,7 @@ fn a_guest_may_compute_for_so_long() {
 }
 
 #[test]
-fn waiting_is_not_computing() {
+fn cpu_time_does_not_count_waiting() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("spin_or_sleep"), &["--cpu-time", "200ms"]);
         let mut client = server.connect();
@@ -111,10 +118,10 @@ fn waiting_is_not_computing() {
 }
 
 #[test]
-fn a_stack_is_so_deep() {
-    stops(&[], "recurse 1000", "recurse 1000000", "stack");
-    // The same depth needs more than a small stack has.
-    stops(
+fn stack_limits_recursion() {
+    assert_limit(&[], "recurse 1000", "recurse 1000000", "stack");
+    // A smaller stack allows less depth.
+    assert_limit(
         &["--stack", "32KiB"],
         "recurse 100",
         "recurse 4000",
@@ -123,8 +130,8 @@ fn a_stack_is_so_deep() {
 }
 
 #[test]
-fn a_guest_has_so_many_handles() {
-    stops(
+fn max_handles_limits_open_handles() {
+    assert_limit(
         &["--max-handles", "100"],
         "streams 40",
         "streams 100",
@@ -133,11 +140,11 @@ fn a_guest_has_so_many_handles() {
 }
 
 #[test]
-fn a_guest_has_so_many_files_open() {
+fn max_open_files_limits_open_files() {
     let directory = tempfile::tempdir().unwrap();
     File::create(directory.path().join("file")).unwrap();
     let grant = format!("{}::/granted", directory.path().display());
-    stops(
+    assert_limit(
         &["--dir", &grant, "--max-open-files", "20"],
         "files 10 /granted/file",
         "files 20 /granted/file",
@@ -146,10 +153,10 @@ fn a_guest_has_so_many_files_open() {
 }
 
 #[test]
-fn a_call_hands_over_so_much() {
+fn max_call_size_limits_the_data_of_a_call() {
     let directory = tempfile::tempdir().unwrap();
     let grant = format!("{}::/granted", directory.path().display());
-    stops(
+    assert_limit(
         &["--dir", &grant, "--max-call-size", "4KiB"],
         "call 3000 /granted",
         "call 5000 /granted",
@@ -158,9 +165,9 @@ fn a_call_hands_over_so_much() {
 }
 
 #[test]
-fn so_much_of_what_a_guest_prints_is_logged() {
+fn max_output_limits_logged_output() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("uses"), &["--max-output", "1KiB"]);
+        let server = Server::start(mode, &fixture("uses_resources"), &["--max-output", "1KiB"]);
         assert_eq!(ask(&server, "print 1000").as_deref(), Some("done"));
         server.wait_for_log(&["id=1 ", "outcome=ok"]);
         assert_eq!(ask(&server, "print 2000").as_deref(), Some("done"));

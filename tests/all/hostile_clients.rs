@@ -1,4 +1,4 @@
-//! Clients that do what they can against others on the same host.
+//! Clients that try to harm other clients of the same server.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr};
@@ -9,13 +9,14 @@ use rustix::buffer::spare_capacity;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit, setrlimit};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
-use crate::harness::{Client, MODES, PATIENCE, Server, guest, page, request};
+use crate::harness::{MODES, PATIENCE, Server, guest, page, request};
 
-/// How many of a kind there are side by side.
+/// The number of hostile clients at the same time.
 const MANY: usize = 100;
 
+/// The argument that grants the pages.
 const PAGES: [&str; 2] = ["--dir", "static::/static"];
 
 fn serve(mode: &str, limits: &[&str]) -> Server {
@@ -23,26 +24,20 @@ fn serve(mode: &str, limits: &[&str]) -> Server {
     Server::start(mode, &guest("hello"), &arguments)
 }
 
-fn others_are_served(server: &Server) {
+/// Asserts that the server answers another client.
+fn assert_others_are_served(server: &Server) {
     assert_eq!(server.connect().get("/").body, page("hello.html"));
 }
 
-/// Makes the end of a client's connection a reset.
-fn reset(client: Client) {
-    SockRef::from(&client.0)
-        .set_linger(Some(Duration::ZERO))
-        .unwrap();
-}
-
-/// Waits until so many connections have ended as `outcome` says.
+/// Waits for `count` log lines with `outcome`. Other clients are served meanwhile.
 fn wait_for_ends(server: &Server, outcome: &str, count: usize) {
     while server.log_lines(outcome).len() < count {
-        others_are_served(server);
+        assert_others_are_served(server);
     }
 }
 
 #[test]
-fn who_sends_a_request_byte_by_byte_is_ended() {
+fn max_lifetime_ends_clients_that_send_byte_by_byte() {
     for mode in MODES {
         let server = serve(mode, &["--max-lifetime", "2s"]);
         let mut slow: Vec<_> = (0..MANY).map(|_| server.connect()).collect();
@@ -52,10 +47,10 @@ fn who_sends_a_request_byte_by_byte_is_ended() {
             .chain(&[b'x'; 1 << 20])
         {
             for client in &mut slow {
-                // It may have been reset.
+                // The connection may be reset already.
                 let _ = client.0.write(&[*byte]);
             }
-            others_are_served(&server);
+            assert_others_are_served(&server);
             if server.log_lines(ended).len() >= MANY {
                 break;
             }
@@ -65,7 +60,7 @@ fn who_sends_a_request_byte_by_byte_is_ended() {
 }
 
 #[test]
-fn who_connects_and_says_nothing_is_ended() {
+fn first_byte_timeout_ends_silent_clients() {
     for mode in MODES {
         let server = serve(mode, &["--first-byte-timeout", "1s"]);
         let silent: Vec<_> = (0..MANY).map(|_| server.connect()).collect();
@@ -75,7 +70,7 @@ fn who_connects_and_says_nothing_is_ended() {
 }
 
 #[test]
-fn who_asks_and_never_reads_is_ended() {
+fn write_timeout_ends_clients_that_never_read() {
     for mode in MODES {
         let server = serve(mode, &["--write-timeout", "1s", "--idle-timeout", "2s"]);
         let before = server.memory("VmRSS");
@@ -83,7 +78,7 @@ fn who_asks_and_never_reads_is_ended() {
         let requests = request("/").repeat(100);
         for client in &mut deaf {
             client.0.set_nonblocking(true).unwrap();
-            // Until neither side takes any more.
+            // Send until both socket buffers are full.
             while client.0.write(requests.as_bytes()).is_ok() {}
         }
         wait_for_ends(&server, "outcome=limit: ", MANY);
@@ -93,14 +88,14 @@ fn who_asks_and_never_reads_is_ended() {
 }
 
 #[test]
-fn who_resets_at_any_point_harms_nobody() {
+fn resets_at_any_point_harm_no_other_client() {
     for mode in MODES {
         let server = serve(mode, &[]);
         let whole = request("/");
         for sent in 0..=whole.len() {
             let mut client = server.connect();
             client.send(&whole[..sent]);
-            reset(client);
+            client.reset();
         }
         let answer = {
             let mut client = server.connect();
@@ -112,15 +107,15 @@ fn who_resets_at_any_point_harms_nobody() {
             let mut client = server.connect();
             client.send(request("/"));
             client.read(received);
-            reset(client);
+            client.reset();
         }
-        others_are_served(&server);
+        assert_others_are_served(&server);
         assert_eq!(server.log_lines("a bug in wasinetd").len(), 0, "{server:?}");
     }
 }
 
 #[test]
-fn who_closes_one_side_harms_nobody() {
+fn half_closed_connections_harm_no_other_client() {
     for mode in MODES {
         let server = serve(mode, &["--idle-timeout", "1s"]);
         let half: Vec<_> = (0..MANY)
@@ -133,40 +128,34 @@ fn who_closes_one_side_harms_nobody() {
             .collect();
         wait_for_ends(&server, "connection ended", MANY);
         drop(half);
-        others_are_served(&server);
+        assert_others_are_served(&server);
     }
 }
 
 #[test]
-fn who_sends_nonsense_harms_nobody() {
+fn random_bytes_harm_no_other_client() {
     for mode in MODES {
         let server = serve(mode, &[]);
-        let mut noise: u64 = 0x9e37_79b9_7f4a_7c15;
+        let mut random = fastrand::Rng::with_seed(0x9e37_79b9_7f4a_7c15);
         for n in 0..MANY {
-            let bytes: Vec<u8> = (0..n * 97)
-                .map(|_| {
-                    noise ^= noise << 13;
-                    noise ^= noise >> 7;
-                    noise ^= noise << 17;
-                    noise as u8
-                })
-                .collect();
+            let mut bytes = vec![0; n * 97];
+            random.fill(&mut bytes);
             let mut client = server.connect();
-            // It may be told that it makes no sense before it is done.
+            // The server may refuse the request before all bytes are sent.
             let _ = client.0.write_all(&bytes);
             let _ = client.0.shutdown(Shutdown::Write);
             let _ = client.0.read(&mut [0; 4096]);
         }
-        others_are_served(&server);
+        assert_others_are_served(&server);
         assert_eq!(server.log_lines("outcome=trap").len(), 0, "{server:?}");
     }
 }
 
-/// How many clients connect at once in a burst, if this process may have as many files open.
+/// The number of clients in a burst, if there are enough file descriptors.
 const BURST: usize = 20_000;
 
 #[test]
-fn a_burst_against_a_limit_of_a_thousand_is_served_in_the_end() {
+fn a_burst_beyond_max_connections_is_served_eventually() {
     let files = getrlimit(Resource::Nofile);
     let all = Rlimit {
         current: files.maximum,
@@ -176,27 +165,20 @@ fn a_burst_against_a_limit_of_a_thousand_is_served_in_the_end() {
     let spare = files.maximum.unwrap_or(u64::MAX).saturating_sub(500);
     let clients = BURST.min(usize::try_from(spare).unwrap_or(BURST));
     for mode in MODES {
-        let limits = [
-            "--max-connections",
-            "1000",
-            "--max-connections-per-source",
-            "off",
-            "--log-level",
-            "warn",
-        ];
+        let limits = ["--max-connections", "1000", "--log-level", "warn"];
         let arguments: Vec<_> = PAGES.iter().chain(&limits).copied().collect();
         let server = Server::start_alone(mode, &guest("hello"), &arguments);
         let mut crowd = Crowd::new();
         for n in 0..clients {
             crowd.connect(server.address());
             if n % 100 == 0 {
-                crowd.go_on(Duration::ZERO);
+                crowd.poll(Duration::ZERO);
             }
         }
-        // Whose packets the kernel drops because its queues are full sends them again after a while,
-        // which doubles.
+        // The kernel drops packets while its queues are full. Clients retransmit after a time that
+        // doubles with each attempt.
         while crowd.sockets.iter().any(Option::is_some) {
-            assert!(crowd.go_on(3 * PATIENCE), "nobody is served\n{server:?}");
+            assert!(crowd.poll(3 * PATIENCE), "no client is served\n{server:?}");
         }
         let page = page("hello.html");
         let is_page = |answer: &&Vec<u8>| answer.ends_with(page.as_bytes());
@@ -204,9 +186,10 @@ fn a_burst_against_a_limit_of_a_thousand_is_served_in_the_end() {
     }
 }
 
-/// Clients that connect without waiting for one another, ask for a page, and wait for the answer.
+/// Clients that request a page at the same time.
 struct Crowd {
-    ready: OwnedFd,
+    epoll: OwnedFd,
+    /// The clients whose answers are not complete.
     sockets: Vec<Option<Socket>>,
     answers: Vec<Vec<u8>>,
 }
@@ -214,7 +197,7 @@ struct Crowd {
 impl Crowd {
     fn new() -> Self {
         Self {
-            ready: epoll::create(CreateFlags::CLOEXEC).unwrap(),
+            epoll: epoll::create(CreateFlags::CLOEXEC).unwrap(),
             sockets: Vec::new(),
             answers: Vec::new(),
         }
@@ -223,27 +206,27 @@ impl Crowd {
     fn connect(&mut self, address: SocketAddr) {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
         socket.set_nonblocking(true).unwrap();
-        // It has begun to, and is not waited for.
+        // The connection is established later.
         let _ = socket.connect(&address.into());
         let n = EventData::new_u64(self.sockets.len() as u64);
-        epoll::add(&self.ready, &socket, n, EventFlags::OUT).unwrap();
+        epoll::add(&self.epoll, &socket, n, EventFlags::OUT).unwrap();
         self.sockets.push(Some(socket));
         self.answers.push(Vec::new());
     }
 
-    /// Goes on with whoever can within this time. Whether there was anyone.
-    fn go_on(&mut self, patience: Duration) -> bool {
+    /// Waits for events and handles them. False if there were none within `timeout`.
+    fn poll(&mut self, timeout: Duration) -> bool {
         let mut events = Vec::with_capacity(1024);
-        let patience = Timespec::try_from(patience).unwrap();
-        epoll::wait(&self.ready, spare_capacity(&mut events), Some(&patience)).unwrap();
+        let timeout = Timespec::try_from(timeout).unwrap();
+        epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&timeout)).unwrap();
         for event in &events {
             let (data, flags) = (event.data, event.flags);
-            self.go_on_with(data.u64() as usize, flags);
+            self.handle_event(data.u64() as usize, flags);
         }
         !events.is_empty()
     }
 
-    fn go_on_with(&mut self, n: usize, flags: EventFlags) {
+    fn handle_event(&mut self, n: usize, flags: EventFlags) {
         let Some(mut socket) = self.sockets[n].as_ref() else {
             return;
         };
@@ -254,7 +237,7 @@ impl Crowd {
             let request = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
             assert_eq!(socket.write(request).unwrap(), request.len());
             let n = EventData::new_u64(n as u64);
-            epoll::modify(&self.ready, socket, n, EventFlags::IN).unwrap();
+            epoll::modify(&self.epoll, socket, n, EventFlags::IN).unwrap();
             return;
         }
         let mut bytes = [0; 4096];
@@ -267,10 +250,11 @@ impl Crowd {
 }
 
 #[test]
-fn a_flood_from_one_source_leaves_places_for_others() {
+fn a_flood_from_one_source_leaves_connections_for_others() {
     for mode in MODES {
         let limits = ["--max-connections", "20", "--first-byte-timeout", "30s"];
-        let server = serve(mode, &limits);
+        let arguments = [PAGES.as_slice(), &limits].concat();
+        let server = Server::start_with_source_limit(mode, &guest("hello"), &arguments);
         let mut flood: Vec<_> = (0..MANY)
             .filter_map(|_| server.connect_from("127.0.0.9").ok())
             .collect();
@@ -284,7 +268,7 @@ fn a_flood_from_one_source_leaves_places_for_others() {
 }
 
 #[test]
-fn a_host_without_files_left_keeps_those_it_has() {
+fn a_server_without_free_files_keeps_its_connections() {
     for mode in MODES {
         let server = Server::start(mode, &guest("echo"), &["--first-byte-timeout", "off"]);
         let mut kept = server.connect();
@@ -299,7 +283,7 @@ fn a_host_without_files_left_keeps_those_it_has() {
         server.wait_for_log(&["WARN", "cannot accept connections", "Too many open files"]);
         kept.send("y");
         assert_eq!(kept.read(1), "y");
-        // Who leaves makes room for who waits, whoever was let in first.
+        // Each client that leaves frees a file for a waiting client, in any order.
         for client in &mut burst {
             client.send("z");
             client.finish();

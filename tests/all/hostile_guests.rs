@@ -1,17 +1,17 @@
-//! Guests that do what they can against others on the same host.
+//! Guests that try to harm other connections of the same server.
 //!
-//! Each kind runs many times side by side, while an innocent client is served by the same host. A
-//! second part shows that nothing of one connection's memory is seen by another.
+//! Each kind of guest runs many times in parallel, while the server answers innocent clients.
+//! Further tests show that a guest cannot see the memory of another connection.
 
 use std::thread;
 use std::time::Instant;
 
-use crate::harness::{Client, MODES, PATIENCE, Server, fixture, run, text_fixture, wasinetd};
+use crate::harness::{Client, MODES, PATIENCE, Server, fixture, run, wasinetd, wat_fixture};
 
-/// How many of a kind run side by side.
+/// The number of hostile guests at the same time.
 const MANY: usize = 100;
 
-/// Limits that are met within a test: the first by guests that compute, the second by the others.
+/// Limits that guests that compute reach within a test.
 const COMPUTING: [&str; 6] = [
     "--max-memory",
     "16MiB",
@@ -20,7 +20,10 @@ const COMPUTING: [&str; 6] = [
     "--max-output",
     "1KiB",
 ];
-/// With time for a guest to have its first turn on a machine that does much else.
+
+/// Limits that guests that wait reach within a test.
+///
+/// They leave a guest time to start on a busy machine.
 const WAITING: [&str; 6] = [
     "--max-memory",
     "16MiB",
@@ -30,29 +33,31 @@ const WAITING: [&str; 6] = [
     "500ms",
 ];
 
-/// What a host may keep of each memory that was used, in KiB.
-const KEPT_OF_MEMORY: u64 = 256;
+/// The resident memory that a used pool slot may keep, in KiB.
+const KEPT_PER_SLOT: u64 = 256;
 
-/// The same of each stack: all of it, and what the host's own functions took.
-const KEPT_OF_STACK: u64 = 512 + 64;
+/// The same of a used stack, with the frames of the host.
+const KEPT_PER_STACK: u64 = 512 + 64;
 
-/// What it may keep of everything else, in KiB.
-const KEPT: u64 = 16 * 1024;
+/// The resident memory that the host may keep otherwise, in KiB.
+const KEPT_BY_HOST: u64 = 16 * 1024;
 
-/// Has innocent clients be answered as long as a hundred guests do what `harm` says, each on a
-/// connection of its own that ends as `outcome` says.
-fn nobody_is_hurt(harm: &str, limits: &[&str], outcome: &str) {
-    nobody_is_hurt_and_no_more_is_kept(harm, limits, outcome, KEPT_OF_MEMORY);
+/// Asserts that innocent clients are answered while a hundred guests do `harm`.
+///
+/// Each hostile connection ends with a log line that contains `outcome`.
+fn assert_harmless(harm: &str, limits: &[&str], outcome: &str) {
+    assert_harmless_with_memory(harm, limits, outcome, KEPT_PER_SLOT);
 }
 
-fn nobody_is_hurt_and_no_more_is_kept(harm: &str, limits: &[&str], outcome: &str, kept_each: u64) {
+/// Like [`assert_harmless`]. Each hostile guest may leave `kept_each` KiB behind.
+fn assert_harmless_with_memory(harm: &str, limits: &[&str], outcome: &str, kept_each: u64) {
     for mode in MODES {
         let server = Server::start_alone(mode, &fixture("hostile"), limits);
-        // What a hundred connections take at all is not what is asked here.
-        let benign: Vec<_> = (0..MANY).map(|_| server.connect()).collect();
-        benign
-            .into_iter()
-            .for_each(|mut client| is_answered(&mut client));
+        // The memory of a hundred innocent connections does not count.
+        let innocent: Vec<_> = (0..MANY).map(|_| server.connect()).collect();
+        for mut client in innocent {
+            assert_answered(&mut client);
+        }
         let before = server.memory("VmRSS");
 
         let hostile: Vec<Client> = (0..MANY)
@@ -66,52 +71,53 @@ fn nobody_is_hurt_and_no_more_is_kept(harm: &str, limits: &[&str], outcome: &str
         let (start, mut answered) = (Instant::now(), 0);
         while ended() < MANY {
             for _ in 0..20 {
-                is_answered(&mut server.connect());
+                assert_answered(&mut server.connect());
                 answered += 1;
             }
             assert!(
                 start.elapsed() < 2 * PATIENCE,
-                "{harm}: {} have ended, {answered} were answered\n{server:?}",
+                "{harm}: {} connections have ended, {answered} clients were answered\n{server:?}",
                 ended()
             );
         }
-        is_answered(&mut server.connect());
+        assert_answered(&mut server.connect());
         drop(hostile);
 
         let kept = || server.memory("VmRSS").saturating_sub(before);
-        let most = kept_each * MANY as u64 + KEPT;
-        // What the host's heap has free goes back to the kernel after a while.
+        let most = kept_each * MANY as u64 + KEPT_BY_HOST;
+        // The allocator returns free memory to the kernel after a delay.
         let start = Instant::now();
         while kept() >= most {
-            is_answered(&mut server.connect());
+            assert_answered(&mut server.connect());
             let kept = kept();
             assert!(
                 start.elapsed() < PATIENCE,
-                "{harm}: {kept} KiB are kept\n{server:?}"
+                "{harm}: the server keeps {kept} KiB\n{server:?}"
             );
         }
         assert_eq!(server.log_lines("a bug in wasinetd").len(), 0, "{server:?}");
     }
 }
 
-fn is_answered(client: &mut Client) {
+/// Asserts that an innocent client gets its answer.
+fn assert_answered(client: &mut Client) {
     client.send("innocent\n");
     assert_eq!(client.read_line(), "innocent");
 }
 
 #[test]
-fn who_computes_without_end() {
-    nobody_is_hurt("spin", &COMPUTING, "limit=\"cpu-time\"");
+fn guests_that_compute_forever_harm_no_other_client() {
+    assert_harmless("spin", &COMPUTING, "limit=\"cpu-time\"");
 }
 
 #[test]
-fn who_allocates_without_end() {
-    nobody_is_hurt("spin and allocate", &COMPUTING, "limit=\"cpu-time\"");
+fn guests_that_allocate_forever_harm_no_other_client() {
+    assert_harmless("spin and allocate", &COMPUTING, "limit=\"cpu-time\"");
 }
 
 #[test]
-fn who_takes_all_memory_at_once() {
-    nobody_is_hurt(
+fn guests_that_take_all_memory_at_once_harm_no_other_client() {
+    assert_harmless(
         "one big grow",
         &WAITING,
         "limit=\"max-memory,idle-timeout\"",
@@ -119,94 +125,94 @@ fn who_takes_all_memory_at_once() {
 }
 
 #[test]
-fn who_takes_all_memory_in_pieces() {
-    nobody_is_hurt("many small grows", &WAITING, "outcome=limit: idle-timeout");
+fn guests_that_take_all_memory_in_pieces_harm_no_other_client() {
+    assert_harmless("many small grows", &WAITING, "outcome=limit: idle-timeout");
 }
 
 #[test]
-fn who_recurses_without_end() {
-    nobody_is_hurt_and_no_more_is_kept("recurse", &WAITING, "limit=\"stack\"", KEPT_OF_STACK);
+fn guests_that_recurse_forever_harm_no_other_client() {
+    assert_harmless_with_memory("recurse", &WAITING, "limit=\"stack\"", KEPT_PER_STACK);
 }
 
 #[test]
-fn who_traps() {
-    nobody_is_hurt("trap", &WAITING, "outcome=trap");
-    nobody_is_hurt("panic", &WAITING, "outcome=trap");
-    nobody_is_hurt("answer and trap", &WAITING, "outcome=trap");
+fn guests_that_trap_harm_no_other_client() {
+    assert_harmless("trap", &WAITING, "outcome=trap");
+    assert_harmless("panic", &WAITING, "outcome=trap");
+    assert_harmless("answer and trap", &WAITING, "outcome=trap");
 }
 
 #[test]
-fn who_returns_at_once() {
-    nobody_is_hurt("return", &WAITING, "outcome=ok");
+fn guests_that_return_at_once_harm_no_other_client() {
+    assert_harmless("return", &WAITING, "outcome=ok");
 }
 
 #[test]
-fn who_never_answers() {
-    nobody_is_hurt("never write", &WAITING, "limit=\"idle-timeout\"");
-    nobody_is_hurt("never read", &WAITING, "limit=\"idle-timeout\"");
+fn guests_that_never_answer_harm_no_other_client() {
+    assert_harmless("never write", &WAITING, "limit=\"idle-timeout\"");
+    assert_harmless("never read", &WAITING, "limit=\"idle-timeout\"");
 }
 
 #[test]
-fn who_writes_without_end() {
-    nobody_is_hurt("write forever", &WAITING, "limit=\"write-timeout\"");
+fn guests_that_write_forever_harm_no_other_client() {
+    assert_harmless("write forever", &WAITING, "limit=\"write-timeout\"");
 }
 
 #[test]
-fn who_opens_streams_without_end() {
-    nobody_is_hurt("open streams", &WAITING, "limit=\"max-handles\"");
+fn guests_that_open_streams_forever_harm_no_other_client() {
+    assert_harmless("open streams", &WAITING, "limit=\"max-handles\"");
 }
 
 #[test]
-fn who_leaks_streams() {
-    nobody_is_hurt("leak streams", &WAITING, "outcome=ok");
+fn guests_that_leak_streams_harm_no_other_client() {
+    assert_harmless("leak streams", &WAITING, "outcome=ok");
 }
 
 #[test]
-fn who_calls_the_host_without_end() {
-    nobody_is_hurt("call without end", &WAITING, "limit=\"max-handles\"");
+fn guests_that_call_the_host_forever_harm_no_other_client() {
+    assert_harmless("call without end", &WAITING, "limit=\"max-handles\"");
 }
 
 #[test]
-fn who_prints_without_end() {
-    nobody_is_hurt("print", &COMPUTING, "limit=\"max-output,cpu-time\"");
+fn guests_that_print_forever_harm_no_other_client() {
+    assert_harmless("print", &COMPUTING, "limit=\"max-output,cpu-time\"");
 }
 
 #[test]
-fn who_asks_for_randomness_without_end() {
-    nobody_is_hurt("ask for randomness", &COMPUTING, "limit=\"cpu-time\"");
+fn guests_that_request_random_bytes_forever_harm_no_other_client() {
+    assert_harmless("ask for randomness", &COMPUTING, "limit=\"cpu-time\"");
 }
 
-/// Connects, and is reset, perhaps before it knows that it was connected.
-fn is_reset(server: &Server) {
+/// Asserts that a new connection is reset, perhaps before `connect` returns.
+fn assert_reset(server: &Server) {
     if let Ok(mut client) = Client::connect(server.address()) {
         assert!(client.read_all().1.is_err());
     }
 }
 
 #[test]
-fn who_traps_before_the_first_call() {
+fn guests_that_trap_before_the_first_call_are_reset() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("init_traps"), &[]);
-        (0..MANY).for_each(|_| is_reset(&server));
+        (0..MANY).for_each(|_| assert_reset(&server));
         server.wait_for_log(&["connection ended", "outcome=trap"]);
     }
 }
 
 #[test]
-fn who_traps_while_it_is_instantiated_is_not_served() {
+fn a_guest_that_traps_during_instantiation_is_refused() {
     let mut command = wasinetd();
     command.args(["serve", "--listen", "127.0.0.1:0"]);
-    let output = run(command.arg(text_fixture("start_traps")));
+    let output = run(command.arg(wat_fixture("start_traps")));
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(65), "{text}");
     assert!(text.contains("unreachable"), "{text}");
 }
 
 #[test]
-fn who_takes_all_it_can_by_tables() {
+fn guests_that_fill_tables_harm_no_other_client() {
     for mode in MODES {
-        // Every other connection is an innocent one.
-        let server = Server::start_alone(mode, &text_fixture("table_bomb"), &COMPUTING);
+        // Every second connection is innocent.
+        let server = Server::start_alone(mode, &wat_fixture("table_bomb"), &COMPUTING);
         let before = server.memory("VmRSS");
         let mut clients: Vec<_> = (0..2 * MANY).map(|_| server.connect()).collect();
         let ends: Vec<_> = clients
@@ -218,15 +224,15 @@ fn who_takes_all_it_can_by_tables() {
         while server.log_lines("connection ended").len() < 2 * MANY {}
         assert_eq!(server.log_lines("limit=\"cpu-time\"").len(), MANY);
         let kept = server.memory("VmRSS").saturating_sub(before);
-        let most = KEPT_OF_MEMORY * 2 * MANY as u64 + KEPT;
-        assert!(kept < most, "{kept} KiB are kept\n{server:?}");
+        let most = KEPT_PER_SLOT * 2 * MANY as u64 + KEPT_BY_HOST;
+        assert!(kept < most, "the server keeps {kept} KiB\n{server:?}");
     }
 }
 
 #[test]
-fn who_drops_its_connection_first_can_go_on() {
+fn a_guest_can_drop_its_connection_and_keep_its_streams() {
     for mode in MODES {
-        let server = Server::start(mode, &fixture("drops_first"), &[]);
+        let server = Server::start(mode, &fixture("drops_connection_first"), &[]);
         for _ in 0..MANY {
             let mut client = server.connect();
             for text in ["one", "more"] {
@@ -241,17 +247,10 @@ fn who_drops_its_connection_first_can_go_on() {
 }
 
 #[test]
-fn nothing_of_a_connection_is_left_for_the_next() {
+fn memory_of_a_connection_is_erased_for_the_next() {
     for mode in MODES {
-        // Few slots, so that each is used again and again.
-        let few = [
-            "--max-connections",
-            "4",
-            "--max-connections-per-source",
-            "off",
-            "--max-memory",
-            "16MiB",
-        ];
+        // With few slots each is reused many times.
+        let few = ["--max-connections", "4", "--max-memory", "16MiB"];
         let server = Server::start(mode, &fixture("scavenges"), &few);
         let ask = |question: &str| {
             let mut client = server.connect();
@@ -272,8 +271,8 @@ fn nothing_of_a_connection_is_left_for_the_next() {
 }
 
 #[test]
-fn the_search_would_find_it() {
-    // In the memory of the connection itself: the line that the client sent.
+fn the_memory_search_finds_data_of_its_own_connection() {
+    // The line of the client is in the memory of its own guest.
     let server = Server::start("concurrent", &fixture("scavenges"), &[]);
     let mut client = server.connect();
     client.send("search SECRET--\n");

@@ -1,4 +1,4 @@
-//! The book's server, as its users see it.
+//! The web server of the Rust book, as the guest `hello`.
 
 use std::io::Write;
 use std::time::Instant;
@@ -40,7 +40,7 @@ fn curl_gets_the_pages() {
 }
 
 #[test]
-fn curl_waits_five_seconds_for_sleep() {
+fn curl_waits_five_seconds_for_the_sleep_page() {
     for mode in MODES {
         let server = hello(mode);
         let start = Instant::now();
@@ -80,7 +80,7 @@ fn curl_post_is_not_allowed() {
 }
 
 #[test]
-fn a_large_post_gets_its_answer_though_its_body_is_not_read() {
+fn a_large_post_is_answered_without_reading_its_body() {
     for mode in MODES {
         let server = hello(mode);
         let mut client = server.connect();
@@ -144,7 +144,7 @@ fn pipelined_requests_are_answered_in_order() {
 }
 
 #[test]
-fn a_request_may_come_byte_by_byte() {
+fn a_request_may_arrive_byte_by_byte() {
     for mode in MODES {
         let server = hello(mode);
         let mut client = server.connect();
@@ -173,7 +173,7 @@ fn close_and_http_1_0_end_the_connection() {
 }
 
 #[test]
-fn what_is_not_a_request_is_refused() {
+fn invalid_requests_are_refused() {
     for mode in MODES {
         let server = hello(mode);
         let long = format!(

@@ -1,4 +1,4 @@
-//! Each connection has a sandbox of its own, and all move on together.
+//! Each connection has its own sandbox, and no guest blocks another.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::harness::{MODES, PATIENCE, Server, fixture, guest, page, request};
 
 #[test]
-fn a_static_counter_starts_anew_for_every_connection() {
+fn each_connection_has_its_own_static_variables() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("counter"), &[]);
         for _ in 0..100 {
@@ -17,14 +17,14 @@ fn a_static_counter_starts_anew_for_every_connection() {
     }
 }
 
-/// How soon a client is answered that asks while others sleep or compute.
+/// The longest time to an answer while other guests sleep or compute.
 const SOON: Duration = Duration::from_millis(500);
 
-/// The sleep of five seconds, and two for everything else.
+/// The time for all sleeping guests: five seconds of sleep, and two for the rest.
 const ALL_AWAKE: Duration = Duration::from_secs(7);
 
 #[test]
-fn one_hundred_sleepers_hold_nobody_up() {
+fn one_hundred_sleeping_guests_delay_no_other_client() {
     for mode in MODES {
         let server = Server::start_alone(mode, &guest("hello"), &["--dir", "static::/static"]);
         let start = Instant::now();
@@ -34,7 +34,11 @@ fn one_hundred_sleepers_hold_nobody_up() {
         }
         let asked = Instant::now();
         assert_eq!(server.connect().get("/").body, page("hello.html"));
-        assert!(asked.elapsed() < SOON, "GET / took {:?}", asked.elapsed());
+        assert!(
+            asked.elapsed() < SOON,
+            "the answer took {:?}",
+            asked.elapsed()
+        );
         for sleeper in &mut sleepers {
             assert_eq!(sleeper.response().body, page("hello.html"));
         }
@@ -47,10 +51,10 @@ fn one_hundred_sleepers_hold_nobody_up() {
 }
 
 #[test]
-fn spinning_guests_hold_nobody_up() {
+fn spinning_guests_delay_no_other_client() {
     for mode in MODES {
         let server = Server::start_alone(mode, &fixture("spin_or_sleep"), &[]);
-        // More than there are cores: none is left to those that do not yield.
+        // One spinning guest more than there are cores.
         let spinning: Vec<_> = (0..thread::available_parallelism().unwrap().get() + 1)
             .map(|_| {
                 let mut client = server.connect();
@@ -67,7 +71,11 @@ fn spinning_guests_hold_nobody_up() {
         let mut awake = server.connect();
         awake.send("hello\n");
         assert_eq!(awake.read_line(), "awake");
-        assert!(asked.elapsed() < SOON, "it took {:?}", asked.elapsed());
+        assert!(
+            asked.elapsed() < SOON,
+            "the answer took {:?}",
+            asked.elapsed()
+        );
         for sleeper in &mut sleepers {
             assert_eq!(sleeper.read_line(), "awake");
         }
@@ -87,7 +95,7 @@ fn spinning_guests_hold_nobody_up() {
 
 #[test]
 fn connections_are_spread_over_the_threads() {
-    // Chance alone would leave one of three without any once in some ten thousand times.
+    // By chance, one of three threads gets no connection once in about ten thousand runs.
     let server = Server::start_alone("concurrent", &fixture("spin"), &["--threads", "3"]);
     let _spinning: Vec<_> = (0..24)
         .map(|_| {
@@ -96,9 +104,9 @@ fn connections_are_spread_over_the_threads() {
             client
         })
         .collect();
-    let patience = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     while server.busy_threads("connections") < 3 {
-        assert!(Instant::now() < patience, "a thread has nothing to do");
+        assert!(Instant::now() < deadline, "a thread has no connection");
         thread::yield_now();
     }
 }

@@ -1,4 +1,4 @@
-//! Each limit, obeyed and met.
+//! Connection and file limits, obeyed and exceeded.
 
 use std::io::{ErrorKind, Read};
 use std::time::Duration;
@@ -8,18 +8,9 @@ use rustix::process::{Resource, Rlimit, prlimit};
 use crate::harness::{MODES, Server, guest};
 
 #[test]
-fn as_many_connections_as_allowed_are_served_at_once() {
+fn connections_up_to_the_limit_are_served_at_once() {
     for mode in MODES {
-        let server = Server::start(
-            mode,
-            &guest("echo"),
-            &[
-                "--max-connections",
-                "3",
-                "--max-connections-per-source",
-                "off",
-            ],
-        );
+        let server = Server::start(mode, &guest("echo"), &["--max-connections", "3"]);
         let mut clients: Vec<_> = (0..3).map(|_| server.connect()).collect();
         for client in &mut clients {
             client.send("x");
@@ -29,25 +20,16 @@ fn as_many_connections_as_allowed_are_served_at_once() {
 }
 
 #[test]
-fn one_more_waits_in_the_backlog_until_a_place_is_free() {
+fn a_connection_over_the_limit_waits_in_the_backlog() {
     for mode in MODES {
-        let server = Server::start(
-            mode,
-            &guest("echo"),
-            &[
-                "--max-connections",
-                "2",
-                "--max-connections-per-source",
-                "off",
-            ],
-        );
+        let server = Server::start(mode, &guest("echo"), &["--max-connections", "2"]);
         let mut first = server.connect();
         let mut second = server.connect();
         for client in [&mut first, &mut second] {
             client.send("x");
             assert_eq!(client.read(1), "x");
         }
-        let before = server.sockets();
+        let before = server.open_sockets();
         let mut third = server.connect();
         third.send("y");
         third
@@ -59,7 +41,11 @@ fn one_more_waits_in_the_backlog_until_a_place_is_free() {
             matches!(early, Err(ErrorKind::WouldBlock | ErrorKind::TimedOut)),
             "{early:?}"
         );
-        assert_eq!(server.sockets(), before, "it was accepted");
+        assert_eq!(
+            server.open_sockets(),
+            before,
+            "the third connection was accepted"
+        );
         drop(first);
         third
             .0
@@ -70,9 +56,9 @@ fn one_more_waits_in_the_backlog_until_a_place_is_free() {
 }
 
 #[test]
-fn one_place_is_enough_for_many_listeners() {
+fn a_limit_of_one_connection_serves_several_listeners() {
     for mode in MODES {
-        let server = Server::start(
+        let server = Server::start_with_source_limit(
             mode,
             &guest("echo"),
             &[
@@ -94,7 +80,7 @@ fn one_place_is_enough_for_many_listeners() {
 }
 
 #[test]
-fn running_out_of_files_is_logged_and_survived() {
+fn running_out_of_file_descriptors_is_logged_and_survived() {
     for mode in MODES {
         let server = Server::start(mode, &guest("echo"), &[]);
         let mut before = server.connect();
@@ -104,12 +90,12 @@ fn running_out_of_files_is_logged_and_survived() {
             current: Some(current),
             maximum: Some(10_000),
         };
-        // No file that is opened from now on can be numbered below a limit of one.
+        // With a limit of one, every new descriptor number is too high.
         prlimit(Some(server.pid()), Resource::Nofile, limit(1)).unwrap();
         let mut during = server.connect();
         during.send("y");
         server.wait_for_log(&["WARN", "cannot accept connections", "Too many open files"]);
-        // Those that are open go on.
+        // Open connections are not affected.
         before.send("x");
         assert_eq!(before.read(1), "x");
         prlimit(Some(server.pid()), Resource::Nofile, limit(10_000)).unwrap();
@@ -119,14 +105,14 @@ fn running_out_of_files_is_logged_and_survived() {
 }
 
 #[test]
-fn the_soft_limit_on_open_files_is_raised_to_the_hard_one() {
+fn the_soft_open_file_limit_is_raised_to_the_hard_limit() {
     let server = Server::start("spawn", &guest("echo"), &[]);
-    let limits =
+    let text =
         std::fs::read_to_string(format!("/proc/{}/limits", server.pid().as_raw_nonzero())).unwrap();
-    let line = limits
+    let line = text
         .lines()
         .find(|line| line.starts_with("Max open files"))
         .unwrap();
-    let mut figures = line.split_whitespace().skip(3);
-    assert_eq!(figures.next(), figures.next(), "{line}");
+    let mut limits = line.split_whitespace().skip(3);
+    assert_eq!(limits.next(), limits.next(), "{line}");
 }

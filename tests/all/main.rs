@@ -1,7 +1,9 @@
-//! Tests of the release build of `wasinetd`, driven with curl, nc, redis-cli and raw sockets.
+//! Tests of the release build of `wasinetd` with real clients.
 //!
-//! Each server listens on a port of its own and says which. Nothing waits for a fixed time: tests
-//! wait for what the server prints, or for what arrives on a socket.
+//! The clients are curl, nc, redis-cli and raw sockets.
+//!
+//! Each server listens on a free port and prints its address. No test waits for a fixed time for an
+//! event: it waits for a line of the server, or for bytes on a socket.
 
 mod admin;
 mod admission;
@@ -10,6 +12,7 @@ mod config;
 mod connection_limits;
 mod ctl;
 mod dashboard;
+mod documents;
 mod ending;
 mod grants;
 mod guest_limits;
@@ -33,5 +36,6 @@ mod shutdown;
 mod sockets;
 mod splits;
 mod start;
+mod structure;
 mod swap;
 mod tls;

@@ -1,4 +1,4 @@
-//! Where a guest may connect to.
+//! Outgoing connections of guests.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -8,35 +8,36 @@ use std::thread;
 
 use crate::harness::{Client, MODES, Server, fixture, run, wasinetd};
 
-/// A server that answers a line with `pong`. It ends with the tests.
+/// A server that answers a line with `pong`. Its thread runs until the tests end.
 struct Upstream {
     address: SocketAddr,
-    asked: Arc<AtomicUsize>,
+    /// Connections accepted so far.
+    accepted: Arc<AtomicUsize>,
 }
 
 impl Upstream {
     fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let asked = Arc::new(AtomicUsize::new(0));
-        let counted = asked.clone();
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let counter = accepted.clone();
         thread::spawn(move || {
             for mut client in listener.incoming().flatten() {
-                counted.fetch_add(1, Ordering::Relaxed);
+                counter.fetch_add(1, Ordering::Relaxed);
                 let mut line = String::new();
                 let _ = BufReader::new(&client).read_line(&mut line);
                 let _ = client.write_all(b"pong\n");
             }
         });
-        Self { address, asked }
+        Self { address, accepted }
     }
 
     fn port(&self) -> u16 {
         self.address.port()
     }
 
-    fn asked(&self) -> usize {
-        self.asked.load(Ordering::Relaxed)
+    fn accepted(&self) -> usize {
+        self.accepted.load(Ordering::Relaxed)
     }
 }
 
@@ -45,8 +46,8 @@ fn serve(mode: &str, grants: &[String]) -> Server {
     Server::start(mode, &fixture("connects"), &flags.collect::<Vec<_>>())
 }
 
-/// What the guest answers to a line.
-fn tell(client: &mut Client, line: &str) -> String {
+/// Sends a line to the guest and returns its answer.
+fn ask(client: &mut Client, line: &str) -> String {
     client.send(format!("{line}\n"));
     client.read_line()
 }
@@ -54,7 +55,7 @@ fn tell(client: &mut Client, line: &str) -> String {
 const LIMITED: &str = "limit=\"allow-connect\"";
 
 #[test]
-fn a_guest_connects_to_what_it_was_granted() {
+fn a_guest_connects_to_granted_addresses() {
     let upstream = Upstream::start();
     let port = upstream.port();
     for mode in MODES {
@@ -70,7 +71,7 @@ fn a_guest_connects_to_what_it_was_granted() {
                 "127.0.0.1"
             };
             let mut client = server.connect();
-            let answer = tell(&mut client, &format!("ask {host}:{port}"));
+            let answer = ask(&mut client, &format!("ask {host}:{port}"));
             assert_eq!(answer, "ok pong", "{grant}\n{server:?}");
             client.finish();
             assert_eq!(client.read_to_end(), "");
@@ -81,7 +82,7 @@ fn a_guest_connects_to_what_it_was_granted() {
 }
 
 #[test]
-fn a_guest_connects_to_nothing_else() {
+fn a_guest_cannot_connect_to_other_addresses() {
     let (granted, other) = (Upstream::start(), Upstream::start());
     let port = other.port();
     for mode in MODES {
@@ -94,16 +95,16 @@ fn a_guest_connects_to_nothing_else() {
             format!("ask 0.0.0.0:{}", granted.port()),
         ] {
             let mut client = server.connect();
-            let answer = tell(&mut client, &request);
+            let answer = ask(&mut client, &request);
             assert!(answer.starts_with("error "), "{request}: {answer}");
         }
         server.wait_for_log(&["connection ended", LIMITED]);
     }
-    assert_eq!((granted.asked(), other.asked()), (0, 0));
+    assert_eq!((granted.accepted(), other.accepted()), (0, 0));
 }
 
 #[test]
-fn a_guest_neither_listens_nor_sends_datagrams() {
+fn a_guest_can_neither_listen_nor_send_datagrams() {
     let grants = ["127.0.0.0/8:1".into(), "0.0.0.0/0:2".into()];
     for mode in MODES {
         let server = serve(mode, &grants);
@@ -113,14 +114,14 @@ fn a_guest_neither_listens_nor_sends_datagrams() {
             "listen 127.0.0.1:1",
             "send 127.0.0.1:1",
         ] {
-            let answer = tell(&mut server.connect(), request);
+            let answer = ask(&mut server.connect(), request);
             assert!(answer.starts_with("error "), "{request}: {answer}");
         }
     }
 }
 
 #[test]
-fn a_name_leads_nowhere_that_is_private_unless_it_may() {
+fn a_granted_name_does_not_reach_private_addresses_unless_allowed() {
     let upstream = Upstream::start();
     let port = upstream.port();
     for mode in MODES {
@@ -129,56 +130,58 @@ fn a_name_leads_nowhere_that_is_private_unless_it_may() {
             format!("localhost:{port}/10.0.0.0/8"),
         ] {
             let server = serve(mode, &[grant]);
-            let answer = tell(&mut server.connect(), &format!("ask localhost:{port}"));
+            let answer = ask(&mut server.connect(), &format!("ask localhost:{port}"));
             assert!(answer.starts_with("error "), "{answer}");
-            server.wait_for_log(&["WARN", "localhost", "127.0.0.1", "--allow-connect"]);
+            server.wait_for_log(&[
+                "WARN",
+                "localhost",
+                "127.0.0.1",
+                "allow-connect NAME:PORT/CIDR",
+            ]);
             server.wait_for_log(&["connection ended", LIMITED]);
         }
     }
-    assert_eq!(upstream.asked(), 0);
+    assert_eq!(upstream.accepted(), 0);
 }
 
 #[test]
-fn an_address_is_allowed_to_whom_the_name_was_told() {
+fn a_resolved_address_is_allowed_only_for_the_instance_that_resolved_it() {
     let upstream = Upstream::start();
     let port = upstream.port();
     for mode in MODES {
         let server = serve(mode, &[format!("localhost:{port}/127.0.0.1/32")]);
         let by_address = format!("ask 127.0.0.1:{port}");
         let mut first = server.connect();
-        assert!(tell(&mut first, &by_address).starts_with("error "));
-        assert_eq!(
-            tell(&mut first, &format!("ask localhost:{port}")),
-            "ok pong"
-        );
-        assert_eq!(tell(&mut first, &by_address), "ok pong");
+        assert!(ask(&mut first, &by_address).starts_with("error "));
+        assert_eq!(ask(&mut first, &format!("ask localhost:{port}")), "ok pong");
+        assert_eq!(ask(&mut first, &by_address), "ok pong");
         let mut second = server.connect();
-        assert!(tell(&mut second, &by_address).starts_with("error "));
+        assert!(ask(&mut second, &by_address).starts_with("error "));
     }
 }
 
 #[test]
-fn connections_are_among_the_open_files() {
-    // More than it may have open; each has ended before the next begins.
+fn outgoing_connections_count_as_open_files() {
+    // 100 connections in sequence exceed the limit in total, but never at once.
     let upstream = Upstream::start();
     for mode in MODES {
         let server = serve(mode, &[upstream.address.to_string()]);
         let mut client = server.connect();
         for _ in 0..100 {
-            let answer = tell(&mut client, &format!("ask {}", upstream.address));
+            let answer = ask(&mut client, &format!("ask {}", upstream.address));
             assert_eq!(answer, "ok pong");
         }
-        let many = format!("hold 33 {}", upstream.address);
-        client.send(format!("{many}\n"));
+        let over_limit = format!("hold 33 {}", upstream.address);
+        client.send(format!("{over_limit}\n"));
         assert!(client.read_all().1.is_err());
         server.wait_for_log(&["connection ended", "limit=\"max-open-files\""]);
-        let few = format!("hold 5 {}", upstream.address);
-        assert_eq!(tell(&mut server.connect(), &few), "ok done");
+        let within_limit = format!("hold 5 {}", upstream.address);
+        assert_eq!(ask(&mut server.connect(), &within_limit), "ok done");
     }
 }
 
 #[test]
-fn a_guest_that_may_connect_is_checked_with_what_it_is_granted() {
+fn check_accepts_a_connecting_guest_only_with_its_grant() {
     let check = |flags: &[&str]| {
         let mut command = wasinetd();
         command.arg("check").args(flags);

@@ -1,4 +1,4 @@
-//! What `wasinetd new` writes: a crate that builds, tests itself and is served.
+//! `wasinetd new` writes a crate that builds, passes its own tests and is served.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -13,15 +13,17 @@ fn new(directory: &Path, arguments: &[&str]) -> Output {
     run(command.current_dir(directory).arg("new").args(arguments))
 }
 
+/// Runs `wasinetd new`, which must succeed, and returns its standard output.
 fn new_guest(directory: &Path, arguments: &[&str]) -> String {
     let output = new(directory, arguments);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{said}");
-    String::from_utf8(output.stdout).expect("it is text")
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{message}");
+    String::from_utf8(output.stdout).expect("the output is UTF-8")
 }
 
-/// Runs cargo in a directory, with the crates that this workspace was built with and no network, and
-/// below others: they have times to keep.
+/// Runs cargo in a directory, offline, with the dependency versions of this workspace.
+///
+/// Its priority is low, because tests that run at the same time check durations.
 fn cargo(directory: &Path, arguments: &[&str]) -> String {
     let lock = directory.join("Cargo.lock");
     if !lock.exists() {
@@ -33,6 +35,8 @@ fn cargo(directory: &Path, arguments: &[&str]) -> String {
         .args(arguments)
         .current_dir(directory)
         .env("CARGO_NET_OFFLINE", "true")
+        // `make test` sets it to time the tests.
+        .env_remove("RUSTC_BOOTSTRAP")
         .env("CARGO_TARGET_DIR", target());
     let output = run(&mut command);
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -46,21 +50,24 @@ fn cargo(directory: &Path, arguments: &[&str]) -> String {
     text(&output.stdout)
 }
 
-/// Kept from one run of the tests to the next, so that dependencies are compiled once.
+/// The target directory, kept between test runs so that dependencies are compiled once.
 fn target() -> PathBuf {
     root().join("target/test-new")
 }
 
-/// All files under a directory, by their paths in it.
+/// The relative paths of all files under a directory.
 fn files(directory: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
-    let mut rest = vec![directory.to_path_buf()];
-    while let Some(next) = rest.pop() {
-        for entry in fs::read_dir(next).expect("it is there") {
-            let path = entry.expect("it can be read").path();
+    let mut pending = vec![directory.to_path_buf()];
+    while let Some(next) = pending.pop() {
+        for entry in fs::read_dir(next).expect("the directory exists") {
+            let path = entry.expect("the entry can be read").path();
             match path.is_dir() {
-                true => rest.push(path),
-                false => files.push(path.strip_prefix(directory).expect("it is in it").into()),
+                true => pending.push(path),
+                false => {
+                    let relative = path.strip_prefix(directory);
+                    files.push(relative.expect("the file is inside").into());
+                }
             }
         }
     }
@@ -72,15 +79,15 @@ fn text(path: PathBuf) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The next steps that it prints are taken as they are.
+/// The test follows the next steps that `wasinetd new` prints.
 #[test]
-fn a_new_guest_builds_tests_itself_and_is_served() {
+fn a_new_guest_builds_passes_its_tests_and_is_served() {
     let directory = tempfile::tempdir().unwrap();
-    let said = new_guest(directory.path(), &["first-steps"]);
-    let component = said
+    let message = new_guest(directory.path(), &["first-steps"]);
+    let component = message
         .split_whitespace()
         .find(|word| word.ends_with(".wasm"))
-        .expect("it says what to serve");
+        .expect("the next steps name the component");
     let directory = directory.path().join("first-steps");
     assert!(
         [
@@ -89,15 +96,15 @@ fn a_new_guest_builds_tests_itself_and_is_served() {
             "cd first-steps\n"
         ]
         .iter()
-        .all(|step| said.contains(step)),
-        "{said}"
+        .all(|step| message.contains(step)),
+        "{message}"
     );
     assert!(text(directory.join("README.md")).contains(component));
 
     cargo(&directory, &["fmt", "--check"]);
     let tested = cargo(&directory, &["test"]);
     assert!(tested.contains("test result: ok. 3 passed"), "{tested}");
-    // Which test to run reaches them as well.
+    // A test filter works too.
     let tested = cargo(&directory, &["test", "each_line"]);
     assert!(tested.contains("test result: ok. 1 passed"), "{tested}");
 
@@ -118,43 +125,49 @@ fn a_new_guest_builds_tests_itself_and_is_served() {
          Goodbye after 2 lines.\n"
     );
     server.wait_for_log(&["connection 1 begins"]);
-    // One begins where no other has left off, and an error is a reset.
+    // The next connection starts afresh, and an error of the guest resets it.
     let mut client = server.connect();
     assert_eq!(client.read_line(), "Who is there?");
     client.send("x".repeat(2000));
     let (answer, end) = client.read_all();
     assert_eq!(answer, b"");
     assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
-    server.wait_for_log(&["a line of the client is too long"]);
+    server.wait_for_log(&["the client sent a line that is too long"]);
 }
 
 #[test]
-fn the_sdk_is_written_as_it_is_here() {
+fn the_written_sdk_equals_the_one_in_this_repository() {
     let directory = tempfile::tempdir().unwrap();
     new_guest(directory.path(), &["copy"]);
     let copy = directory.path().join("copy");
-    let sdk = root().join("guest/sdk");
+    assert_same_files(&copy);
+    assert_same_manifest(&copy);
+    assert_same_build_settings(&copy);
+}
 
-    // Nothing is missing, and nothing is old.
+fn assert_same_files(copy: &Path) {
+    let sdk = root().join("guest/sdk");
     assert_eq!(files(&copy.join("sdk/wit")), files(&root().join("wit")));
     for file in files(&root().join("wit")) {
-        let of = |top: PathBuf| text(top.join("wit").join(&file));
-        assert_eq!(of(copy.join("sdk")), of(root()), "{file:?}");
+        let wit = |top: PathBuf| text(top.join("wit").join(&file));
+        assert_eq!(wit(copy.join("sdk")), wit(root()), "{file:?}");
     }
     assert_eq!(files(&copy.join("sdk/src")), files(&sdk.join("src")));
     for file in files(&sdk.join("src")) {
-        let of = |top: PathBuf| text(top.join("src").join(&file));
-        let there = of(sdk.clone()).replace(r#""../../wit""#, r#""wit""#);
-        assert_eq!(of(copy.join("sdk")), there, "{file:?}");
+        let source = |top: PathBuf| text(top.join("src").join(&file));
+        let expected = source(sdk.clone()).replace(r#""../../wit""#, r#""wit""#);
+        assert_eq!(source(copy.join("sdk")), expected, "{file:?}");
     }
-    for (there, here) in [
+    for (written, original) in [
         ("sdk/LICENSE", "LICENSE"),
         ("rust-toolchain.toml", "rust-toolchain.toml"),
     ] {
-        assert_eq!(text(copy.join(there)), text(root().join(here)));
+        assert_eq!(text(copy.join(written)), text(root().join(original)));
     }
+}
 
-    // Its manifest, which stands alone there, says the same as the one here.
+/// The written manifest does not inherit from a workspace, but has the same values.
+fn assert_same_manifest(copy: &Path) {
     let manifest = |workspace: &Path, name: &str| {
         let metadata = cargo(workspace, &["metadata", "--no-deps", "--format-version=1"]);
         let metadata: serde_json::Value = serde_json::from_str(&metadata).unwrap();
@@ -164,8 +177,8 @@ fn the_sdk_is_written_as_it_is_here() {
             .unwrap_or_else(|| panic!("{name} is not in {metadata}"))
             .clone()
     };
-    let ours = manifest(&root(), "wasinetd-guest");
-    let theirs = manifest(&copy, "wasinetd-guest");
+    let original = manifest(&root(), "wasinetd-guest");
+    let written = manifest(copy, "wasinetd-guest");
     for key in [
         "version",
         "description",
@@ -175,28 +188,29 @@ fn the_sdk_is_written_as_it_is_here() {
         "dependencies",
         "features",
     ] {
-        assert_eq!(theirs[key], ours[key], "{key}");
+        assert_eq!(written[key], original[key], "{key}");
     }
-    let guest = manifest(&copy, "copy");
-    assert_eq!(guest["edition"], ours["edition"]);
-    assert_eq!(guest["rust_version"], ours["rust_version"]);
+    let guest = manifest(copy, "copy");
+    assert_eq!(guest["edition"], original["edition"]);
+    assert_eq!(guest["rust_version"], original["rust_version"]);
+}
 
-    // A guest is linked as ours are.
-    let config = text(copy.join(".cargo/config.toml"));
-    let settings = text(root().join(".cargo/config.toml"));
+/// Guests are linked and optimized with the same settings.
+fn assert_same_build_settings(copy: &Path) {
+    let written = text(copy.join(".cargo/config.toml"));
+    let original = text(root().join(".cargo/config.toml"));
     let mut compared = 0;
-    for flag in settings.lines().filter(|line| line.contains("-Clink-arg")) {
-        assert!(config.contains(flag), "{flag}");
+    for flag in original.lines().filter(|line| line.contains("-Clink-arg")) {
+        assert!(written.contains(flag), "{flag}");
         compared += 1;
     }
-    assert!(compared > 0 && config.matches("-Clink-arg").count() == compared);
-    // And optimized.
-    let ours = text(root().join("Cargo.toml"));
-    let profile = ours.split("[profile.guest]\n").nth(1).unwrap();
-    let theirs = text(copy.join("Cargo.toml"));
+    assert!(compared > 0 && written.matches("-Clink-arg").count() == compared);
+    let original = text(root().join("Cargo.toml"));
+    let profile = original.split("[profile.guest]\n").nth(1).unwrap();
+    let written = text(copy.join("Cargo.toml"));
     let profile = profile.lines().take_while(|line| line.contains('='));
     for setting in profile.filter(|line| !line.starts_with("inherits")) {
-        assert!(theirs.contains(&format!("\n{setting}\n")), "{setting}");
+        assert!(written.contains(&format!("\n{setting}\n")), "{setting}");
     }
 }
 
@@ -213,35 +227,35 @@ fn a_new_guest_can_use_the_sdk_of_a_checkout() {
         let manifest = format!(r#""manifest_path":"{}/Cargo.toml""#, sdk.display());
         assert!(metadata.contains(&manifest), "{manifest} in {metadata}");
     }
-    let none = new(directory.path(), &["none", "--sdk", "."]);
-    let said = String::from_utf8_lossy(&none.stderr);
-    assert_eq!(none.status.code(), Some(64), "{said}");
+    let invalid = new(directory.path(), &["none", "--sdk", "."]);
+    let message = String::from_utf8_lossy(&invalid.stderr);
+    assert_eq!(invalid.status.code(), Some(64), "{message}");
     assert!(
-        said.contains("--sdk") && said.contains("checkout"),
-        "{said}"
+        message.contains("--sdk") && message.contains("checkout"),
+        "{message}"
     );
     assert!(!directory.path().join("none").exists());
 }
 
 #[test]
-fn nothing_is_written_over_and_nothing_is_left_behind() {
+fn new_overwrites_nothing_and_leaves_nothing_behind_on_failure() {
     let directory = tempfile::tempdir().unwrap();
     let top = directory.path();
-    let refused = |name: &str, code: i32, why: &str| {
+    let assert_refused = |name: &str, code: i32, why: &str| {
         let output = new(top, &["--", name]);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{name}: {said}");
-        assert!(said.contains(why), "{name}: {said}");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{name}: {message}");
+        assert!(message.contains(why), "{name}: {message}");
     };
     for name in [
         "", ".", "..", "/", "9lives", "-x", "_x", "naïve", "a b", "a.b",
     ] {
-        refused(name, 64, "greeter");
+        assert_refused(name, 64, "greeter");
     }
     for name in ["match", "dir/test", "wasinetd-guest", "futures", "build"] {
-        refused(name, 64, "choose another name");
+        assert_refused(name, 64, "choose another name");
     }
-    refused("no/such/directory", 73, "cannot create");
+    assert_refused("no/such/directory", 73, "cannot create");
     assert_eq!(files(top), Vec::<PathBuf>::new());
 
     fs::create_dir(top.join("full")).unwrap();
@@ -249,29 +263,29 @@ fn nothing_is_written_over_and_nothing_is_left_behind() {
     fs::write(top.join("file"), "mine").unwrap();
     std::os::unix::fs::symlink("nowhere", top.join("link")).unwrap();
     for name in ["full", "file", "link"] {
-        refused(name, 64, "is there already");
+        assert_refused(name, 64, "exists already");
     }
-    refused("file/below", 73, "cannot create");
+    assert_refused("file/below", 73, "cannot create");
     fs::create_dir(top.join("closed")).unwrap();
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o555);
     fs::set_permissions(top.join("closed"), mode).unwrap();
-    // Who may write everywhere cannot be kept from it.
+    // Root can write anyway.
     if fs::write(top.join("closed/file"), "").is_err() {
-        refused("closed/guest", 73, "can be written to");
+        assert_refused("closed/guest", 73, "can be written to");
     }
-    let there = ["closed", "file", "full", "link"];
+    let expected = ["closed", "file", "full", "link"];
     let mut entries: Vec<_> = fs::read_dir(top)
         .unwrap()
         .map(|entry| entry.unwrap().file_name())
         .collect();
     entries.sort();
-    assert_eq!(entries, there);
+    assert_eq!(entries, expected);
     assert_eq!(files(&top.join("full")), [Path::new("mine")]);
 
-    // What is empty can be filled, wherever it is.
+    // An empty directory can be filled, also below others.
     fs::create_dir_all(top.join("dir/empty")).unwrap();
     new_guest(top, &["dir/empty"]);
     assert!(top.join("dir/empty/src/lib.rs").exists());
     assert_eq!(fs::read_dir(top.join("dir")).unwrap().count(), 1);
-    refused("dir/empty", 64, "is there already");
+    assert_refused("dir/empty", 64, "exists already");
 }

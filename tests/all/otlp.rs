@@ -1,4 +1,4 @@
-//! Spans for a collector, which is a socket here.
+//! Spans sent to an OTLP collector. The tests accept the request on a plain socket.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -8,15 +8,15 @@ use rustix::process::Signal;
 
 use crate::harness::{AdminSocket, MODES, PATIENCE, Server, fixture, guest, run, wasinetd};
 
-/// The first request to a collector, with its body, as text as far as it is any.
-fn collected(listener: TcpListener) -> String {
+/// Returns the first request that reaches the collector, body included, as lossy text.
+fn receive_request(listener: TcpListener) -> String {
     let (mut stream, _) = listener.accept().unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut request = Vec::new();
     let head = loop {
         let mut bytes = [0; 4096];
         let n = stream.read(&mut bytes).unwrap();
-        assert!(n > 0, "it ended early");
+        assert!(n > 0, "the request ended early");
         request.extend(&bytes[..n]);
         if let Some(end) = request.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
             break end + 4;
@@ -27,9 +27,9 @@ fn collected(listener: TcpListener) -> String {
         .lines()
         .find_map(|line| line.strip_prefix("content-length: "));
     let length: usize = length.unwrap().trim().parse().unwrap();
-    let mut rest = vec![0; (head + length).saturating_sub(request.len())];
-    stream.read_exact(&mut rest).unwrap();
-    request.extend(rest);
+    let mut remaining = vec![0; (head + length).saturating_sub(request.len())];
+    stream.read_exact(&mut remaining).unwrap();
+    request.extend(remaining);
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
         .unwrap();
@@ -37,17 +37,18 @@ fn collected(listener: TcpListener) -> String {
 }
 
 #[test]
-fn each_connection_is_a_span() {
+fn each_connection_is_exported_as_a_span() {
     for mode in MODES {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let collector = thread::spawn(|| collected(listener));
-        let place = AdminSocket::new();
-        let listen = ["--listen", "127.0.0.1:0", "--listen", &place.flag];
+        let collector = thread::spawn(|| receive_request(listener));
+        // Only the path is used, as one more address to listen on.
+        let socket = AdminSocket::new();
+        let listen = ["--listen", "127.0.0.1:0", "--listen", &socket.flag];
         let arguments = [&listen[..], &["--otlp", &endpoint]].concat();
-        let mut server = Server::start(mode, &fixture("uses"), &arguments);
-        let local = server.connect_unix();
-        local.finish();
+        let mut server = Server::start(mode, &fixture("uses_resources"), &arguments);
+        let unix_client = server.connect_unix();
+        unix_client.finish();
         server.wait_for_log(&["peer=unix:"]);
         let mut good = server.connect();
         good.send("compute 0\n");
@@ -59,7 +60,7 @@ fn each_connection_is_a_span() {
         bad.send("recurse 100000000\n");
         assert!(bad.read_all().1.is_err());
         server.wait_for_log(&["limit=\"stack\""]);
-        // What is left is sent at the end.
+        // The server sends the remaining spans when it exits.
         server.signal(Signal::TERM);
         assert_eq!(server.wait().code(), Some(0), "{server:?}");
         let request = collector.join().unwrap();
@@ -94,13 +95,13 @@ fn each_connection_is_a_span() {
 }
 
 #[test]
-fn a_collector_that_is_gone_holds_up_nobody() {
+fn an_unreachable_collector_delays_neither_clients_nor_shutdown() {
     for mode in MODES {
-        let nobody = {
+        let unreachable = {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             format!("http://{}", listener.local_addr().unwrap())
         };
-        let mut server = Server::start(mode, &guest("echo"), &["--otlp", &nobody]);
+        let mut server = Server::start(mode, &guest("echo"), &["--otlp", &unreachable]);
         let mut client = server.connect();
         client.send("hello");
         client.finish();

@@ -1,9 +1,9 @@
-//! What guests print, and the log.
+//! Guest output in the log, and the format of the log.
 
 use crate::harness::{MODES, Server, fixture, guest};
 
 #[test]
-fn what_a_guest_prints_is_logged_under_its_connection() {
+fn guest_output_is_logged_with_the_connection_id() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("prints"), &[]);
         server.connect().read_to_end();
@@ -17,21 +17,21 @@ fn what_a_guest_prints_is_logged_under_its_connection() {
 }
 
 #[test]
-fn what_a_guest_prints_is_bounded() {
+fn guest_output_is_limited() {
     for mode in MODES {
         let server = Server::start(mode, &fixture("prints"), &[]);
         server.connect().read_to_end();
         server.wait_for_log(&["id=1 ", "connection ended", "limit=\"max-output\""]);
         server.wait_for_log(&["WARN", "id=1 ", "bytes=65536 limit=max-output"]);
-        // The fixture prints 10,000 lines of 100 bytes, each of which counts for 200: 64 KiB of them
-        // are let through.
+        // The fixture prints 10,000 lines of 100 bytes. A line counts as 200 bytes, so 64 KiB allow
+        // about 327 lines.
         let lines = server.log_lines("xxxxxxxxxx").len();
         assert!((325..=330).contains(&lines), "{lines} lines");
     }
 }
 
 #[test]
-fn the_log_can_be_json() {
+fn the_log_format_can_be_json() {
     let server = Server::start(
         "spawn",
         &guest("hello"),
@@ -51,7 +51,7 @@ fn the_log_can_be_json() {
 }
 
 #[test]
-fn the_log_can_be_quiet() {
+fn log_level_error_keeps_the_log_empty() {
     let mut server = Server::start(
         "spawn",
         &guest("hello"),

@@ -1,4 +1,4 @@
-//! What packages are made of.
+//! Packages: shell completions, the container, the Debian package and the systemd units.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,7 +8,7 @@ use crate::harness::{Server, curl, page, root, run, wasinetd};
 fn completions(shell: &str) -> String {
     let output = run(wasinetd().args(["completions", shell]));
     assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout).expect("it is text")
+    String::from_utf8(output.stdout).expect("the output is UTF-8")
 }
 
 #[test]
@@ -22,7 +22,7 @@ fn bash_completes_commands_flags_and_values() {
         bash.args([
             "--norc",
             "-c",
-            // As bash itself calls it.
+            // Calls the function in the same way as bash.
             r#"source "$1"; shift
             function=$(complete -p wasinetd | sed 's/.*-F \([^ ]*\).*/\1/')
             COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMP_LINE="$*" COMP_POINT=${#COMP_LINE}
@@ -49,7 +49,7 @@ fn bash_completes_commands_flags_and_values() {
 }
 
 #[test]
-fn every_shell_has_completions() {
+fn every_supported_shell_has_completions() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = completions(shell);
         for word in ["serve", "completions", "rollback", "drain-timeout"] {
@@ -57,34 +57,34 @@ fn every_shell_has_completions() {
         }
     }
     let output = run(wasinetd().args(["completions", "csh"]));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(64), "{said}");
-    assert!(said.contains("zsh"), "{said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(64), "{stderr}");
+    assert!(stderr.contains("zsh"), "{stderr}");
 }
 
-/// What is in a package, by the paths that it has there, and where it is here.
+/// Directories of an installed package, and where their files are in this repository.
 const INSTALLED: [(&str, &str); 3] = [
-    ("/usr/bin/", "target/release/"),
+    ("/usr/bin/", "target/quick/"),
     ("/usr/lib/wasinetd/guests/", "target/guests/"),
     ("/usr/share/wasinetd/static", "static"),
 ];
 
-/// An argument with a path here for one in a package.
-fn here(argument: &str) -> String {
+/// Replaces the paths of an installed package by paths in this repository.
+fn local(argument: &str) -> String {
     INSTALLED
         .iter()
-        .fold(argument.to_owned(), |argument, (there, here)| {
-            argument.replace(there, &format!("{}/{here}", root().display()))
+        .fold(argument.to_owned(), |argument, (installed, local)| {
+            argument.replace(installed, &format!("{}/{local}", root().display()))
         })
 }
 
-/// Serves with the arguments of a package, on a free port, and asks for a page.
-fn serves_hello(arguments: &[String]) {
-    let mut arguments: Vec<_> = arguments.iter().map(|argument| here(argument)).collect();
+/// Serves with the arguments of a package, but on a free port, and requests a page.
+fn assert_serves_hello(arguments: &[String]) {
+    let mut arguments: Vec<_> = arguments.iter().map(|argument| local(argument)).collect();
     let listen = arguments.iter().position(|argument| argument == "--listen");
-    // The server that is started has one of its own.
-    arguments.drain(listen.map_or(0..0, |at| at..at + 2));
-    let guest = arguments.pop().expect("a guest comes last");
+    // `Server::start` passes its own address.
+    arguments.drain(listen.map_or(0..0, |index| index..index + 2));
+    let guest = arguments.pop().expect("the guest is the last argument");
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     let server = Server::start("concurrent", Path::new(&guest), &arguments);
     assert_eq!(curl(&server, "/", &[]), page("hello.html"));
@@ -101,8 +101,8 @@ fn the_container_serves_hello() {
         let line = file
             .lines()
             .find_map(|line| line.strip_prefix(name))
-            .unwrap_or_else(|| panic!("there is a line of {name}"));
-        serde_json::from_str::<Vec<String>>(line).expect("it is JSON")
+            .unwrap_or_else(|| panic!("there is no {name} line"));
+        serde_json::from_str::<Vec<String>>(line).expect("the arguments are JSON")
     };
     assert_eq!(instruction("ENTRYPOINT "), ["/usr/bin/wasinetd"]);
     let mut command = instruction("CMD ");
@@ -110,36 +110,40 @@ fn the_container_serves_hello() {
     let listen = command.windows(2).find(|pair| pair[0] == "--listen");
     let (_, port) = listen.unwrap()[1].rsplit_once(':').unwrap();
     assert!(file.contains(&format!("\nEXPOSE {port}\n")), "{port}");
-    // How operators reach it is what `ctl` takes there, also to see whether all is well.
+    // `ctl` and the health check use the admin address that the server is started with.
     let admin = command.iter().position(|argument| argument == "--admin");
-    let admin = admin.expect("operators can connect");
+    let admin = admin.expect("the server has an admin address");
     let address = command.drain(admin..admin + 2).next_back().unwrap();
     assert!(file.contains(&format!("\nENV WASINETD_ADMIN={address}\n")));
     assert_eq!(
         instruction("HEALTHCHECK CMD "),
         ["/usr/bin/wasinetd", "ctl", "status"]
     );
-    serves_hello(&command);
+    assert_serves_hello(&command);
 
-    // What is copied is there, and goes where it is looked for.
+    // The copied files exist, and go to the paths where the server looks for them.
     let copies = file.lines().filter_map(|line| line.strip_prefix("COPY "));
-    let mut counted = 0;
+    let mut checked = 0;
     for copy in copies.filter(|copy| *copy != ". .") {
         let built = copy.strip_prefix("--from=build /src/");
         let (from, to) = built.unwrap_or(copy).rsplit_once(' ').unwrap();
+        // The container has an optimized build of the same program.
+        let from = from.replace("target/dist/", "target/quick/");
         let directory = from.split('*').next().unwrap();
         assert!(root().join(directory).exists(), "{from}");
-        let known = |(there, here): &(&str, &str)| to.starts_with(there) && from.starts_with(here);
+        let known = |(installed, local): &(&str, &str)| {
+            to.starts_with(installed) && from.starts_with(local)
+        };
         assert!(INSTALLED.iter().any(known), "{copy}");
-        counted += 1;
+        checked += 1;
     }
-    assert_eq!(counted, INSTALLED.len());
+    assert_eq!(checked, INSTALLED.len());
 }
 
-/// The image has glibc and libgcc, and no more.
+/// The container image has only glibc and libgcc.
 #[test]
-fn the_program_needs_no_libraries_but_those_of_the_system() {
-    let output = run(Command::new("ldd").arg(here("/usr/bin/wasinetd")));
+fn the_binary_links_only_system_libraries() {
+    let output = run(Command::new("ldd").arg(local("/usr/bin/wasinetd")));
     let libraries = String::from_utf8(output.stdout).unwrap();
     assert!(libraries.contains("libc.so.6"), "{libraries}");
     for line in libraries.lines() {
@@ -154,21 +158,23 @@ fn the_program_needs_no_libraries_but_those_of_the_system() {
 }
 
 #[test]
-fn the_service_of_the_package_serves_hello() {
-    // systemd.exec(5), EnvironmentFile=.
+fn the_packaged_service_serves_hello() {
+    // The format is that of EnvironmentFile= in systemd.exec(5).
     let settings = text("host/systemd/wasinetd.default");
     let setting = |name: &str| {
         let line = settings.lines().find_map(|line| line.strip_prefix(name));
-        line.expect("it is set").trim_matches('"').to_owned()
+        line.unwrap_or_else(|| panic!("{name} is missing"))
+            .trim_matches('"')
+            .to_owned()
     };
     let options = setting("OPTIONS=");
     let options = options.split_whitespace().map(str::to_owned);
     let arguments: Vec<_> = options.chain([setting("GUEST=")]).collect();
-    serves_hello(&arguments);
+    assert_serves_hello(&arguments);
 }
 
 #[test]
-fn what_the_debian_package_has_is_there() {
+fn every_asset_of_the_debian_package_exists() {
     let output = run(
         Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()))
             .args(["metadata", "--no-deps", "--offline", "--format-version=1"])
@@ -185,21 +191,22 @@ fn what_the_debian_package_has_is_there() {
     for asset in deb["assets"].as_array().unwrap() {
         let [from, to] = [0, 1].map(|at| asset[at].as_str().unwrap());
         let directory = from.split('*').next().unwrap();
-        // `make deb` makes those of target/package when all else is there.
-        let made = from.starts_with("../target/package/");
-        let there = match from.strip_prefix("target/release/") {
-            Some(_) => root().join(from),
+        // `make deb` generates the files in target/package.
+        let generated = from.starts_with("../target/package/");
+        // cargo-deb puts the directory of the chosen profile in place of this prefix.
+        let path = match from.strip_prefix("target/release/") {
+            Some(program) => root().join("target/quick").join(program),
             None => root().join("host").join(directory),
         };
-        assert!(made || there.exists(), "{from}");
+        assert!(generated || path.exists(), "{from}");
         installed.push(format!("/{to}"));
     }
-    let needed = [
+    let required = [
         "/usr/bin/",
         "/usr/lib/wasinetd/guests/",
         "/etc/default/wasinetd",
     ];
-    for path in needed {
+    for path in required {
         assert!(installed.iter().any(|to| to == path), "{path}");
     }
     for file in deb["conf-files"].as_array().unwrap() {
@@ -214,16 +221,14 @@ fn what_the_debian_package_has_is_there() {
     }
 }
 
-/// The units are taken by systemd, where it is installed, and the service is locked up.
+/// systemd finds no mistake in the units and rates the service as well sandboxed.
 #[test]
-fn systemd_takes_the_units() {
+fn systemd_accepts_the_units() {
     if run(Command::new("sh").args(["-c", "command -v systemd-analyze"]))
         .stdout
         .is_empty()
     {
-        eprintln!(
-            "left out: there is no systemd-analyze to show the units to; apt-get install systemd"
-        );
+        eprintln!("skipped: systemd-analyze is not installed; apt-get install systemd");
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -238,27 +243,29 @@ fn systemd_takes_the_units() {
         String::from_utf8(output.stderr).unwrap()
     };
     let service = text("host/systemd/wasinetd.service")
-        .replace("/usr/bin/wasinetd", &here("/usr/bin/wasinetd"));
+        .replace("/usr/bin/wasinetd", &local("/usr/bin/wasinetd"));
     let socket = text("host/systemd/wasinetd.socket");
     let units = [
         write("wasinetd.service", &service),
         write("wasinetd.socket", &socket),
     ];
-    let of_ours = |said: &str| {
-        said.lines()
+    // systemd-analyze also reports other units of the system.
+    let own_messages = |stderr: &str| {
+        stderr
+            .lines()
             .filter(|line| line.contains("wasinetd"))
             .count()
     };
-    let said = verify(&[&units[0], &units[1]]);
-    assert_eq!(of_ours(&said), 0, "{said}");
+    let stderr = verify(&[&units[0], &units[1]]);
+    assert_eq!(own_messages(&stderr), 0, "{stderr}");
 
     let mut security = Command::new("systemd-analyze");
-    // From 0, which can do nothing, to 100, which can do all.
+    // The scale is from 0, fully sandboxed, to 100, unrestricted.
     security.args(["security", "--offline=true", "--threshold=20"]);
     let output = run(security.arg(&units[0]));
     assert!(output.status.success(), "{output:?}");
 
-    let wrong = socket.replace("Backlog=4096", "Backlogs=4096");
-    let said = verify(&[&write("wasinetd.socket", &wrong)]);
-    assert!(said.contains("Backlogs"), "{said}");
+    let misspelled = socket.replace("Backlog=4096", "Backlogs=4096");
+    let stderr = verify(&[&write("wasinetd.socket", &misspelled)]);
+    assert!(stderr.contains("Backlogs"), "{stderr}");
 }

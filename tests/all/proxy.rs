@@ -1,5 +1,6 @@
-//! Clients that come through a proxy, which says whom it speaks for: by the PROXY protocol, from
-//! haproxy where it is installed, and by hand.
+//! Clients behind a proxy that announces them by the PROXY protocol.
+//!
+//! The tests write headers by hand, and use haproxy where it is installed.
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -10,44 +11,48 @@ use rustix::process::Signal;
 
 use crate::harness::{AdminSocket, Client, MODES, PATIENCE, Server, fixture, guest, run, wasinetd};
 
-/// As far as the servers of these tests are concerned, who connects from 127.0.0.1 is a proxy.
-const FROM_HERE: [&str; 2] = ["--proxy-from", "127.0.0.1/32"];
+/// The servers of these tests trust headers from 127.0.0.1.
+const TRUST_LOOPBACK: [&str; 2] = ["--proxy-from", "127.0.0.1/32"];
 
+/// A header of version 1.
 const V1: &[u8] = b"PROXY TCP4 192.0.2.1 198.51.100.2 56324 443\r\n";
 
-/// Of a connection that the proxy makes for itself.
+/// The header of a connection that the proxy opens for itself, such as a health check.
 const LOCAL: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
 
-/// The same as [`V1`], with so many bytes that say more.
-fn v2(more: usize) -> Vec<u8> {
+/// The same client in version 2, with `extra` bytes of further fields.
+fn v2(extra: usize) -> Vec<u8> {
     let addresses = [192, 0, 2, 1, 198, 51, 100, 2, 0xdc, 0x04, 1, 0xbb];
-    let length = u16::try_from(addresses.len() + more).unwrap().to_be_bytes();
-    let begin: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x11";
-    // As one field of a type that is for anyone's use.
-    let mut field = vec![0; more];
-    if let Some(length) = more.checked_sub(3) {
+    let length = u16::try_from(addresses.len() + extra)
+        .unwrap()
+        .to_be_bytes();
+    let signature: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x11";
+    // One field of type 0xe0, which the specification reserves for applications.
+    let mut field = vec![0; extra];
+    if let Some(length) = extra.checked_sub(3) {
         field[0] = 0xe0;
         field[1..3].copy_from_slice(&u16::try_from(length).unwrap().to_be_bytes());
     }
-    [begin, &length, &addresses, &field].concat()
+    [signature, &length, &addresses, &field].concat()
 }
 
+/// Starts a server of the guest `name` that trusts headers from 127.0.0.1.
 fn start(mode: &str, name: &str, arguments: &[&str]) -> Server {
     let guest = match name {
         "echo" => guest(name),
         _ => fixture(name),
     };
-    Server::start(mode, &guest, &[&FROM_HERE, arguments].concat())
+    Server::start(mode, &guest, &[&TRUST_LOOPBACK, arguments].concat())
 }
 
-fn is_reset(client: &mut Client) {
+fn assert_reset(client: &mut Client) {
     let (bytes, end) = client.read_all();
     assert_eq!(bytes, b"");
     assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
 
-/// A figure of what came of headers.
-fn headers(admin: &AdminSocket, outcome: &str) -> u64 {
+/// The number of headers with this outcome, from the metrics.
+fn header_count(admin: &AdminSocket, outcome: &str) -> u64 {
     let name = format!("wasinetd_proxy_headers_total{{outcome=\"{outcome}\"}} ");
     let metrics = admin.metrics();
     let line = metrics.lines().find_map(|line| line.strip_prefix(&name));
@@ -57,7 +62,7 @@ fn headers(admin: &AdminSocket, outcome: &str) -> u64 {
 }
 
 #[test]
-fn the_guest_and_the_log_have_the_client_of_a_proxy() {
+fn guest_and_log_see_the_client_address_from_the_header() {
     for mode in MODES {
         let server = start(mode, "addresses", &[]);
         for header in [V1, &v2(0), &v2(3), &v2(4096 - 28)] {
@@ -69,13 +74,15 @@ fn the_guest_and_the_log_have_the_client_of_a_proxy() {
                 "{text}"
             );
             let via = format!("via={} ", client.0.local_addr().unwrap());
+            // The server logs the end when the client has closed too, or two seconds later.
+            drop(client);
             server.wait_for_log(&["connection ended", "peer=192.0.2.1:56324 ", &via]);
         }
     }
 }
 
 #[test]
-fn clients_of_ipv6_are_told_by_a_proxy_of_ipv4() {
+fn an_ipv4_proxy_can_announce_an_ipv6_client() {
     let server = start("concurrent", "addresses", &[]);
     let mut client = server.connect();
     client.send("PROXY TCP6 2001:db8::1 2001:db8::2 1 65535\r\n");
@@ -87,7 +94,7 @@ fn clients_of_ipv6_are_told_by_a_proxy_of_ipv4() {
 }
 
 #[test]
-fn a_header_may_come_in_any_pieces_and_what_follows_is_the_guests() {
+fn a_header_can_be_split_anywhere_and_later_bytes_reach_the_guest() {
     for mode in MODES {
         let server = start(mode, "echo", &[]);
         for header in [V1, &v2(0)] {
@@ -110,7 +117,7 @@ fn a_header_may_come_in_any_pieces_and_what_follows_is_the_guests() {
 }
 
 #[test]
-fn what_looks_like_a_header_is_the_clients_who_is_no_proxy() {
+fn a_header_from_an_untrusted_client_is_ordinary_data() {
     for mode in MODES {
         let server = start(mode, "echo", &[]);
         for header in [V1, &v2(0), LOCAL] {
@@ -125,7 +132,7 @@ fn what_looks_like_a_header_is_the_clients_who_is_no_proxy() {
 }
 
 #[test]
-fn a_proxy_without_a_header_is_reset_and_counted() {
+fn a_proxy_without_a_valid_header_is_reset_and_counted() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let server = start(mode, "echo", &["--admin", &admin.flag]);
@@ -140,48 +147,48 @@ fn a_proxy_without_a_header_is_reset_and_counted() {
         for header in bad {
             let mut client = server.connect();
             client.send(header);
-            is_reset(&mut client);
+            assert_reset(&mut client);
         }
-        assert_eq!(headers(&admin, "bad"), 6);
+        assert_eq!(header_count(&admin, "bad"), 6);
         assert_eq!(server.log_lines("connection ended").len(), 0);
-        server.wait_for_log(&["WARN", "a proxy sent no good header", "outcome=\"bad\""]);
-        // A line a second, however many there are.
-        assert!(server.log_lines("no good header").len() <= 3);
-        // In the middle of one.
+        server.wait_for_log(&["WARN", "a proxy sent no valid header", "outcome=\"bad\""]);
+        // The log has at most one line per second.
+        assert!(server.log_lines("no valid header").len() <= 3);
+        // The proxy closes in the middle of a header.
         let mut client = server.connect();
         client.send(&V1[..20]);
         client.finish();
-        is_reset(&mut client);
-        assert_eq!(headers(&admin, "gone"), 1);
+        assert_reset(&mut client);
+        assert_eq!(header_count(&admin, "gone"), 1);
     }
 }
 
 #[test]
-fn a_proxy_that_says_nothing_is_reset_in_time_and_others_are_served() {
+fn a_silent_proxy_is_reset_after_the_timeout_and_others_are_served() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let arguments = ["--handshake-timeout", "500ms", "--admin", &admin.flag];
         let server = start(mode, "echo", &arguments);
         let mut silent: Vec<_> = (0..20).map(|_| server.connect()).collect();
         silent[0].send(&V1[..20]);
-        // Who begins in time is served after that time as well.
+        // A client whose header came in time is not subject to the timeout any more.
         let mut client = server.connect();
         client.send(V1);
         for client in &mut silent {
-            is_reset(client);
+            assert_reset(client);
         }
         client.send("x");
         assert_eq!(client.read(1), "x");
-        assert_eq!(headers(&admin, "timeout"), 20);
+        assert_eq!(header_count(&admin, "timeout"), 20);
         let limits = admin.ctl_json(&["limits"]);
         let limit = serde_json::json!({"limit": "handshake-timeout", "value": "500ms", "met": 20});
-        let mut all = limits.as_array().expect("they are listed").iter();
-        assert!(all.any(|one| *one == limit), "{limits}");
+        let mut all = limits.as_array().expect("limits are a list").iter();
+        assert!(all.any(|entry| *entry == limit), "{limits}");
     }
 }
 
 #[test]
-fn a_proxy_that_asks_whether_we_are_there_is_no_connection() {
+fn a_proxy_health_check_is_not_a_connection() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let server = start(
@@ -189,35 +196,41 @@ fn a_proxy_that_asks_whether_we_are_there_is_no_connection() {
             "addresses",
             &["--admin", &admin.flag, "--log-level", "debug"],
         );
-        // Of a family that says nothing here, with what is none of its addresses.
-        let odd = b"\r\n\r\n\0\r\nQUIT\n\x20\x41\0\x03abc";
-        for header in [&b""[..], LOCAL, odd, b"PROXY UNKNOWN\r\n", b"itself"] {
+        // An address family that means nothing here, with three bytes that are no address.
+        let unknown_family = b"\r\n\r\n\0\r\nQUIT\n\x20\x41\0\x03abc";
+        for header in [
+            &b""[..],
+            LOCAL,
+            unknown_family,
+            b"PROXY UNKNOWN\r\n",
+            b"itself",
+        ] {
             let mut client = server.connect();
-            // As haproxy does it with version 1.
-            let itself = client.0.local_addr().unwrap().port();
-            let itself = format!("PROXY TCP4 127.0.0.1 127.0.0.1 {itself} 1\r\n");
+            // For version 1, haproxy announces its own address.
+            let port = client.0.local_addr().unwrap().port();
+            let itself = format!("PROXY TCP4 127.0.0.1 127.0.0.1 {port} 1\r\n");
             client.send(match header {
                 b"itself" => itself.as_bytes(),
                 _ => header,
             });
             client.finish();
-            is_reset(&mut client);
+            assert_reset(&mut client);
         }
-        assert_eq!(headers(&admin, "health_check"), 5);
-        server.wait_for_log(&["DEBUG", "no guest has this client", "health_check"]);
+        assert_eq!(header_count(&admin, "health_check"), 5);
+        server.wait_for_log(&["DEBUG", "no guest got the connection", "health_check"]);
         assert_eq!(server.log_lines("connection ended").len(), 0);
-        // One that goes on is served, as what it is.
+        // A proxy that keeps such a connection open is served under its own address.
         let mut client = server.connect();
         client.send(LOCAL);
         let here = client.0.local_addr().unwrap();
         let text = client.read_to_end();
         assert!(text.contains(&format!(" {here} ")), "{text}");
-        assert_eq!(headers(&admin, "no_client"), 1);
+        assert_eq!(header_count(&admin, "no_client"), 1);
     }
 }
 
 #[test]
-fn who_may_connect_is_asked_of_the_clients_of_a_proxy() {
+fn admission_rules_apply_to_the_clients_of_a_proxy() {
     for mode in MODES {
         let arguments = [
             "--deny",
@@ -228,61 +241,67 @@ fn who_may_connect_is_asked_of_the_clients_of_a_proxy() {
             "2",
         ];
         let server = start(mode, "echo", &arguments);
-        let come = |source: &str| {
+        let connect = |source: &str| {
             let mut client = server.connect();
             client.send(format!("PROXY TCP4 {source} 192.0.2.2 1 2\r\nx"));
             client
         };
-        let served = |mut client: Client| {
+        let assert_served = |mut client: Client| {
             assert_eq!(client.read(1), "x");
             client
         };
-        let _two = [served(come("192.0.2.1")), served(come("192.0.2.1"))];
-        let _others = [served(come("192.0.2.3")), served(come("192.0.2.4"))];
-        is_reset(&mut come("192.0.2.1"));
-        let here = "via=127.0.0.1:";
-        server.wait_for_log(&["refused a client of a proxy", "peer=192.0.2.1:1 ", here]);
-        is_reset(&mut come("198.51.100.7"));
-        drop(_two);
-        // Their places are had again.
+        let same_source = [
+            assert_served(connect("192.0.2.1")),
+            assert_served(connect("192.0.2.1")),
+        ];
+        let _others = [
+            assert_served(connect("192.0.2.3")),
+            assert_served(connect("192.0.2.4")),
+        ];
+        assert_reset(&mut connect("192.0.2.1"));
+        let via = "via=127.0.0.1:";
+        server.wait_for_log(&["refused a client of a proxy", "peer=192.0.2.1:1 ", via]);
+        assert_reset(&mut connect("198.51.100.7"));
+        drop(same_source);
+        // Closed connections no longer count towards the limit of their source.
         let patience = Instant::now() + PATIENCE;
         loop {
-            let mut client = come("192.0.2.1");
-            match client.read_all_of(1) {
+            let mut client = connect("192.0.2.1");
+            match client.try_read(1) {
                 Ok(()) => break,
-                Err(_) => assert!(Instant::now() < patience, "it is never let in again"),
+                Err(_) => assert!(Instant::now() < patience, "the source is still refused"),
             }
         }
     }
 }
 
 impl Client {
-    /// Waits for so many bytes, or for the error that comes instead.
-    fn read_all_of(&mut self, n: usize) -> std::io::Result<()> {
+    /// Reads `n` bytes, or returns the error.
+    fn try_read(&mut self, n: usize) -> std::io::Result<()> {
         use std::io::Read;
         self.0.read_exact(&mut vec![0; n])
     }
 }
 
 #[test]
-fn a_server_that_is_to_end_waits_for_no_header() {
+fn a_second_stop_signal_does_not_wait_for_a_header() {
     for mode in MODES {
         let mut server = start(mode, "echo", &["--handshake-timeout", "1h"]);
         let mut silent = server.connect();
-        // It is accepted when this one, which comes later, is.
+        // The server accepts in order: when this client is served, the silent one is accepted.
         let mut client = server.connect();
         client.send([V1, b"x"].concat());
         assert_eq!(client.read(1), "x");
         server.signal(Signal::TERM);
         server.wait_for_log(&["draining"]);
         server.signal(Signal::TERM);
-        is_reset(&mut silent);
+        assert_reset(&mut silent);
         assert_eq!(server.wait().code(), Some(75));
     }
 }
 
 #[test]
-fn what_is_no_network_is_refused() {
+fn an_invalid_proxy_network_is_refused() {
     for value in ["127.0.0.1/33", "proxy.example", ""] {
         let output = run(wasinetd().args(["serve", "--proxy-from", value, "guest.wasm"]));
         assert_eq!(output.status.code(), Some(64), "{value}");
@@ -291,7 +310,7 @@ fn what_is_no_network_is_refused() {
     }
 }
 
-/// haproxy in front of a server. It is killed when this is dropped.
+/// haproxy in front of a server. Dropping this kills the process.
 struct Haproxy {
     child: Child,
     address: SocketAddr,
@@ -299,13 +318,13 @@ struct Haproxy {
 }
 
 impl Haproxy {
-    /// With these options of `server`. None where it is not installed.
+    /// Starts haproxy with these `server` options, or returns None if it is not installed.
     fn start(server: &Server, options: &str) -> Option<Self> {
         if Command::new("haproxy").arg("-v").output().is_err() {
-            eprintln!("left out: there is no haproxy here");
+            eprintln!("skipped: haproxy is not installed");
             return None;
         }
-        // Nobody else listens at this address of the machine, so that the port stays free.
+        // No other test uses this loopback address, so the port stays free.
         let free = TcpListener::bind("127.91.0.1:0").unwrap();
         let address = free.local_addr().unwrap();
         drop(free);
@@ -319,8 +338,8 @@ impl Haproxy {
         std::fs::write(&path, config).unwrap();
         let mut command = Command::new("haproxy");
         command.arg("-db").arg("-f").arg(&path);
-        let quiet = command.stdout(Stdio::null()).stderr(Stdio::null());
-        let child = quiet.spawn().unwrap();
+        let command = command.stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().unwrap();
         Some(Self {
             child,
             address,
@@ -351,7 +370,7 @@ impl Drop for Haproxy {
 }
 
 #[test]
-fn haproxy_says_whom_it_speaks_for() {
+fn haproxy_announces_its_clients() {
     for (mode, options) in MODES.into_iter().zip(["send-proxy", "send-proxy-v2"]) {
         let server = start(mode, "addresses", &[]);
         let Some(mut haproxy) = Haproxy::start(&server, options) else {
@@ -364,12 +383,14 @@ fn haproxy_says_whom_it_speaks_for() {
             text.ends_with(&format!(" {here} {}", haproxy.address)),
             "{text}"
         );
+        // The server logs the end when the client has closed too, or two seconds later.
+        drop(client);
         server.wait_for_log(&["connection ended", &format!("peer={here} via=127.0.0.1:")]);
     }
 }
 
 #[test]
-fn haproxys_health_checks_are_no_connections_of_clients() {
+fn haproxy_health_checks_are_not_client_connections() {
     for (mode, options) in MODES.into_iter().zip(["send-proxy", "send-proxy-v2"]) {
         let admin = AdminSocket::new();
         let server = start(mode, "echo", &["--admin", &admin.flag]);
@@ -381,11 +402,11 @@ fn haproxys_health_checks_are_no_connections_of_clients() {
         client.send("x");
         assert_eq!(client.read(1), "x");
         let patience = Instant::now() + PATIENCE;
-        while headers(&admin, "health_check") < 10 {
+        while header_count(&admin, "health_check") < 10 {
             assert!(Instant::now() < patience, "{}", admin.metrics());
         }
         assert_eq!(server.log_lines("WARN").len(), 0);
-        // Nor did it find the server down.
+        // haproxy still considers the server up.
         client.send("y");
         assert_eq!(client.read(1), "y");
     }

@@ -1,4 +1,4 @@
-//! A new process takes over, and nobody notices.
+//! `ctl restart` and SIGUSR2: a new process takes over without losing a connection.
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
@@ -8,16 +8,19 @@ use std::time::Instant;
 
 use rustix::process::{Pid, Signal};
 
-use crate::harness::{AdminSocket, MODES, PATIENCE, Server, Successor, guest, page, request, root};
+use crate::harness::{
+    AdminSocket, MODES, PATIENCE, Server, Successor, guest, page, program, request,
+};
 
-/// A copy of the program, which can be replaced.
-fn installed(admin: &AdminSocket) -> std::path::PathBuf {
-    let program = admin.beside("wasinetd");
-    std::fs::copy(root().join("target/release/wasinetd"), &program).unwrap();
-    program
+/// Copies the program to a path where the test can replace it.
+fn install(admin: &AdminSocket) -> std::path::PathBuf {
+    let installed = admin.beside("wasinetd");
+    std::fs::copy(program(), &installed).unwrap();
+    installed
 }
 
-fn serving(admin: &AdminSocket) -> u64 {
+/// The id of the process that answers on the admin socket.
+fn serving_pid(admin: &AdminSocket) -> u64 {
     admin.ctl_json(&["status"])["pid"].as_u64().unwrap()
 }
 
@@ -25,7 +28,7 @@ fn serving(admin: &AdminSocket) -> u64 {
 fn a_new_process_takes_over_under_load() {
     for mode in MODES {
         let admin = AdminSocket::new();
-        let program = installed(&admin);
+        let program = install(&admin);
         let arguments = ["--dir", "static::/static", "--admin", &admin.flag];
         let mut server = Server::start_program(&program, mode, &guest("hello"), &arguments);
         let mut kept = server.connect();
@@ -44,15 +47,15 @@ fn a_new_process_takes_over_under_load() {
                 })
                 .collect();
             while answers.load(Ordering::Relaxed) < 100 {}
-            // As an upgrade does: the program is another file by now.
+            // An upgrade replaces the program by another file.
             std::fs::remove_file(&program).unwrap();
-            installed(&admin);
-            let before = serving(&admin);
-            let said = admin.ctl_text(&["restart"]);
-            assert!(said.contains("has taken over"), "{said}");
-            let now = serving(&admin);
-            assert_ne!(now, before);
-            let successor = Successor(Pid::from_raw(now as i32).unwrap());
+            install(&admin);
+            let before = serving_pid(&admin);
+            let message = admin.ctl_text(&["restart"]);
+            assert!(message.contains("has taken over"), "{message}");
+            let after = serving_pid(&admin);
+            assert_ne!(after, before);
+            let successor = Successor(Pid::from_raw(after as i32).unwrap());
             let at_restart = answers.load(Ordering::Relaxed);
             while answers.load(Ordering::Relaxed) < at_restart + 200 {}
             stop.store(true, Ordering::Relaxed);
@@ -61,21 +64,24 @@ fn a_new_process_takes_over_under_load() {
                 .for_each(|client| client.join().unwrap());
             successor
         });
-        // Who was there stays with the old one, which waits.
+        // The connection from before stays with the old process, which waits for its end.
         kept.send(request("/"));
         assert_eq!(kept.response().body, page("hello.html"));
         drop(kept);
         assert_eq!(server.wait_for_exit().code(), Some(0), "{server:?}");
-        // What is at the path of the socket is the new one's by now.
-        assert_eq!(serving(&admin), successor.0.as_raw_nonzero().get() as u64);
+        // The admin socket belongs to the new process.
+        assert_eq!(
+            serving_pid(&admin),
+            successor.0.as_raw_nonzero().get() as u64
+        );
         admin.ctl_text(&["drain"]);
-        let gone = Instant::now();
-        while admin.path().exists() && gone.elapsed() < PATIENCE {}
+        let drained = Instant::now();
+        while admin.path().exists() && drained.elapsed() < PATIENCE {}
         assert!(!admin.path().exists());
     }
 }
 
-/// Puts a program in place of another that does this with its arguments.
+/// Replaces a program by a shell script that gets the same arguments.
 fn install_script(program: &std::path::Path, script: &str) {
     let next = program.with_extension("next");
     std::fs::write(&next, format!("#!/bin/sh\n{script}\n")).unwrap();
@@ -84,33 +90,33 @@ fn install_script(program: &std::path::Path, script: &str) {
 }
 
 #[test]
-fn a_successor_that_does_not_serve_changes_nothing() {
-    let real = root().join("target/release/wasinetd");
+fn a_successor_that_fails_to_start_changes_nothing() {
+    let real = program();
     for mode in MODES {
         let admin = AdminSocket::new();
-        let program = installed(&admin);
+        let program = install(&admin);
         let arguments = ["--admin", &admin.flag];
         let server = Server::start_program(&program, mode, &guest("echo"), &arguments);
-        // One that does nothing, and one that fails when it has the sockets already.
+        // One successor exits at once, the other after it has inherited the sockets.
         let late = format!("exec {} \"$@\" --cache /proc/nowhere", real.display());
         for (script, code) in [("exit 3", "exit status: 3"), (&late, "exit status: 78")] {
             install_script(&program, script);
             let output = admin.ctl(&["restart"]);
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert_eq!(output.status.code(), Some(69), "{said}");
+            let message = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(69), "{message}");
             assert!(
-                said.contains("nothing has changed") && said.contains(code),
-                "{said}"
+                message.contains("nothing has changed") && message.contains(code),
+                "{message}"
             );
         }
         std::fs::remove_file(&program).unwrap();
         server.signal(Signal::USR2);
-        server.wait_for_log(&["no new process has taken over", "cannot be started"]);
+        server.wait_for_log(&["no new process has taken over", "cannot start"]);
         let mut client = server.connect();
         client.send("still there");
         assert_eq!(client.read(11), "still there");
         assert_eq!(admin.ctl_json(&["status"])["phase"], "serving");
-        // A server of the same address that is started by mistake is refused all the same.
+        // Another server cannot bind the same address by mistake.
         let address = server.address().to_string();
         let mut other = crate::harness::wasinetd();
         other
@@ -121,27 +127,27 @@ fn a_successor_that_does_not_serve_changes_nothing() {
 }
 
 #[test]
-fn a_stop_while_a_successor_starts_is_a_stop() {
-    let real = root().join("target/release/wasinetd");
+fn a_stop_during_a_restart_stops_the_server() {
+    let real = program();
     for mode in MODES {
         let admin = AdminSocket::new();
-        let program = installed(&admin);
+        let program = install(&admin);
         let arguments = ["--admin", &admin.flag];
         let mut server = Server::start_program(&program, mode, &guest("echo"), &arguments);
         let mut client = server.connect();
         client.send("a");
         assert_eq!(client.read(1), "a");
-        // It says that it has begun, and goes on when it is told.
-        let (began, go_on) = (admin.beside("began"), admin.beside("go-on"));
+        // The script creates one file when it starts, and continues when the other file exists.
+        let (started, go_on) = (admin.beside("started"), admin.beside("go-on"));
         let script = format!(
             "touch {}; while ! test -e {}; do sleep 0.05; done; exec {} \"$@\"",
-            began.display(),
+            started.display(),
             go_on.display(),
             real.display()
         );
         install_script(&program, &script);
         server.signal(Signal::USR2);
-        while !began.exists() {}
+        while !started.exists() {}
         server.signal(Signal::TERM);
         server.wait_for_log(&["no new process has taken over", "drains"]);
         std::fs::write(&go_on, "").unwrap();
@@ -155,12 +161,12 @@ fn a_stop_while_a_successor_starts_is_a_stop() {
 }
 
 #[test]
-fn two_restarts_at_once_have_one_successor_and_what_was_swapped_stays() {
+fn two_simultaneous_restarts_start_one_successor_and_keep_the_swapped_guest() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let arguments = ["--admin", &admin.flag];
-        // By a link, which leads to another program by then.
-        let program = installed(&admin);
+        // The server runs through a symbolic link, which is pointed to another program later.
+        let program = install(&admin);
         let link = admin.beside("link");
         std::os::unix::fs::symlink(&program, &link).unwrap();
         let mut server = Server::start_program(&link, mode, &guest("echo"), &arguments);
@@ -177,10 +183,10 @@ fn two_restarts_at_once_have_one_successor_and_what_was_swapped_stays() {
         let outcomes: Vec<_> = thread::scope(|scope| {
             let both = [(); 2].map(|()| scope.spawn(|| admin.ctl(&["restart"])));
             both.into_iter()
-                .map(|one| one.join().unwrap().status.code())
+                .map(|restart| restart.join().unwrap().status.code())
                 .collect()
         });
-        let successor = Successor(Pid::from_raw(serving(&admin) as i32).unwrap());
+        let successor = Successor(Pid::from_raw(serving_pid(&admin) as i32).unwrap());
         assert!(outcomes.contains(&Some(0)), "{outcomes:?}");
         server.wait_for_log(&["a new process has taken over"]);
         let mut new = server.connect();
@@ -190,51 +196,52 @@ fn two_restarts_at_once_have_one_successor_and_what_was_swapped_stays() {
         assert_eq!(kept.read(16), "swapped_________");
         drop(kept);
         assert_eq!(server.wait_for_exit().code(), Some(0), "{server:?}");
-        // Nobody was hurried, and there is one.
+        // The second restart did not cut the drain short, and there is only one successor.
         assert_eq!(server.log_lines("a second time").len(), 0, "{server:?}");
-        let taken = server.log_lines("a new process has taken over").len();
-        assert_eq!(taken, 1, "{server:?}");
+        let takeovers = server.log_lines("a new process has taken over").len();
+        assert_eq!(takeovers, 1, "{server:?}");
         drop(successor);
     }
 }
 
-/// What a service manager is told.
-struct Manager(UnixDatagram);
+/// The receiving end of sd_notify(3).
+struct ServiceManager(UnixDatagram);
 
-impl Manager {
+impl ServiceManager {
     fn next(&self) -> String {
         let mut message = [0; 4096];
-        let n = self.0.recv(&mut message).expect("something is said");
+        let n = self.0.recv(&mut message).expect("a message comes");
         String::from_utf8_lossy(&message[..n]).into_owned()
     }
 
-    /// Waits until this is said, and returns it with what is said with it.
-    fn wait_for(&self, what: &str) -> String {
+    /// Waits for a message that contains `part` and returns it.
+    fn wait_for(&self, part: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let said = self.next();
-            if said.contains(what) {
-                return said;
+            let message = self.next();
+            if message.contains(part) {
+                return message;
             }
-            assert!(Instant::now() < deadline, "{what} is never said");
+            assert!(Instant::now() < deadline, "no message contains {part}");
         }
     }
 }
 
 #[test]
-fn the_service_manager_is_told() {
+fn the_service_manager_is_notified() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let path = admin.beside("notify");
-        let manager = Manager(UnixDatagram::bind(&path).unwrap());
+        let manager = ServiceManager(UnixDatagram::bind(&path).unwrap());
         manager.0.set_read_timeout(Some(PATIENCE)).unwrap();
-        let program = installed(&admin);
+        let program = install(&admin);
         let environment = [
             ("NOTIFY_SOCKET", path.to_str().unwrap()),
             ("WATCHDOG_USEC", "200000"),
         ];
         let arguments = ["--admin", &admin.flag];
-        let server = Server::start_in(&program, &environment, mode, &guest("echo"), &arguments);
+        let server =
+            Server::start_with_env(&program, &environment, mode, &guest("echo"), &arguments);
         assert!(manager.next().starts_with("READY=1"));
         manager.wait_for("WATCHDOG=1");
         manager.wait_for("WATCHDOG=1");
@@ -250,7 +257,7 @@ fn the_service_manager_is_told() {
             .parse()
             .unwrap();
         let _successor = Successor(Pid::from_raw(pid).unwrap());
-        // The new one goes on with the watchdog, and the old one says nothing of an end.
+        // The new process continues the watchdog, and the old one does not report that it stops.
         manager.wait_for("WATCHDOG=1");
         admin.ctl_text(&["drain"]);
         manager.wait_for("STOPPING=1");

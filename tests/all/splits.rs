@@ -1,4 +1,4 @@
-//! However a guest and a client split their reads and writes, the bytes are the same.
+//! Property test: no split of reads and writes, by guest or client, changes the bytes.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -9,17 +9,17 @@ use bolero::generator::produce;
 
 use crate::harness::{MODES, Server, fixture};
 
-/// Conversations for each mode.
+/// Generated conversations per dispatch mode.
 const CASES: usize = 500;
 
-/// The longest piece that a client sends, drawn by the case.
+/// The longest piece that a client sends, chosen by the seed.
 const LONGEST: [usize; 4] = [3, 300, 5_000, 50_000];
 
-/// The most that a client reads at once, drawn by the case.
-const AT_ONCE: [usize; 3] = [64, 3_000, 100_000];
+/// The size of the client's read buffer, chosen by the seed.
+const READ_SIZES: [usize; 3] = [64, 3_000, 100_000];
 
 #[test]
-fn what_goes_through_a_guest_comes_back_whole() {
+fn bytes_survive_any_split_of_reads_and_writes() {
     for mode in MODES {
         let server = AssertUnwindSafe(Server::start(mode, &fixture("splits"), &[]));
         let case = produce::<(u64, Vec<u16>)>();
@@ -27,7 +27,7 @@ fn what_goes_through_a_guest_comes_back_whole() {
             .with_iterations(CASES)
             .with_generator(case)
             .for_each(|(seed, pieces)| {
-                // As a whole, and so unwind-safe.
+                // Captures the whole wrapper: the server inside is not unwind-safe.
                 let server = &server;
                 converse(server, *seed, pieces);
             });
@@ -42,13 +42,13 @@ fn converse(server: &Server, seed: u64, pieces: &[u16]) {
         .enumerate()
         .map(|(n, length)| (0..length).map(|i| (n * 31 + i * 7) as u8).collect())
         .collect();
-    // Little, so that the guest's writes have to wait.
-    let at_once = AT_ONCE[seed as usize / 4 % AT_ONCE.len()];
+    // Small reads make the guest's writes wait.
+    let read_size = READ_SIZES[seed as usize / 4 % READ_SIZES.len()];
     let mut client = server.connect();
-    let mut receiving = client.0.try_clone().expect("there are files left");
+    let mut receiving = client.0.try_clone().expect("descriptors are available");
     let received = thread::scope(|scope| {
         let reader = scope.spawn(move || {
-            let (mut bytes, mut buffer): (Vec<u8>, _) = (Vec::new(), vec![0; at_once]);
+            let (mut bytes, mut buffer): (Vec<u8>, _) = (Vec::new(), vec![0; read_size]);
             loop {
                 match receiving.read(&mut buffer) {
                     Ok(0) => return Ok(bytes),
@@ -64,8 +64,11 @@ fn converse(server: &Server, seed: u64, pieces: &[u16]) {
                 thread::yield_now();
             }
         }
-        client.0.shutdown(Shutdown::Write).expect("it is open");
-        reader.join().expect("it does not panic")
+        client
+            .0
+            .shutdown(Shutdown::Write)
+            .expect("the connection is open");
+        reader.join().expect("the reader does not panic")
     });
     let received = received.unwrap_or_else(|error| panic!("{error}\n{server:?}"));
     assert!(received == pieces.concat(), "seed {seed}\n{server:?}");

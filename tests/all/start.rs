@@ -1,4 +1,4 @@
-//! How a server starts: with what was compiled before.
+//! The cache of compiled guests, and the man pages.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -6,49 +6,49 @@ use std::path::{Path, PathBuf};
 
 use crate::harness::{Server, guest, output, run, wasinetd};
 
-/// The files in a directory of compiled guests.
-fn kept(cache: &Path) -> Vec<PathBuf> {
-    let files = fs::read_dir(cache).expect("it is there");
+/// The files in a cache directory.
+fn cached_files(cache: &Path) -> Vec<PathBuf> {
+    let files = fs::read_dir(cache).expect("the cache exists");
     files.map(|file| file.unwrap().path()).collect()
 }
 
 #[test]
-fn what_was_compiled_is_kept_and_not_trusted_blindly() {
+fn compiled_guests_are_cached_and_verified() {
     let directory = tempfile::tempdir().unwrap();
     let cache = directory.path().join("cache");
     let arguments = ["--cache", cache.to_str().unwrap()];
-    let echoes = |server: &Server| {
+    let assert_echoes = |server: &Server| {
         let mut client = server.connect();
         client.send("hello");
         assert_eq!(client.read(5), "hello");
     };
-    echoes(&Server::start("concurrent", &guest("echo"), &arguments));
-    let files = kept(&cache);
+    assert_echoes(&Server::start("concurrent", &guest("echo"), &arguments));
+    let files = cached_files(&cache);
     assert_eq!(files.len(), 1, "{files:?}");
     let code = fs::read(&files[0]).unwrap();
     {
-        // It is used, and not written again.
+        // The cached file is used and not written again.
         let before = fs::metadata(&files[0]).unwrap();
         let server = Server::start("concurrent", &guest("echo"), &arguments);
-        echoes(&server);
+        assert_echoes(&server);
         assert_eq!(server.log_lines("compiled again").len(), 0, "{server:?}");
         let after = fs::metadata(&files[0]).unwrap();
         use std::os::unix::fs::MetadataExt;
         assert_eq!(before.ino(), after.ino());
     }
-    for bad in [&code[..code.len() / 2], b"", &[0x90; 4096]] {
-        fs::write(&files[0], bad).unwrap();
+    for invalid in [&code[..code.len() / 2], b"", &[0x90; 4096]] {
+        fs::write(&files[0], invalid).unwrap();
         let server = Server::start("concurrent", &guest("echo"), &arguments);
         server.wait_for_log(&["it is compiled again"]);
-        echoes(&server);
+        assert_echoes(&server);
         assert_eq!(fs::read(&files[0]).unwrap(), code);
     }
 }
 
 #[test]
-fn a_cache_of_somebody_else_is_refused() {
+fn a_cache_open_to_other_users_is_refused() {
     let directory = tempfile::tempdir().unwrap();
-    let serve = |cache: &Path| {
+    let refuse = |cache: &Path| {
         let mut command = wasinetd();
         command.args(["serve", "--listen", "127.0.0.1:0", "--cache"]);
         let output = output(command.arg(cache).arg(guest("echo")));
@@ -59,18 +59,18 @@ fn a_cache_of_somebody_else_is_refused() {
     };
     for mode in [0o755, 0o770, 0o777] {
         fs::set_permissions(directory.path(), Permissions::from_mode(mode)).unwrap();
-        let text = serve(directory.path());
+        let text = refuse(directory.path());
         assert!(text.contains(&format!("{mode:03o}")), "{text}");
     }
     let file = directory.path().join("file");
     fs::write(&file, "").unwrap();
-    serve(&file);
-    // Whoever runs the tests as root can make one that is another user's.
+    refuse(&file);
+    // Only root can create a directory that belongs to another user.
     let others = directory.path().join("others");
     fs::create_dir(&others).unwrap();
     fs::set_permissions(&others, Permissions::from_mode(0o700)).unwrap();
     if std::os::unix::fs::chown(&others, Some(12345), None).is_ok() {
-        let text = serve(&others);
+        let text = refuse(&others);
         assert!(text.contains("12345"), "{text}");
     }
 }
@@ -88,28 +88,28 @@ fn compile_warms_the_cache() {
             String::from_utf8_lossy(&output.stdout).into_owned(),
         )
     };
-    let (code, said) = compile(&[guest("echo"), guest("hello")]);
+    let (code, stdout) = compile(&[guest("echo"), guest("hello")]);
     assert_eq!(
-        (code, said.matches(": compiled (").count()),
+        (code, stdout.matches(": compiled (").count()),
         (Some(0), 2),
-        "{said}"
+        "{stdout}"
     );
-    let (code, said) = compile(&[guest("echo")]);
+    let (code, stdout) = compile(&[guest("echo")]);
     assert!(
-        code == Some(0) && said.contains("compiled before"),
-        "{said}"
+        code == Some(0) && stdout.contains("compiled before"),
+        "{stdout}"
     );
-    let files = kept(&cache);
+    let files = cached_files(&cache);
     assert_eq!(files.len(), 2);
     let arguments = ["--cache", cache.to_str().unwrap()];
     drop(Server::start("concurrent", &guest("hello"), &arguments));
-    // What serves is what was compiled for.
-    assert_eq!(kept(&cache).len(), 2);
+    // The server used the cached code: no third file appeared.
+    assert_eq!(cached_files(&cache).len(), 2);
     assert_eq!(compile(&["README.md".into()]).0, Some(65));
 }
 
 #[test]
-fn the_manual_has_every_option() {
+fn the_man_pages_document_every_option() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().to_str().unwrap();
     assert!(run(wasinetd().args(["man", path])).status.success());
@@ -123,13 +123,13 @@ fn the_manual_has_every_option() {
         let options = help
             .split_whitespace()
             .filter(|word| word.starts_with("--"));
-        let mut counted = 0;
+        let mut checked = 0;
         for option in options {
             let name = option.trim_end_matches(|c: char| !c.is_ascii_lowercase());
             assert!(page.contains(&name.replace('-', "\\-")), "{name}");
-            counted += 1;
+            checked += 1;
         }
-        assert!(counted > 2, "{help}");
+        assert!(checked > 2, "{help}");
     }
     let page = fs::read_to_string(directory.path().join("wasinetd-serve.8")).unwrap();
     assert!(

@@ -1,4 +1,4 @@
-//! Guests are replaced while they are used, and nobody notices.
+//! Guests are replaced while they serve, without losing a connection.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,8 +13,9 @@ use crate::harness::{
     write_version,
 };
 
-/// What the guest `names` answers to a line, as far as it is right: its name and nothing else, so many
-/// times. True when it was the last answer.
+/// Asks the guest `named_version` for its version, and whether this was its last answer.
+///
+/// An answer repeats the name 500 times, so that a mixture of two versions shows.
 pub(crate) fn answer(client: &mut Client) -> (String, bool) {
     client.send("?\n");
     let names = client.read(16 * 500);
@@ -24,17 +25,17 @@ pub(crate) fn answer(client: &mut Client) -> (String, bool) {
     (name.trim_end_matches('_').into(), last)
 }
 
-/// The name of the version that a new connection gets.
-fn served(server: &Server) -> String {
+/// The name of the version that serves a new connection.
+fn served_version(server: &Server) -> String {
     answer(&mut server.connect()).0
 }
 
 fn text(path: &Path) -> &str {
-    path.to_str().expect("it is text")
+    path.to_str().expect("the path is UTF-8")
 }
 
-/// A server whose first version is called `one`, with its file.
-fn names(mode: &str, arguments: &[&str]) -> (AdminSocket, PathBuf, Server) {
+/// Starts a server with a guest named `one`, and returns the file of that guest too.
+fn start_names(mode: &str, arguments: &[&str]) -> (AdminSocket, PathBuf, Server) {
     let admin = AdminSocket::new();
     let file = admin.beside("guest.wasm");
     write_version(&file, "one");
@@ -44,26 +45,26 @@ fn names(mode: &str, arguments: &[&str]) -> (AdminSocket, PathBuf, Server) {
 }
 
 #[test]
-fn an_operator_swaps_and_rolls_back() {
+fn an_operator_can_swap_and_roll_back() {
     for mode in MODES {
-        let (admin, file, server) = names(mode, &[]);
+        let (admin, file, server) = start_names(mode, &[]);
         let two = admin.beside("two.wasm");
         write_version(&two, "two");
         let mut open = server.connect();
         assert_eq!(answer(&mut open), ("one".into(), false));
-        let said = admin.ctl_text(&["swap", "default", text(&two)]);
-        assert!(said.contains("is served in place of"), "{said}");
-        assert_eq!(served(&server), "two");
-        // The one that was open finishes with what it began with.
+        let message = admin.ctl_text(&["swap", "default", text(&two)]);
+        assert!(message.contains("has replaced"), "{message}");
+        assert_eq!(served_version(&server), "two");
+        // The open connection finishes with the version it started with.
         assert_eq!(answer(&mut open), ("one".into(), true));
         assert_eq!(open.read_to_end(), "");
-        let said = admin.ctl_text(&["swap", "default", text(&two)]);
-        assert!(said.contains("nothing has changed"), "{said}");
-        let said = admin.ctl_json(&["rollback", "default"]);
-        assert_ne!(said["digest"], said["before"]);
-        assert_eq!(served(&server), "one");
+        let message = admin.ctl_text(&["swap", "default", text(&two)]);
+        assert!(message.contains("nothing has changed"), "{message}");
+        let rollback = admin.ctl_json(&["rollback", "default"]);
+        assert_ne!(rollback["digest"], rollback["before"]);
+        assert_eq!(served_version(&server), "one");
         admin.ctl_text(&["rollback", "default"]);
-        assert_eq!(served(&server), "two");
+        assert_eq!(served_version(&server), "two");
         let status = admin.ctl_json(&["status"]);
         let versions = status["services"][0]["versions"].as_array().unwrap();
         let states: Vec<_> = versions.iter().map(|version| &version["state"]).collect();
@@ -75,18 +76,18 @@ fn an_operator_swaps_and_rolls_back() {
     }
 }
 
-/// By coreutils, to be sure.
+/// The digest by coreutils, independent of our own code.
 fn sha256(path: &Path) -> String {
     let output = output(std::process::Command::new("sha256sum").arg(path));
     String::from_utf8(output.stdout).unwrap()[..64].into()
 }
 
 #[test]
-fn a_bad_version_changes_nothing_and_everyone_is_told() {
+fn a_bad_version_changes_nothing_and_is_reported() {
     for mode in MODES {
-        let (admin, file, server) = names(mode, &[]);
+        let (admin, file, server) = start_names(mode, &[]);
         let bad = admin.beside("bad.wasm");
-        let trap = crate::harness::text_fixture("start_traps");
+        let trap = crate::harness::wat_fixture("start_traps");
         let good = fs::read(&file).unwrap();
         fs::write(&bad, &good[..good.len() / 2]).unwrap();
         for (guest, reason) in [
@@ -94,18 +95,18 @@ fn a_bad_version_changes_nothing_and_everyone_is_told() {
             (Path::new("README.md"), "not WebAssembly"),
             (&*fixture("no_handler"), "does not export"),
             (&*fixture("sockets"), "imports the network"),
-            (&*trap, "no instance of it can be made"),
+            (&*trap, "cannot instantiate the guest"),
         ] {
             let output = admin.ctl(&["swap", "default", text(guest)]);
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert_eq!(output.status.code(), Some(65), "{said}");
+            let message = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(65), "{message}");
             assert!(
-                said.contains(reason) && said.contains("nothing has changed"),
-                "{said}"
+                message.contains(reason) && message.contains("nothing has changed"),
+                "{message}"
             );
             server.wait_for_log(&["a swap failed", reason]);
         }
-        assert_eq!(served(&server), "one");
+        assert_eq!(served_version(&server), "one");
         let metrics = admin.metrics();
         let refused = "wasinetd_swaps_total{service=\"default\",outcome=\"refused\"} 5";
         assert!(metrics.contains(refused), "{metrics}");
@@ -115,14 +116,14 @@ fn a_bad_version_changes_nothing_and_everyone_is_told() {
 }
 
 #[test]
-fn a_hangup_swaps_to_what_the_file_has() {
+fn sighup_swaps_to_the_current_guest_file() {
     for mode in MODES {
-        let (admin, file, server) = names(mode, &[]);
+        let (admin, file, server) = start_names(mode, &[]);
         write_version(&file, "two");
-        assert_eq!(served(&server), "one");
+        assert_eq!(served_version(&server), "one");
         server.signal(Signal::HUP);
-        server.wait_for_log(&["a new version was given", "swapped"]);
-        assert_eq!(served(&server), "two");
+        server.wait_for_log(&["guest version changed", "swapped"]);
+        assert_eq!(served_version(&server), "two");
         server.signal(Signal::HUP);
         server.wait_for_log(&["reloaded", "unchanged"]);
         fs::write(&file, "nonsense").unwrap();
@@ -131,63 +132,63 @@ fn a_hangup_swaps_to_what_the_file_has() {
         fs::remove_file(&file).unwrap();
         server.signal(Signal::HUP);
         server.wait_for_log(&["cannot read the guest"]);
-        // The same by a command, which tells what kind of failure it was.
+        // `ctl reload` reports the same mistakes by its exit code.
         let reload = || {
             let output = admin.ctl(&["reload"]);
-            let said = String::from_utf8(output.stderr).unwrap();
-            (output.status.code(), said)
+            let message = String::from_utf8(output.stderr).unwrap();
+            (output.status.code(), message)
         };
-        let (code, said) = reload();
-        assert_eq!(code, Some(65), "{said}");
-        assert!(said.contains("cannot read the guest"), "{said}");
+        let (code, message) = reload();
+        assert_eq!(code, Some(65), "{message}");
+        assert!(message.contains("cannot read the guest"), "{message}");
         fs::write(&file, "nonsense").unwrap();
-        let (code, said) = reload();
-        assert_eq!(code, Some(65), "{said}");
+        let (code, message) = reload();
+        assert_eq!(code, Some(65), "{message}");
         assert!(
-            said.contains("is refused: ") && said.contains(text(&file)),
-            "{said}"
+            message.contains("is refused: ") && message.contains(text(&file)),
+            "{message}"
         );
-        assert_eq!(served(&server), "two");
+        assert_eq!(served_version(&server), "two");
     }
 }
 
 #[test]
-fn a_file_that_is_watched_is_swapped_to_when_it_is_whole() {
+fn a_watched_file_is_swapped_in_once_it_is_complete() {
     for mode in MODES {
-        let (admin, file, server) = names(mode, &["--watch"]);
+        let (admin, file, server) = start_names(mode, &["--watch"]);
         let other = admin.beside("other.wasm");
         write_version(&other, "renamed");
         let whole = fs::read(&other).unwrap();
         fs::rename(&other, &file).unwrap();
-        server.wait_for_log(&["a new version was given", "swapped"]);
-        assert_eq!(served(&server), "renamed");
-        // In place, and with a pause in the middle that lasts until the half was tried.
+        server.wait_for_log(&["guest version changed", "swapped"]);
+        assert_eq!(served_version(&server), "renamed");
+        // Written in place, with a pause in the middle until the server has tried the first half.
         write_version(&other, "in-place");
         let in_place = fs::read(&other).unwrap();
         let (first, second) = in_place.split_at(in_place.len() / 2);
         fs::write(&file, first).unwrap();
         server.wait_for_log(&["a swap failed", "not a valid component"]);
-        assert_eq!(served(&server), "renamed");
+        assert_eq!(served_version(&server), "renamed");
         let mut half = fs::OpenOptions::new().append(true).open(&file).unwrap();
         std::io::Write::write_all(&mut half, second).unwrap();
         drop(half);
-        while served(&server) != "in-place" {}
-        // In place without a cut: what is half of each version is as valid as the whole.
+        while served_version(&server) != "in-place" {}
+        // Written in place without truncation: a mixture of both versions is valid as well.
         write_version(&other, "whole");
         let next = fs::read(&other).unwrap();
-        let given = || server.log_lines("a new version was given").len();
-        while given() < 2 {}
+        let swap_count = || server.log_lines("guest version changed").len();
+        while swap_count() < 2 {}
         let mut file_in_place = fs::OpenOptions::new().write(true).open(&file).unwrap();
         let (first, second) = next.split_at(next.len() - 1000);
         std::io::Write::write_all(&mut file_in_place, first).unwrap();
-        // Long enough for it to be taken for whole.
+        // Longer than the quiet time after which the server takes a file for complete.
         thread::sleep(Duration::from_millis(700));
-        assert_eq!(given(), 2, "{server:?}");
+        assert_eq!(swap_count(), 2, "{server:?}");
         std::io::Write::write_all(&mut file_in_place, second).unwrap();
         drop(file_in_place);
-        while served(&server) != "whole" {}
-        while given() < 3 {}
-        // Beside it, somebody writes without end.
+        while served_version(&server) != "whole" {}
+        while swap_count() < 3 {}
+        // Another file in the same directory changes all the time.
         let busy = AtomicBool::new(true);
         thread::scope(|scope| {
             scope.spawn(|| {
@@ -197,57 +198,57 @@ fn a_file_that_is_watched_is_swapped_to_when_it_is_whole() {
                 }
             });
             write_version(&file, "beside");
-            while served(&server) != "beside" {}
+            while served_version(&server) != "beside" {}
             busy.store(false, Ordering::Relaxed);
         });
-        // A link that is turned round, as deployments do.
+        // The file is replaced by a symbolic link, as deployments do.
         fs::write(&other, whole).unwrap();
         let link = admin.beside("link");
         std::os::unix::fs::symlink(&other, &link).unwrap();
         fs::rename(&link, &file).unwrap();
-        while served(&server) != "renamed" {}
+        while served_version(&server) != "renamed" {}
         assert_eq!(server.log_lines("a swap failed").len(), 1, "{server:?}");
     }
 }
 
 #[test]
-fn a_link_to_a_directory_that_leads_elsewhere_is_noticed() {
+fn a_retargeted_directory_symlink_is_noticed() {
     let admin = AdminSocket::new();
     let current = admin.beside("current");
     for release in ["one", "two"] {
         fs::create_dir(admin.beside(release)).unwrap();
         write_version(&admin.beside(release).join("guest.wasm"), release);
     }
-    let link = |to: &str| {
+    let point_link_to = |release: &str| {
         let next = admin.beside("next");
-        std::os::unix::fs::symlink(admin.beside(to), &next).unwrap();
+        std::os::unix::fs::symlink(admin.beside(release), &next).unwrap();
         fs::rename(&next, &current).unwrap();
     };
-    link("one");
+    point_link_to("one");
     let arguments = ["--admin", &admin.flag, "--watch"];
     let server = Server::start("concurrent", &current.join("guest.wasm"), &arguments);
-    assert_eq!(served(&server), "one");
-    link("two");
-    server.wait_for_log(&["a new version was given", "swapped"]);
-    assert_eq!(served(&server), "two");
+    assert_eq!(served_version(&server), "one");
+    point_link_to("two");
+    server.wait_for_log(&["guest version changed", "swapped"]);
+    assert_eq!(served_version(&server), "two");
 }
 
 #[test]
-fn a_server_that_is_full_is_swapped() {
+fn a_full_server_can_be_swapped() {
     for mode in MODES {
-        let (admin, file, server) = names(mode, &["--max-connections", "1"]);
+        let (admin, file, server) = start_names(mode, &["--max-connections", "1"]);
         let mut only = server.connect();
         assert_eq!(answer(&mut only), ("one".into(), false));
         write_version(&file, "two");
         admin.ctl_text(&["swap", "default", text(&file)]);
         assert_eq!(answer(&mut only), ("one".into(), true));
         drop(only);
-        assert_eq!(served(&server), "two");
+        assert_eq!(served_version(&server), "two");
     }
 }
 
 #[test]
-fn a_version_is_asked_before_it_is_served() {
+fn a_version_is_probed_before_it_serves() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let probe = [
@@ -264,27 +265,36 @@ fn a_version_is_asked_before_it_is_served() {
         ];
         let server = Server::start(mode, &guest("hello"), &probe);
         for (bad, reason) in [
-            (guest("echo"), "it answered the probe with \\\"GET / HTTP/1"),
-            (fixture("waits"), "within 1s"),
-            (fixture("panic"), "it answered the probe with \\\"half"),
+            (
+                guest("echo"),
+                "the guest answered the probe with \\\"GET / HTTP/1",
+            ),
+            (fixture("sleeps_forever"), "within 1s"),
+            (
+                fixture("panic"),
+                "the guest answered the probe with \\\"half",
+            ),
             (fixture("spin"), "within 1s"),
         ] {
             let output = admin.ctl(&["swap", "default", text(&bad)]);
-            let said = String::from_utf8_lossy(&output.stderr).replace('"', "\\\"");
-            assert_eq!(output.status.code(), Some(65), "{said}");
-            assert!(said.contains(reason), "{said} without {reason}");
+            let message = String::from_utf8_lossy(&output.stderr).replace('"', "\\\"");
+            assert_eq!(output.status.code(), Some(65), "{message}");
+            assert!(message.contains(reason), "{message} without {reason}");
         }
         assert_eq!(server.connect().get("/").body, page("hello.html"));
-        // It is asked at the start as well.
+        // The first version is probed as well, before the server starts.
         let mut bad = wasinetd();
         bad.args(["serve", "--listen", "127.0.0.1:0"])
             .args(&probe[4..]);
         bad.args(["--admin", &format!("{}-2", admin.flag)]);
         let ended = output(bad.arg(guest("echo")));
-        let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-        assert_eq!(ended.status.code(), Some(65), "{said}");
-        assert!(said.contains("it answered the probe"), "{said}");
-        // It begins as expected, and then ends.
+        let message = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert_eq!(ended.status.code(), Some(65), "{message}");
+        assert!(
+            message.contains("the guest answered the probe"),
+            "{message}"
+        );
+        // The answer begins as expected, but the guest fails then.
         let mut bad = wasinetd();
         bad.args([
             "serve",
@@ -294,14 +304,14 @@ fn a_version_is_asked_before_it_is_served() {
             "half an",
         ]);
         let ended = output(bad.arg(fixture("error")));
-        let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-        assert_eq!(ended.status.code(), Some(65), "{said}");
-        assert!(said.contains(", and ended with: out of"), "{said}");
+        let message = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert_eq!(ended.status.code(), Some(65), "{message}");
+        assert!(message.contains(", and ended with: out of"), "{message}");
     }
 }
 
 #[test]
-fn an_old_version_ends_when_its_time_is_up() {
+fn connections_of_an_old_version_end_at_its_maximum_age() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let age = ["--admin", &admin.flag, "--max-old-version-age", "300ms"];
@@ -309,7 +319,7 @@ fn an_old_version_ends_when_its_time_is_up() {
         let mut old = server.connect();
         old.send("a");
         assert_eq!(old.read(1), "a");
-        admin.ctl_text(&["swap", "default", text(&fixture("names"))]);
+        admin.ctl_text(&["swap", "default", text(&fixture("named_version"))]);
         let replaced = Instant::now();
         old.send("b");
         assert_eq!(old.read(1), "b");
@@ -323,7 +333,7 @@ fn an_old_version_ends_when_its_time_is_up() {
         server.wait_for_log(&["connection ended", "limit=\"max-old-version-age\""]);
         let met = "wasinetd_limits_met_total{limit=\"max-old-version-age\"} 1";
         assert!(admin.metrics().contains(met));
-        // The current version has no age, nor has one without a limit.
+        // The limit does not apply to the current version, and can be turned off.
         answer(new);
         drop(server);
         let never = ["--admin", &admin.flag, "--max-old-version-age", "off"];
@@ -331,13 +341,13 @@ fn an_old_version_ends_when_its_time_is_up() {
         let mut old = server.connect();
         old.send("a");
         assert_eq!(old.read(1), "a");
-        admin.ctl_text(&["swap", "default", text(&fixture("names"))]);
+        admin.ctl_text(&["swap", "default", text(&fixture("named_version"))]);
         old.send("b");
         assert_eq!(old.read(1), "b");
     }
 }
 
-/// Clients of a server that is swapped under them.
+/// Clients that load a server while it is swapped.
 pub(crate) struct Load<'a> {
     server: &'a Server,
     stop: AtomicBool,
@@ -345,8 +355,8 @@ pub(crate) struct Load<'a> {
 }
 
 impl Load<'_> {
-    /// Keeps its connection until it is told that it was the last answer.
-    fn keep(&self) {
+    /// Keeps each connection until the guest announces its last answer.
+    fn keep_connections(&self) {
         while !self.stop.load(Ordering::Relaxed) {
             let mut client = self.server.connect();
             let (first, mut last) = answer(&mut client);
@@ -362,15 +372,15 @@ impl Load<'_> {
         }
     }
 
-    /// Connects for each question.
-    fn connect(&self) {
+    /// Opens a connection for each question.
+    fn reconnect(&self) {
         while !self.stop.load(Ordering::Relaxed) {
             answer(&mut self.server.connect());
             self.answers.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Swaps under the load of so many clients of each kind.
+    /// Runs `swaps` under the load of `each` clients of both kinds, and counts their answers.
     pub(crate) fn while_swapping(server: &Server, each: usize, swaps: impl FnOnce()) -> usize {
         let load = Load {
             server,
@@ -379,11 +389,16 @@ impl Load<'_> {
         };
         thread::scope(|scope| {
             let clients: Vec<_> = (0..each)
-                .flat_map(|_| [scope.spawn(|| load.keep()), scope.spawn(|| load.connect())])
+                .flat_map(|_| {
+                    [
+                        scope.spawn(|| load.keep_connections()),
+                        scope.spawn(|| load.reconnect()),
+                    ]
+                })
                 .collect();
             swaps();
             load.stop.store(true, Ordering::Relaxed);
-            // A client that panics is a failure, with its own message.
+            // A panic in a client fails the test with its own message.
             clients
                 .into_iter()
                 .for_each(|client| client.join().unwrap());
@@ -393,19 +408,19 @@ impl Load<'_> {
 }
 
 #[test]
-fn a_hundred_swaps_under_load_lose_nothing() {
+fn a_hundred_swaps_under_load_lose_no_answer() {
     for mode in MODES {
-        let (admin, one, server) = names(mode, &[]);
+        let (admin, one, server) = start_names(mode, &[]);
         let two = admin.beside("two.wasm");
         write_version(&two, "two");
         let answers = Load::while_swapping(&server, 4, || {
             for n in 0..100 {
                 let next = if n % 2 == 0 { &two } else { &one };
-                let said = admin.ctl_json(&["swap", "default", text(next)]);
-                assert_ne!(said["digest"], said["before"], "swap {n}");
+                let swap = admin.ctl_json(&["swap", "default", text(next)]);
+                assert_ne!(swap["digest"], swap["before"], "swap {n}");
             }
         });
-        assert!(answers > 1_000, "{answers} answers is no load");
+        assert!(answers > 1_000, "{answers} answers are too few for a load");
         for outcome in ["trap", "error", "reset", "client gone", "limit:"] {
             let lines = server.log_lines(&format!("outcome={outcome}"));
             assert_eq!(lines.len(), 0, "{lines:?}");
@@ -414,9 +429,9 @@ fn a_hundred_swaps_under_load_lose_nothing() {
 }
 
 #[test]
-fn what_was_swapped_away_is_freed() {
+fn replaced_versions_are_freed() {
     for mode in MODES {
-        let (admin, file, server) = names(mode, &["--cache", "off"]);
+        let (admin, file, server) = start_names(mode, &["--cache", "off"]);
         let swap = |n: usize| {
             write_version(&file, &format!("version-{n}"));
             admin.ctl_text(&["swap", "default", text(&file)]);
@@ -428,13 +443,13 @@ fn what_was_swapped_away_is_freed() {
                 memory.push(server.memory("VmRSS"));
             }
         });
-        // What is kept of a version is more than half a MiB. What threads that compile leave behind comes
-        // and goes by a multiple of that, so the most of the first is compared with the least of the last.
-        let most = memory[3..10].iter().max().unwrap();
-        let least = memory[45..].iter().min().unwrap();
-        assert!(*least < most + 4 * 1024, "{memory:?} KiB");
-        // All but the two last are gone, once their last connections are.
-        while admin.versions() > 2 {}
+        // A version holds more than 512 KiB. Compiler threads add a varying multiple of that, so
+        // the maximum of the first swaps is compared with the minimum of the last ones.
+        let early_max = memory[3..10].iter().max().unwrap();
+        let late_min = memory[45..].iter().min().unwrap();
+        assert!(*late_min < early_max + 4 * 1024, "{memory:?} KiB");
+        // All but the last two versions are freed when their last connections end.
+        while admin.version_count() > 2 {}
         server.wait_for_log(&["an old version is freed"]);
         let series = admin.metrics();
         let series = series
@@ -445,7 +460,7 @@ fn what_was_swapped_away_is_freed() {
 }
 
 #[test]
-fn hello_asks_its_clients_to_connect_again() {
+fn hello_asks_clients_to_reconnect_after_a_swap() {
     for mode in MODES {
         let admin = AdminSocket::new();
         let pages = ["--dir", "static::/static", "--admin", &admin.flag];
@@ -453,8 +468,8 @@ fn hello_asks_its_clients_to_connect_again() {
         let mut client = server.connect();
         assert!(!client.get("/").head.contains("Connection: close"));
         admin.ctl_text(&["swap", "default", text(&guest("echo"))]);
-        // However long it is idle, its next request is answered.
-        while admin.versions() < 2 {}
+        // The guest answers the next request even after an idle period.
+        while admin.version_count() < 2 {}
         thread::sleep(Duration::from_secs(1));
         client.send(request("/"));
         let response = client.response();

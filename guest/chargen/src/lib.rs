@@ -1,6 +1,8 @@
-//! The character generator protocol (RFC 864): lines of 72 characters, each beginning with the next
-//! of the 95 that can be printed, until the client closes its side or is gone. What it sends is
-//! thrown away.
+//! The character generator protocol (RFC 864).
+//!
+//! The guest sends lines of 72 characters. Each line begins with the next of the 95 printable ASCII
+//! characters. The stream ends when the client closes its side or is gone. Bytes from the client
+//! are discarded.
 
 use std::future::poll_fn;
 use std::io;
@@ -17,17 +19,17 @@ async fn handle_connection(stream: TcpStream) -> io::Result<()> {
     generate(reader, writer).await
 }
 
-/// Sends lines to `writer` until `reader` is at its end.
+/// Sends lines to `writer` until `reader` reaches its end.
 ///
 /// # Errors
 ///
-/// Fails when either does.
+/// Fails when `reader` or `writer` fails.
 pub async fn generate(reader: impl AsyncBufRead, writer: impl AsyncWrite) -> io::Result<()> {
     let (mut reader, mut writer) = (pin!(reader), pin!(writer));
     let pattern = pattern();
-    let mut at = 0;
-    // Each has its turn in each round: neither a client that takes all there is nor one that sends
-    // without end keeps the other direction from going on.
+    let mut offset = 0;
+    // Each round polls both directions once, so that a client that only reads or only sends cannot
+    // block the other direction.
     poll_fn(|cx| {
         loop {
             let received = match reader.as_mut().poll_fill_buf(cx)? {
@@ -36,9 +38,9 @@ pub async fn generate(reader: impl AsyncBufRead, writer: impl AsyncWrite) -> io:
                 Poll::Pending => 0,
             };
             reader.as_mut().consume(received);
-            match writer.as_mut().poll_write(cx, &pattern[at..])? {
+            match writer.as_mut().poll_write(cx, &pattern[offset..])? {
                 Poll::Ready(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Poll::Ready(written) => at = (at + written) % pattern.len(),
+                Poll::Ready(written) => offset = (offset + written) % pattern.len(),
                 Poll::Pending if received > 0 => {}
                 Poll::Pending => return Poll::Pending,
             }
@@ -47,10 +49,10 @@ pub async fn generate(reader: impl AsyncBufRead, writer: impl AsyncWrite) -> io:
     .await
 }
 
-/// The characters that can be printed.
+/// The printable characters of ASCII.
 const PRINTABLE: std::ops::RangeInclusive<u8> = b' '..=b'~';
 
-/// The lines, up to where they begin again.
+/// One period of the output: 95 lines.
 fn pattern() -> Vec<u8> {
     let line = |start| PRINTABLE.cycle().skip(start).take(72).chain(*b"\r\n");
     (0..PRINTABLE.len()).flat_map(line).collect()
@@ -70,12 +72,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lines_are_those_of_the_rfc() {
+    fn lines_match_the_example_of_the_rfc() {
         let pattern = String::from_utf8(pattern()).unwrap();
         let lines: Vec<_> = pattern.split_terminator("\r\n").collect();
         assert_eq!(lines.len(), 95);
         assert!(lines.iter().all(|line| line.len() == 72));
-        // As in its example, which begins with the second.
+        // The example in the RFC begins with the second line.
         assert_eq!(
             lines[1],
             r##"!"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\]^_`abcdefgh"##
@@ -86,20 +88,23 @@ mod tests {
         );
     }
 
-    /// Takes `left` bytes, then nothing for ever.
-    struct Taking<'a>(&'a RefCell<Vec<u8>>, usize);
+    /// A writer that accepts a number of bytes and then blocks forever.
+    struct LimitedWriter<'a> {
+        written: &'a RefCell<Vec<u8>>,
+        limit: usize,
+    }
 
-    impl AsyncWrite for Taking<'_> {
+    impl AsyncWrite for LimitedWriter<'_> {
         fn poll_write(
             self: Pin<&mut Self>,
             _: &mut Context<'_>,
             bytes: &[u8],
         ) -> Poll<io::Result<usize>> {
-            let mut taken = self.0.borrow_mut();
-            match bytes.len().min(self.1 - taken.len()) {
+            let mut written = self.written.borrow_mut();
+            match bytes.len().min(self.limit - written.len()) {
                 0 => Poll::Pending,
                 n => {
-                    taken.extend_from_slice(&bytes[..n]);
+                    written.extend_from_slice(&bytes[..n]);
                     Poll::Ready(Ok(n))
                 }
             }
@@ -114,10 +119,10 @@ mod tests {
         }
     }
 
-    /// A client that sends nothing and stays.
-    struct Silent;
+    /// A client that sends nothing and stays connected.
+    struct SilentClient;
 
-    impl AsyncRead for Silent {
+    impl AsyncRead for SilentClient {
         fn poll_read(
             self: Pin<&mut Self>,
             _: &mut Context<'_>,
@@ -128,35 +133,45 @@ mod tests {
     }
 
     #[test]
-    fn it_goes_on_where_the_client_has_stopped_taking() {
+    fn output_continues_after_short_writes() {
         for step in [1, 73, 5_000] {
-            let taken = RefCell::default();
-            let writer = Taking(&taken, 20_000).limited_write(step);
-            let future = pin!(generate(BufReader::new(Silent), writer));
-            // It waits for the client.
+            let written = RefCell::default();
+            let writer = LimitedWriter {
+                written: &written,
+                limit: 20_000,
+            };
+            let writer = writer.limited_write(step);
+            let future = pin!(generate(BufReader::new(SilentClient), writer));
+            // The writer accepts no more, so the guest waits.
             assert!(future.poll(&mut noop_context()).is_pending());
             let expected: Vec<u8> = pattern().into_iter().cycle().take(20_000).collect();
-            assert!(*taken.borrow() == expected, "with steps of {step}");
+            assert!(*written.borrow() == expected, "with steps of {step}");
         }
     }
 
     #[test]
-    fn it_ends_with_the_clients_side_whether_that_reads_or_not() {
+    fn output_ends_when_the_client_closes_whether_it_reads_or_not() {
         let sent = [b'x'; 1_000];
         let reader = || BufReader::new(sent.as_slice().limited(10).interleave_pending());
         let mut all = Vec::new();
         let writer = (&mut all).interleave_pending_write();
         block_on(generate(reader(), writer)).unwrap();
-        let taken = RefCell::default();
-        block_on(generate(reader(), Taking(&taken, 0))).unwrap();
+        let writer = LimitedWriter {
+            written: &RefCell::default(),
+            limit: 0,
+        };
+        block_on(generate(reader(), writer)).unwrap();
     }
 
     #[test]
-    fn who_sends_without_end_is_sent_to_as_well() {
-        let taken = RefCell::default();
+    fn clients_that_never_stop_sending_get_output() {
+        let written = RefCell::default();
         let reader = BufReader::new(repeat(b'x').take(100_000));
-        let writer = Taking(&taken, 1_000);
+        let writer = LimitedWriter {
+            written: &written,
+            limit: 1_000,
+        };
         block_on(generate(reader, writer)).unwrap();
-        assert_eq!(taken.borrow().len(), 1_000);
+        assert_eq!(written.borrow().len(), 1_000);
     }
 }

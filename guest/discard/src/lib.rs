@@ -1,5 +1,6 @@
-//! The discard protocol (RFC 863): what is received is thrown away, until the client has sent its
-//! last.
+//! The discard protocol (RFC 863).
+//!
+//! The guest reads and discards bytes until the client closes its side. It never answers.
 
 use std::io;
 
@@ -12,11 +13,11 @@ async fn handle_connection(stream: TcpStream) -> io::Result<()> {
     discard(stream).await.map(drop)
 }
 
-/// Reads to the end of the stream, and returns how much there was.
+/// Reads to the end of the stream and returns the number of bytes.
 ///
 /// # Errors
 ///
-/// Fails when `reader` does.
+/// Fails when `reader` fails.
 pub async fn discard(reader: impl AsyncBufRead) -> io::Result<u64> {
     copy_buf(reader, &mut sink()).await
 }
@@ -30,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_is_read_whatever_the_steps() {
+    fn all_bytes_are_read_for_any_read_size() {
         let bytes = vec![b'x'; 100_000];
         for step in [997, 4096, 1 << 20] {
             let reader = bytes.as_slice().limited(step).interleave_pending();

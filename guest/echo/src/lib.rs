@@ -1,5 +1,6 @@
-//! The echo protocol (RFC 862): every byte comes back, in order, until the client has sent its
-//! last.
+//! The echo protocol (RFC 862).
+//!
+//! The guest sends every received byte back, in order, until the client closes its side.
 
 use std::io;
 
@@ -13,12 +14,11 @@ async fn handle_connection(stream: TcpStream) -> io::Result<()> {
     echo(reader, writer).await
 }
 
-/// Sends to `writer` what `reader` receives, and returns when it has received its last byte and all
-/// has been sent.
+/// Copies bytes from `reader` to `writer` until the end of the stream.
 ///
 /// # Errors
 ///
-/// Fails when either does.
+/// Fails when `reader` or `writer` fails.
 pub async fn echo(
     reader: impl AsyncBufRead,
     mut writer: impl AsyncWrite + Unpin,
@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_byte_comes_back_in_order_whatever_the_steps() {
+    fn every_byte_comes_back_in_order_for_any_read_size() {
         let bytes: Vec<u8> = (0..200_000_u32).map(|n| (n % 251) as u8).collect();
         for step in [997, 4096, 1 << 20] {
             let mut written = Vec::new();

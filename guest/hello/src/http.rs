@@ -1,19 +1,18 @@
-//! HTTP/1.1 message framing (RFC 9112), as far as a server of two pages needs it.
+//! HTTP/1.1 message framing (RFC 9112), reduced to the needs of a two-page server.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The longest request head that is accepted, request line and fields together. What common
-/// servers accept by default.
+/// The longest accepted request head: request line and fields. Common servers have this default.
 const MAX_HEAD_BYTES: usize = 8 * 1024;
 
-/// The most header fields that are accepted in a request.
+/// The most header fields accepted in a request.
 const MAX_FIELDS: usize = 100;
 
-/// The largest request body that is read past to keep a connection usable. It costs less than a
-/// new connection; a larger one does not.
+/// The largest request body that the server discards to keep the connection open. Discarding a
+/// larger body costs more than a new connection.
 const MAX_SKIPPED_BODY: u64 = 64 * 1024;
 
-/// The request methods that are told apart.
+/// The request methods that the server distinguishes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Method {
     Get,
@@ -21,21 +20,22 @@ pub(crate) enum Method {
     Other,
 }
 
-/// What the head of a request says.
+/// The content of a request head.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Request {
     pub(crate) method: Method,
     /// The path of the target, without its query.
     pub(crate) path: String,
-    /// The bytes of the body that follow the head.
+    /// The length of the body that follows the head.
     pub(crate) body: u64,
-    /// Whether the connection can be used for another request after this one.
+    /// Whether the connection can carry another request after this one.
     pub(crate) keep_alive: bool,
-    /// Whether the client has to be told that it can (it speaks HTTP/1.0).
-    pub(crate) says_keep_alive: bool,
+    /// Whether the client (HTTP/1.0) expects the server to close the connection unless the response
+    /// says otherwise.
+    pub(crate) expects_close: bool,
 }
 
-/// A response's status.
+/// The status of a response.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Status {
     Ok,
@@ -66,8 +66,8 @@ impl Status {
 ///
 /// # Errors
 ///
-/// Fails with the status to answer with. The connection cannot be used after it, because where the
-/// next request begins is not known.
+/// Fails with the status of the error response. The connection has to close then, because the start
+/// of the next request is unknown.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Option<(Request, usize)>, Status> {
     let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
     let mut head = httparse::Request::new(&mut fields);
@@ -80,7 +80,7 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Option<(Request, usize)>, Status> {
     request(&head).map(|request| Some((request, length)))
 }
 
-/// Checks what the parser does not: how the fields of a head belong together.
+/// Interprets a parsed head and checks that its fields are consistent.
 fn request(head: &httparse::Request<'_, '_>) -> Result<Request, Status> {
     let http_1_1 = head.version == Some(1);
     let mut host = 0;
@@ -100,12 +100,12 @@ fn request(head: &httparse::Request<'_, '_>) -> Result<Request, Status> {
         } else if is("content-length") {
             let value = content_length(field.value)?;
             if length.is_some_and(|length| length != value) {
-                // Two lengths are how requests are smuggled (RFC 9112, section 6.3).
+                // Two lengths allow request smuggling (RFC 9112, section 6.3).
                 return Err(Status::BadRequest);
             }
             length = Some(value);
         } else if is("transfer-encoding") {
-            // The last coding tells where the body ends (RFC 9112, section 6.3).
+            // The last coding determines the end of the body (RFC 9112, section 6.3).
             encoded = true;
             chunked = last_token(field.value).eq_ignore_ascii_case(b"chunked");
         } else if is("expect") {
@@ -120,8 +120,8 @@ fn request(head: &httparse::Request<'_, '_>) -> Result<Request, Status> {
         return Err(Status::BadRequest);
     }
     let body = length.unwrap_or(0);
-    // A body that is not read past would be taken for the next request. One that the client holds
-    // back until it is told to go on may never come.
+    // A body that is not discarded would be parsed as the next request. A client that waits for 100
+    // Continue may never send its body.
     let framed = !encoded && body <= MAX_SKIPPED_BODY && !(expects && body > 0);
     Ok(Request {
         method: match head.method {
@@ -132,7 +132,7 @@ fn request(head: &httparse::Request<'_, '_>) -> Result<Request, Status> {
         path: path(head.path.unwrap_or_default()),
         body,
         keep_alive: framed && !close && (http_1_1 || keep_alive),
-        says_keep_alive: !http_1_1,
+        expects_close: !http_1_1,
     })
 }
 
@@ -151,8 +151,8 @@ fn path(target: &str) -> String {
     target.split(['?', '#']).next().unwrap_or_default().into()
 }
 
-/// Whether a value has only what a host and a port are written with (RFC 3986, section 3.2). An
-/// empty one is allowed.
+/// Whether a value consists of the characters of a host and port (RFC 3986, section 3.2). It may be
+/// empty.
 fn is_host(value: &[u8]) -> bool {
     value
         .iter()
@@ -168,7 +168,7 @@ fn last_token(value: &[u8]) -> &[u8] {
 }
 
 fn content_length(value: &[u8]) -> Result<u64, Status> {
-    // `parse` alone would take a sign.
+    // `parse` alone would accept a sign.
     if value.is_empty() || !value.iter().all(u8::is_ascii_digit) {
         return Err(Status::BadRequest);
     }
@@ -184,19 +184,20 @@ fn has_token(value: &[u8], token: &str) -> bool {
         .any(|item| item.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
 }
 
-/// What follows a response on its connection.
+/// The state of the connection after a response.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Next {
     /// Another request may follow.
-    Open,
-    /// The same, and the client does not expect it.
-    OpenSaidSo,
-    /// The connection ends.
+    KeepAlive,
+    /// Another request may follow, and the response has to say so.
+    AnnouncedKeepAlive,
+    /// The connection closes.
     Close,
 }
 
-/// Appends a response to `out`. `with_body` is false for the answer to HEAD, which has the fields
-/// of the answer to GET and no content.
+/// Appends a response to `out`.
+///
+/// `with_body` is false for HEAD, whose response has the fields of the response to GET and no body.
 pub(crate) fn respond(
     out: &mut Vec<u8>,
     status: Status,
@@ -213,8 +214,8 @@ pub(crate) fn respond(
         _ => "",
     };
     let connection = match next {
-        Next::Open => "",
-        Next::OpenSaidSo => "Connection: keep-alive\r\n",
+        Next::KeepAlive => "",
+        Next::AnnouncedKeepAlive => "Connection: keep-alive\r\n",
         Next::Close => "Connection: close\r\n",
     };
     write!(
@@ -229,7 +230,7 @@ pub(crate) fn respond(
     }
 }
 
-/// The value of the field Date, written once a second.
+/// The value of the Date field, formatted once per second.
 #[derive(Default)]
 pub(crate) struct Date {
     second: u64,
@@ -238,11 +239,11 @@ pub(crate) struct Date {
 
 impl Date {
     pub(crate) fn at(&mut self, now: SystemTime) -> &str {
-        // A clock before 1970 is not set; any date will do.
-        let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-        if self.text.is_empty() || self.second != since.as_secs() {
-            self.second = since.as_secs();
-            self.text = httpdate::fmt_http_date(UNIX_EPOCH + since);
+        // A clock before 1970 has not been set, so any date will do.
+        let since_epoch = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+        if self.text.is_empty() || self.second != since_epoch.as_secs() {
+            self.second = since_epoch.as_secs();
+            self.text = httpdate::fmt_http_date(UNIX_EPOCH + since_epoch);
         }
         &self.text
     }
@@ -255,7 +256,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_date_follows_the_clock_by_the_second() {
+    fn the_date_changes_every_second() {
         let mut date = Date::default();
         let mut at = |millis| {
             date.at(UNIX_EPOCH + Duration::from_millis(millis))
@@ -267,16 +268,16 @@ mod tests {
         assert_eq!(at(0), "Thu, 01 Jan 1970 00:00:00 GMT");
     }
 
-    fn ok(head: &str) -> Request {
+    fn parsed(head: &str) -> Request {
         parse(head.as_bytes()).unwrap().unwrap().0
     }
 
-    fn refused(head: &str) -> Status {
+    fn refusal(head: &str) -> Status {
         parse(head.as_bytes()).unwrap_err()
     }
 
     #[test]
-    fn a_head_is_incomplete_at_every_split_but_the_last() {
+    fn every_proper_prefix_of_a_head_is_incomplete() {
         let head = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
         for split in 0..head.len() {
             assert_eq!(parse(&head[..split]), Ok(None), "at {split}");
@@ -285,19 +286,19 @@ mod tests {
     }
 
     #[test]
-    fn http_1_1_keeps_the_connection_unless_told_otherwise() {
-        assert!(ok("GET / HTTP/1.1\r\nHost: a\r\n\r\n").keep_alive);
-        assert!(!ok("GET / HTTP/1.1\r\nHost: a\r\nConnection: TE, Close\r\n\r\n").keep_alive);
+    fn http_1_1_keeps_the_connection_unless_the_client_asks_to_close() {
+        assert!(parsed("GET / HTTP/1.1\r\nHost: a\r\n\r\n").keep_alive);
+        assert!(!parsed("GET / HTTP/1.1\r\nHost: a\r\nConnection: TE, Close\r\n\r\n").keep_alive);
     }
 
     #[test]
-    fn http_1_0_closes_the_connection_unless_asked_otherwise() {
-        assert!(!ok("GET / HTTP/1.0\r\n\r\n").keep_alive);
-        assert!(ok("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n").keep_alive);
+    fn http_1_0_closes_the_connection_unless_the_client_asks_to_keep_it() {
+        assert!(!parsed("GET / HTTP/1.0\r\n\r\n").keep_alive);
+        assert!(parsed("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n").keep_alive);
     }
 
     #[test]
-    fn a_target_is_taken_to_its_path() {
+    fn the_path_is_taken_from_the_target() {
         for (target, path) in [
             ("/", "/"),
             ("/sleep?x=/y", "/sleep"),
@@ -307,14 +308,14 @@ mod tests {
             ("*", "*"),
         ] {
             let head = format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n");
-            assert_eq!(ok(&head).path, path, "for {target}");
+            assert_eq!(parsed(&head).path, path, "for {target}");
         }
     }
 
     #[test]
-    fn a_body_is_framed_by_one_length_only() {
+    fn a_body_is_framed_by_exactly_one_length() {
         assert_eq!(
-            ok("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n").body,
+            parsed("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n").body,
             3
         );
         for fields in [
@@ -328,78 +329,78 @@ mod tests {
             "Transfer-Encoding: chunked, identity",
         ] {
             let head = format!("POST / HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n");
-            assert_eq!(refused(&head), Status::BadRequest, "for {fields}");
+            assert_eq!(refusal(&head), Status::BadRequest, "for {fields}");
         }
     }
 
     #[test]
-    fn a_body_that_is_not_read_past_ends_the_connection() {
+    fn a_body_that_is_not_discarded_ends_the_connection() {
         for fields in [
             "Transfer-Encoding: chunked",
             "Content-Length: 65537",
             "Content-Length: 1\r\nExpect: 100-continue",
         ] {
             let head = format!("POST / HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n");
-            assert!(!ok(&head).keep_alive, "for {fields}");
+            assert!(!parsed(&head).keep_alive, "for {fields}");
         }
     }
 
     #[test]
-    fn one_host_field_is_required() {
-        assert_eq!(refused("GET / HTTP/1.1\r\n\r\n"), Status::BadRequest);
+    fn exactly_one_valid_host_field_is_required() {
+        assert_eq!(refusal("GET / HTTP/1.1\r\n\r\n"), Status::BadRequest);
         assert_eq!(
-            refused("GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n"),
+            refusal("GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n"),
             Status::BadRequest
         );
         for value in ["a b", "a/b", "a@b", "a\tb"] {
             let head = format!("GET / HTTP/1.1\r\nHost: {value}\r\n\r\n");
-            assert_eq!(refused(&head), Status::BadRequest, "for {value:?}");
+            assert_eq!(refusal(&head), Status::BadRequest, "for {value:?}");
         }
         for value in ["", "a:80", "[::1]:80"] {
             assert_eq!(
-                ok(&format!("GET / HTTP/1.1\r\nHost: {value}\r\n\r\n")).path,
+                parsed(&format!("GET / HTTP/1.1\r\nHost: {value}\r\n\r\n")).path,
                 "/"
             );
         }
     }
 
     #[test]
-    fn a_head_may_have_8_kib_and_no_more() {
+    fn a_head_of_more_than_8_kib_is_refused() {
         let start = "GET / HTTP/1.1\r\nHost: a\r\nX: ";
         let fits = format!(
             "{start}{}\r\n\r\n",
             "x".repeat(MAX_HEAD_BYTES - start.len() - 4)
         );
         assert_eq!(fits.len(), MAX_HEAD_BYTES);
-        assert_eq!(ok(&fits).path, "/");
+        assert_eq!(parsed(&fits).path, "/");
         let too_long = format!(
             "{start}{}\r\n\r\n",
             "x".repeat(MAX_HEAD_BYTES - start.len() - 3)
         );
-        assert_eq!(refused(&too_long), Status::HeaderFieldsTooLarge);
+        assert_eq!(refusal(&too_long), Status::HeaderFieldsTooLarge);
         assert_eq!(
-            refused(&too_long[..MAX_HEAD_BYTES]),
+            refusal(&too_long[..MAX_HEAD_BYTES]),
             Status::HeaderFieldsTooLarge
         );
     }
 
     #[test]
-    fn a_head_may_have_100_fields_and_no_more() {
+    fn a_head_of_more_than_100_fields_is_refused() {
         let fields = |n| "a: b\r\n".repeat(n);
         let head = |n| format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", fields(n));
         assert!(parse(head(99).as_bytes()).is_ok());
-        assert_eq!(refused(&head(100)), Status::HeaderFieldsTooLarge);
+        assert_eq!(refusal(&head(100)), Status::HeaderFieldsTooLarge);
     }
 
     #[test]
-    fn what_is_not_http_is_malformed() {
+    fn other_protocols_are_refused_as_bad_requests() {
         for bytes in [
             "\x16\x03\x01\x02",
             "GET /\r\n\r\n",
             "GET / HTTP/2.0\r\n\r\n",
             "\0",
         ] {
-            assert_eq!(refused(bytes), Status::BadRequest, "for {bytes:?}");
+            assert_eq!(refusal(bytes), Status::BadRequest, "for {bytes:?}");
         }
     }
 }

@@ -1,11 +1,11 @@
-//! The server of the async Rust book's last chapter, as a guest.
+//! The web server of the async Rust book's last chapter, as a guest.
 //!
-//! `GET /` answers with `hello.html`, `GET /sleep` with the same page after five seconds without
-//! holding anyone up, and anything else with `404.html`. The pages are read from the directory
-//! that the operator grants as `/static`.
+//! `GET /` answers with `hello.html`. `GET /sleep` answers with the same page after five seconds,
+//! without delaying other clients. Every other path gets `404.html`. The guest reads the pages from
+//! the directory that the operator grants as `/static`.
 //!
-//! The handler is generic over the stream and over what it asks of its surroundings, so that the
-//! same code is unit-tested with a mock stream and measured without a sandbox.
+//! The handler is generic over the stream and the [`Platform`]. The unit tests thus run it on a
+//! mock stream, and the benchmark runs it without a sandbox.
 
 mod http;
 mod server;
@@ -20,7 +20,7 @@ pub use server::{Platform, handle};
 
 wasinetd_guest::export!(handle_connection);
 
-/// Where the operator grants the pages: `--dir HOST::/static`.
+/// The directory of the pages in the guest, granted by `--dir HOST::/static`.
 const PAGES: &str = "/static";
 
 async fn handle_connection(stream: TcpStream) -> io::Result<()> {
@@ -30,7 +30,7 @@ async fn handle_connection(stream: TcpStream) -> io::Result<()> {
     handle(stream, PAGES.as_ref(), &sandbox).await
 }
 
-/// The surroundings that a guest has.
+/// The platform of a guest: the wasinetd host.
 struct Sandbox {
     drain: Drain,
 }

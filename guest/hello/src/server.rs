@@ -1,4 +1,4 @@
-//! Requests in, pages out.
+//! The HTTP server: reads requests and answers with pages.
 
 use std::io;
 use std::path::Path;
@@ -11,7 +11,7 @@ use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::http::{self, Date, Method, Next, Request, Status};
 
-/// What the handler asks of its surroundings.
+/// The clock, drain signals and files that the handler needs.
 #[allow(
     async_fn_in_trait,
     reason = "each connection is handled on one thread or task"
@@ -20,39 +20,41 @@ pub trait Platform {
     /// Waits for `duration`.
     async fn sleep(&self, duration: Duration);
 
-    /// Waits until new connections are not served as this one is: there is a newer version, or the
-    /// server is going away.
+    /// Waits until a newer version serves new connections, or the server drains.
     async fn replaced(&self);
 
-    /// Waits until the server is going away.
+    /// Waits until the server drains.
     async fn draining(&self);
 
     /// Reads a whole file.
     fn read_file(&self, path: &Path) -> io::Result<Vec<u8>>;
 }
 
-/// How long `GET /sleep` takes to answer.
+/// The delay of `GET /sleep`.
 const SLEEP: Duration = Duration::from_secs(5);
 
-/// How long a client that keeps its connection open may still send a request once the server has
-/// begun to drain. A request that was sent before the client could know is nearly always there by
-/// then, and an idle client does not hold up the drain for longer.
+/// The time that an idle connection stays open after the server has begun to drain.
+///
+/// A request that the client sent before the drain nearly always arrives within this time, and an
+/// idle client delays the drain no longer.
 const DRAIN_GRACE: Duration = Duration::from_millis(500);
 
-/// How long a page that was read is used again on the same connection. It spares a busy
-/// connection most of the file system's work, and an edited page shows within a second.
+/// The time that a connection reuses a page without reading the file again.
+///
+/// The cache saves a busy connection most file accesses. Edits of a page show within this time.
 const PAGE_AGE: Duration = Duration::from_secs(1);
 
-/// How much is received at once. Most requests are smaller, and what a sandbox has touched has to
-/// be cleared for the next connection.
+/// Bytes per read. Most requests are smaller, and the host has to clear all memory that a guest
+/// touched before the next connection reuses it.
 const RECEIVE_BYTES: usize = 1024;
 
-/// Serves HTTP/1.1 on `stream` with the pages in the directory `pages`, until the client or the
-/// server has no more use for the connection.
+/// Serves HTTP/1.1 on `stream` with the pages in the directory `pages`.
+///
+/// Returns when the client or the server ends the connection.
 ///
 /// # Errors
 ///
-/// Fails when the stream does.
+/// Fails when the stream fails.
 pub async fn handle<S, P>(stream: S, pages: &Path, platform: &P) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -78,13 +80,13 @@ where
 struct Connection<'a, S, P, E> {
     stream: S,
     platform: &'a P,
-    /// Resolves when the connection should be given up if no request has begun. One for all
-    /// requests: to begin to wait for the host costs as much as a small answer.
+    /// Resolves when the connection should close if it is idle. All requests share this future,
+    /// because starting to wait for the host costs as much as a small answer.
     idle_end: Pin<&'a mut Fuse<E>>,
-    /// Whether the next answer is to be the last, as far as `idle_end` has found out.
+    /// Whether the next answer is the last. Set by `idle_end`.
     replaced: &'a AtomicBool,
     pages: &'a Path,
-    /// What was received and not yet understood.
+    /// Received bytes that were not parsed yet.
     received: Vec<u8>,
     response: Vec<u8>,
     date: Date,
@@ -98,7 +100,7 @@ where
     P: Platform,
     E: Future<Output = ()>,
 {
-    /// Reads one request and answers it. False when it was the last.
+    /// Reads one request and answers it. Returns false if it was the last.
     async fn exchange(&mut self) -> io::Result<bool> {
         let request = loop {
             self.skip_empty_lines();
@@ -109,7 +111,7 @@ where
                 }
                 Ok(None) => {
                     if !self.receive().await? {
-                        return self.cut_off().await;
+                        return self.end_of_stream().await;
                     }
                 }
                 Err(status) => return self.refuse(status).await,
@@ -119,8 +121,8 @@ where
         Ok(keep_alive && self.skip(request.body).await?)
     }
 
-    /// Forgets line ends in front of a request, which old clients send after a body (RFC 9112,
-    /// section 2.2). They do not make a request.
+    /// Discards line ends before a request, which old clients send after a body (RFC 9112, section
+    /// 2.2).
     fn skip_empty_lines(&mut self) {
         let empty = self
             .received
@@ -130,14 +132,14 @@ where
         self.received.drain(..empty);
     }
 
-    /// Receives more. False when no more will come that is worth waiting for.
+    /// Receives more bytes. Returns false at the end of the stream or of an idle connection.
     async fn receive(&mut self) -> io::Result<bool> {
         let old = self.received.len();
         self.received.resize(old + RECEIVE_BYTES, 0);
         let n = {
             let read = pin!(self.stream.read(&mut self.received[old..]));
             if old > 0 {
-                // A request has begun: it is not cut off.
+                // A request has begun, so a drain does not interrupt the connection.
                 read.await
             } else if self.idle_end.is_terminated() {
                 Ok(0)
@@ -153,8 +155,8 @@ where
         Ok(n? > 0)
     }
 
-    /// The client has sent its last byte, perhaps in the middle of a request.
-    async fn cut_off(&mut self) -> io::Result<bool> {
+    /// Ends the connection after the client's last byte. A truncated request gets an error.
+    async fn end_of_stream(&mut self) -> io::Result<bool> {
         if self.received.is_empty() {
             Ok(false)
         } else {
@@ -162,22 +164,22 @@ where
         }
     }
 
-    /// Answers the request. False when the connection is to end with the answer.
+    /// Answers the request. Returns false if the connection ends with this answer.
     async fn answer(&mut self, request: &Request) -> io::Result<bool> {
         let found = matches!(request.path.as_str(), "/" | "/sleep");
         let allowed = matches!(request.method, Method::Get | Method::Head);
         if found && allowed && request.path == "/sleep" {
             self.platform.sleep(SLEEP).await;
         }
-        // What has been sent behind this request was asked for before the client could know.
-        let more = self.received.len() as u64 > request.body;
-        let keep_alive = request.keep_alive && (more || !self.is_replaced().await);
-        let next = match (keep_alive, request.says_keep_alive) {
-            (true, false) => Next::Open,
-            (true, true) => Next::OpenSaidSo,
+        // The client sent pipelined requests before it could know of a new version.
+        let pipelined = self.received.len() as u64 > request.body;
+        let keep_alive = request.keep_alive && (pipelined || !self.is_replaced().await);
+        let next = match (keep_alive, request.expects_close) {
+            (true, false) => Next::KeepAlive,
+            (true, true) => Next::AnnouncedKeepAlive,
             (false, _) => Next::Close,
         };
-        // Asked for once: it is a call of the host.
+        // Read only once, because each reading is a host call.
         let now = SystemTime::now();
         let date = self.date.at(now);
         self.response.clear();
@@ -228,12 +230,12 @@ where
     }
 
     async fn is_replaced(&mut self) -> bool {
-        // Once it has begun to wait, a look costs no call of the host.
+        // Only the first poll makes a host call.
         let _ = futures::poll!(self.idle_end.as_mut());
         self.replaced.load(Ordering::Relaxed)
     }
 
-    /// Answers what is not a request. The connection ends with it.
+    /// Answers a malformed request. The connection ends with this answer.
     async fn refuse(&mut self, status: Status) -> io::Result<bool> {
         self.response.clear();
         let line = format!("{}\n", status.line());
@@ -250,16 +252,16 @@ where
         Ok(false)
     }
 
-    /// Reads past a request's body. False when the client ends before it does.
+    /// Reads and discards a request body. Returns false if the body is truncated.
     async fn skip(&mut self, body: u64) -> io::Result<bool> {
-        let mut left = body;
+        let mut remaining = body;
         loop {
-            let here = usize::try_from(left)
+            let received = usize::try_from(remaining)
                 .unwrap_or(usize::MAX)
                 .min(self.received.len());
-            self.received.drain(..here);
-            left -= here as u64;
-            if left == 0 {
+            self.received.drain(..received);
+            remaining -= received as u64;
+            if remaining == 0 {
                 return Ok(true);
             }
             if !self.receive().await? {
@@ -272,10 +274,10 @@ where
 const HTML: &str = "text/html; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
 
-/// Resolves when a connection on which no request has begun should be given up.
+/// Resolves when an idle connection should close: some time after the drain has begun.
 ///
-/// That is not as soon as there is a newer version: its client may be sending a request, and is told
-/// with the answer to that.
+/// A newer version alone does not close idle connections. The client learns of it from the answer
+/// to its next request, which it may be sending already.
 async fn idle_end(platform: &impl Platform, replaced: &AtomicBool) {
     platform.replaced().await;
     replaced.store(true, Ordering::Relaxed);
@@ -283,15 +285,15 @@ async fn idle_end(platform: &impl Platform, replaced: &AtomicBool) {
     platform.sleep(DRAIN_GRACE).await;
 }
 
-/// A file that was read, and when.
+/// A page file, with its cached content and the time of reading.
 struct Page {
     name: &'static str,
-    read: Option<(SystemTime, Vec<u8>)>,
+    cached: Option<(SystemTime, Vec<u8>)>,
 }
 
 impl Page {
     fn new(name: &'static str) -> Self {
-        Self { name, read: None }
+        Self { name, cached: None }
     }
 
     fn read(
@@ -300,15 +302,15 @@ impl Page {
         platform: &impl Platform,
         now: SystemTime,
     ) -> io::Result<&[u8]> {
-        // A clock that was set back says nothing of the age.
-        let is_young = |when| now.duration_since(when).is_ok_and(|age| age < PAGE_AGE);
-        let fresh = matches!(&self.read, Some((when, _)) if is_young(*when));
-        if !fresh {
-            self.read = None;
+        // If the clock was set back, the age is unknown and the page is read again.
+        let is_recent = |time| now.duration_since(time).is_ok_and(|age| age < PAGE_AGE);
+        let is_fresh = matches!(&self.cached, Some((time, _)) if is_recent(*time));
+        if !is_fresh {
+            self.cached = None;
         }
-        let (_, bytes) = match &mut self.read {
+        let (_, bytes) = match &mut self.cached {
             Some(page) => page,
-            none => none.insert((now, platform.read_file(&directory.join(self.name))?)),
+            empty => empty.insert((now, platform.read_file(&directory.join(self.name))?)),
         };
         Ok(bytes)
     }

@@ -1,10 +1,11 @@
-//! The identification protocol (RFC 1413), for a host that does not tell: whoever asks whose a
-//! connection is learns that this is hidden. Servers that ask, such as those of IRC, are answered
-//! at once instead of waiting for a timeout.
+//! The identification protocol (RFC 1413), without revealing any user.
 //!
-//! A sandbox does not see the connections of its host. So it says `HIDDEN-USER` of each pair of
-//! ports that a connection can have, which is a valid answer for those that there are and tells
-//! nothing of which there are.
+//! Servers such as those of IRC ask which user owns a connection. The guest answers at once, so
+//! that they need not wait for a timeout.
+//!
+//! A sandbox does not see the connections of its host. The guest therefore answers `HIDDEN-USER`
+//! for every valid pair of ports. That is a correct answer for an existing connection, and does not
+//! reveal which connections exist.
 
 use std::io;
 
@@ -13,7 +14,7 @@ use wasinetd_guest::TcpStream;
 
 wasinetd_guest::export!(handle_connection);
 
-/// The longest request, its end left out.
+/// The longest request in bytes, without its line end.
 const MAX_LINE: usize = 1000;
 
 async fn handle_connection(stream: TcpStream) -> io::Result<()> {
@@ -21,12 +22,13 @@ async fn handle_connection(stream: TcpStream) -> io::Result<()> {
     identify(reader, writer).await
 }
 
-/// Answers the requests from `reader`, a line each, until there are no more. After a line that is too
-/// long there are none.
+/// Answers requests from `reader`, one per line, until the end of the stream.
+///
+/// A line that is too long gets an error and ends the conversation.
 ///
 /// # Errors
 ///
-/// Fails when either does.
+/// Fails when `reader` or `writer` fails.
 pub async fn identify(
     mut reader: impl AsyncBufRead + Unpin,
     mut writer: impl AsyncWrite + Unpin,
@@ -43,14 +45,14 @@ pub async fn identify(
             Some(request) if request.len() <= MAX_LINE => {
                 writer.write_all(answer(request).as_bytes()).await?;
             }
-            // What was cut off could be a part of a port.
+            // A request without line end is truncated, perhaps within a port number.
             None if line.len() <= MAX_LINE => return Ok(()),
             _ => return writer.write_all(answer(b"").as_bytes()).await,
         }
     }
 }
 
-/// The answer to a request. A pair of numbers is repeated in it if the syntax of an answer has them.
+/// The answer to a request. It repeats the two port numbers if they are well-formed.
 fn answer(request: &[u8]) -> String {
     let pair = request
         .iter()
@@ -65,13 +67,13 @@ fn answer(request: &[u8]) -> String {
     format!("{server}, {client} : ERROR : {error}\r\n")
 }
 
-/// One to five digits, with white space around them.
+/// Parses one to five digits with optional white space around them.
 fn number(text: &[u8]) -> Option<u32> {
     let is_space = |byte: &u8| matches!(byte, b' ' | b'\t');
     let start = text.iter().position(|byte| !is_space(byte))?;
     let end = text.iter().rposition(|byte| !is_space(byte))?;
     let digits = &text[start..=end];
-    // `parse` alone would take a sign.
+    // `parse` alone would accept a sign.
     let is_number = digits.len() <= 5 && digits.iter().all(u8::is_ascii_digit);
     std::str::from_utf8(digits)
         .ok()
@@ -97,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_a_pair_of_ports_is_hidden() {
+    fn users_of_valid_port_pairs_are_hidden() {
         for request in ["6193, 23", "6193,23", " \t6193\t , \t23 \t", "06193,00023"] {
             for end in ["\r\n", "\n"] {
                 assert_eq!(
@@ -111,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_connection_has_is_an_invalid_port() {
+    fn impossible_ports_are_invalid() {
         for (request, pair) in [
             ("0, 23", "0, 23"),
             ("6193, 65536", "6193, 65536"),
@@ -140,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn there_are_many_requests_and_none_that_is_cut_off() {
+    fn every_request_is_answered_unless_it_is_truncated() {
         let hidden = |n| format!("{n}, 23 : ERROR : HIDDEN-USER\r\n");
         let requests: String = (1..=100).map(|n| format!("{n}, 23\r\n")).collect();
         let expected: String = (1..=100).map(hidden).collect();
@@ -149,14 +151,14 @@ mod tests {
     }
 
     #[test]
-    fn a_line_has_a_thousand_characters_and_no_more() {
+    fn a_line_of_more_than_a_thousand_characters_is_refused() {
         for end in ["\r\n", "\n"] {
             let line = |n: usize| format!("6193,{}23{end}1, 1{end}", " ".repeat(n - 7));
             assert_eq!(
                 answers(line(1000)),
                 "6193, 23 : ERROR : HIDDEN-USER\r\n1, 1 : ERROR : HIDDEN-USER\r\n"
             );
-            // Nothing is taken for a request after it.
+            // The rest of the line and the next one get no answer.
             for n in [1001, 1002, 1003, 5000] {
                 assert_eq!(
                     answers(line(n)),

@@ -1,9 +1,10 @@
-//! The quote of the day protocol (RFC 865): one quote, drawn by chance, of fewer than 512
-//! characters, whatever the client sends.
+//! The quote of the day protocol (RFC 865).
 //!
-//! The quotes are those in the file `quotes.txt` of the directory that the operator grants as
-//! `/quotes`, by `--dir HOST::/quotes`: in the format of `fortune`, with a line of `%` between two. Those that are too
-//! long are left out. Without such a file there are some built in.
+//! The guest sends one random quote of fewer than 512 characters and ignores all input.
+//!
+//! The quotes come from `quotes.txt` in the directory that the operator grants as `/quotes` (`--dir
+//! HOST::/quotes`). The file has the format of `fortune`: a line of `%` separates two quotes.
+//! Longer quotes are skipped. Without such a file, the guest uses built-in quotes.
 
 use std::io;
 
@@ -14,7 +15,7 @@ wasinetd_guest::export!(handle_connection);
 
 const FILE: &str = "/quotes/quotes.txt";
 
-/// What a quote has to be shorter than, line ends included.
+/// A quote, with its line ends, is shorter than this (RFC 865).
 const LIMIT: usize = 512;
 
 async fn handle_connection(stream: TcpStream) -> io::Result<()> {
@@ -29,19 +30,19 @@ async fn handle_connection(stream: TcpStream) -> io::Result<()> {
     let quote = fastrand::choice(&quotes).ok_or_else(|| {
         io::Error::other(format!("{FILE} has no quote shorter than {LIMIT} bytes"))
     })?;
-    tell(stream, quote).await
+    send(stream, quote).await
 }
 
 /// Sends one quote.
 ///
 /// # Errors
 ///
-/// Fails when `writer` does.
-pub async fn tell(mut writer: impl AsyncWrite + Unpin, quote: &str) -> io::Result<()> {
+/// Fails when `writer` fails.
+pub async fn send(mut writer: impl AsyncWrite + Unpin, quote: &str) -> io::Result<()> {
     writer.write_all(quote.as_bytes()).await
 }
 
-/// The quotes in a file that are short enough, each with its line ends as they are sent.
+/// The quotes in a file, without those that are too long. Line ends become CRLF.
 pub fn quotes(file: &[u8]) -> Vec<String> {
     let text = String::from_utf8_lossy(file);
     let lines: Vec<_> = text.lines().map(str::trim_end).collect();
@@ -59,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quotes_are_between_lines_of_percent() {
+    fn lines_of_percent_separate_quotes() {
         let file = b"one\n  -- me\n%\n\ntwo\r\n%\n\n%\n%%\n50 %\n%\n\xff";
         assert_eq!(
             quotes(file),
@@ -78,20 +79,20 @@ mod tests {
         let quote = |n| quotes("x".repeat(n).as_bytes());
         assert_eq!(quote(509)[0].len(), 511);
         assert!(quote(510).is_empty());
-        // Line ends count as they are sent.
+        // Each line end counts as the two bytes of CRLF.
         assert_eq!(quotes("\nx".repeat(171).as_bytes()), [""; 0]);
         assert_eq!(quotes("\nx".repeat(170).as_bytes())[0].len(), 510);
     }
 
     #[test]
-    fn some_are_built_in_and_all_of_them_can_be_told() {
+    fn all_built_in_quotes_are_ascii_and_can_be_sent() {
         let file = include_str!("quotes.txt");
         let quotes = quotes(file.as_bytes());
         assert_eq!(quotes.len(), file.matches("\n%\n").count() + 1);
         for quote in quotes {
             assert!(quote.is_ascii());
             let mut written = Vec::new();
-            block_on(tell(&mut written, &quote)).unwrap();
+            block_on(send(&mut written, &quote)).unwrap();
             assert_eq!(written, quote.as_bytes());
         }
     }

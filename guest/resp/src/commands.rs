@@ -1,4 +1,4 @@
-//! The commands, and what is answered to them.
+//! The commands and their answers.
 
 use std::str;
 
@@ -12,15 +12,15 @@ const NOT_POSITIVE: Error = Error::Borrowed("ERR value is out of range, must be 
 const OUT_OF_MEMORY: Error =
     Error::Borrowed("OOM command not allowed when used memory > 'maxmemory'.");
 
-/// What clients are told that this is. They look at it for what they may ask.
+/// The reported version of Redis. Clients derive the supported commands from it.
 const VERSION: &str = "7.0.0";
 
-/// What a connection has.
+/// The state of a connection between commands.
 pub(crate) struct Session {
     pub(crate) store: Store,
     id: u64,
     name: Vec<u8>,
-    /// Whether the client has said that it is done.
+    /// Whether the client has sent QUIT.
     pub(crate) quit: bool,
 }
 
@@ -28,7 +28,7 @@ type Outcome = Result<(), Error>;
 
 struct Command {
     name: &'static str,
-    /// How many arguments it has with its name; if negative, that many or more.
+    /// The number of arguments including the name. A negative number is a minimum.
     arity: isize,
     kind: Kind,
     keys: Keys,
@@ -37,17 +37,17 @@ struct Command {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
-    /// Looks at keys.
+    /// Reads keys.
     Reads,
-    /// Changes keys, and takes no more memory.
+    /// Changes keys without using more memory.
     Writes,
-    /// Changes keys, and may take memory.
+    /// Changes keys and may use more memory.
     Grows,
-    /// Neither.
+    /// Uses no keys.
     Other,
 }
 
-/// Which arguments are keys.
+/// The arguments that are keys.
 #[derive(Clone, Copy)]
 enum Keys {
     None,
@@ -56,7 +56,7 @@ enum Keys {
     EverySecond,
 }
 
-/// All there are, by name.
+/// All commands, sorted by name.
 #[rustfmt::skip]
 static COMMANDS: &[Command] = {
     use Keys::{All, EverySecond, First};
@@ -71,7 +71,7 @@ static COMMANDS: &[Command] = {
         command("append", 3, Grows, First, append),
         command("auth", -2, Other, Keys::None, auth),
         command("client", -2, Other, Keys::None, client),
-        command("command", -1, Other, Keys::None, command_),
+        command("command", -1, Other, Keys::None, describe_commands),
         command("config", -2, Other, Keys::None, config),
         command("dbsize", 1, Reads, Keys::None, dbsize),
         command("decr", 2, Grows, First, |s, r, a| add(s, r, a, -1)),
@@ -118,17 +118,20 @@ static COMMANDS: &[Command] = {
         command("srem", -3, Writes, First, srem),
         command("strlen", 2, Reads, First, strlen),
         command("ttl", 2, Reads, First, |s, r, a| ttl(s, r, a, |left| (left + 500) / 1000)),
-        command("type", 2, Reads, First, type_),
+        command("type", 2, Reads, First, type_name),
         command("unlink", -2, Writes, All, del),
     ]
 };
 
 fn find(name: &[u8]) -> Option<&'static Command> {
-    let cmp = |command: &Command| {
-        let wanted = name.iter().map(u8::to_ascii_lowercase);
-        command.name.bytes().cmp(wanted)
+    let compare = |command: &Command| {
+        let lower_case = name.iter().map(u8::to_ascii_lowercase);
+        command.name.bytes().cmp(lower_case)
     };
-    COMMANDS.binary_search_by(cmp).ok().map(|n| &COMMANDS[n])
+    COMMANDS
+        .binary_search_by(compare)
+        .ok()
+        .map(|n| &COMMANDS[n])
 }
 
 impl Session {
@@ -141,11 +144,11 @@ impl Session {
         }
     }
 
-    /// Carries out one request and answers it.
+    /// Executes one request and answers it.
     pub(crate) fn execute(&mut self, request: &Request, answers: &mut Answers) {
-        let begin = answers.bytes.len();
+        let start = answers.bytes.len();
         if let Err(error) = self.try_execute(request, answers) {
-            answers.bytes.truncate(begin);
+            answers.bytes.truncate(start);
             answers.error(&error);
         }
     }
@@ -195,7 +198,7 @@ fn number(argument: &[u8]) -> Result<i64, Error> {
     integer(argument).ok_or(NOT_INTEGER)
 }
 
-// The connection.
+// Commands on the connection.
 
 fn ping(_: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
     match request.len() {
@@ -245,8 +248,8 @@ fn hello(session: &mut Session, request: &Request, answers: &mut Answers) -> Out
     let mut options = request.from(2);
     while let Some(option) = options.next() {
         match (option, options.next()) {
-            (it, Some(value)) if is(it, "setname") => name = Some(client_name(value)?),
-            (it, Some(_)) if is(it, "auth") => return auth(session, request, answers),
+            (option, Some(value)) if is(option, "setname") => name = Some(client_name(value)?),
+            (option, Some(_)) if is(option, "auth") => return auth(session, request, answers),
             _ => {
                 let option = String::from_utf8_lossy(&option[..option.len().min(128)]);
                 return Err(format!("ERR Syntax error in HELLO option '{option}'").into());
@@ -283,22 +286,23 @@ fn client_name(name: &[u8]) -> Result<Vec<u8>, Error> {
 
 fn client(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
     match (&request[1], request.len()) {
-        (it, 2) if is(it, "id") => answers.integer(session.id as i64),
-        (it, 2) if is(it, "getname") => {
+        (subcommand, 2) if is(subcommand, "id") => answers.integer(session.id as i64),
+        (subcommand, 2) if is(subcommand, "getname") => {
             answers.bulk_or_null(Some(&session.name[..]).filter(|name| !name.is_empty()));
         }
-        (it, 3) if is(it, "setname") => {
+        (subcommand, 3) if is(subcommand, "setname") => {
             session.name = client_name(&request[2])?;
             answers.ok();
         }
-        // What library the client uses is nobody's concern here.
-        (it, 4) if is(it, "setinfo") => answers.ok(),
+        // Clients report their library and its version. The guest does not use them.
+        (subcommand, 4) if is(subcommand, "setinfo") => answers.ok(),
         _ => return Err(unknown_subcommand(request)),
     }
     Ok(())
 }
 
-fn command_(_: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
+/// COMMAND.
+fn describe_commands(_: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
     let describe = |command: &Command, answers: &mut Answers| {
         answers.array(6);
         answers.bulk(command.name.as_bytes());
@@ -329,17 +333,17 @@ fn command_(_: &mut Session, request: &Request, answers: &mut Answers) -> Outcom
     } else if is(&request[1], "count") {
         answers.count(COMMANDS.len());
     } else if is(&request[1], "info") {
-        // Of as many as there are; what is asked beyond that is asked twice.
-        let asked = request.from(2).take(COMMANDS.len());
-        answers.array(asked.clone().count());
-        for name in asked {
+        // The limit bounds the answer. A longer list of names has to contain duplicates.
+        let names = request.from(2).take(COMMANDS.len());
+        answers.array(names.clone().count());
+        for name in names {
             match find(name) {
                 Some(command) => describe(command, answers),
                 None => answers.null(),
             }
         }
     } else {
-        // There are no DOCS: redis-cli has its own where it gets an error.
+        // DOCS is not supported. redis-cli falls back to its own documentation after this error.
         return Err(unknown_subcommand(request));
     }
     Ok(())
@@ -354,7 +358,7 @@ fn config(_: &mut Session, request: &Request, answers: &mut Answers) -> Outcome 
     }
     let max_memory = MAX_USED.to_string();
     let max_bulk = MAX_BULK.to_string();
-    let all = [
+    let parameters = [
         ("appendonly", "no"),
         ("databases", "1"),
         ("maxmemory", &max_memory),
@@ -362,38 +366,37 @@ fn config(_: &mut Session, request: &Request, answers: &mut Answers) -> Outcome 
         ("proto-max-bulk-len", &max_bulk),
         ("save", ""),
     ];
-    let wanted = all.iter().filter(|(name, _)| {
+    let matching = parameters.iter().filter(|(name, _)| {
         request
             .from(2)
             .any(|pattern| glob::matches(&pattern.to_ascii_lowercase(), name.as_bytes()))
     });
-    let texts = wanted.flat_map(|(name, value)| [name, value]);
+    let texts = matching.flat_map(|(name, value)| [name, value]);
     answers.bulks(texts.map(|text| Some(text.as_bytes())))
 }
 
 fn info(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
-    let wants = |section| {
-        let mut sections = request.from(1).peekable();
-        sections.peek().is_none()
-            || sections.any(|it| {
-                is(it, section)
-                    || ["all", "default", "everything"]
-                        .iter()
-                        .any(|all| is(it, all))
+    let includes = |section| {
+        let mut requested = request.from(1).peekable();
+        requested.peek().is_none()
+            || requested.any(|name| {
+                [section, "all", "default", "everything"]
+                    .iter()
+                    .any(|word| is(name, word))
             })
     };
     let mut text = String::new();
-    if wants("server") {
+    if includes("server") {
         text += &format!("# Server\r\nredis_version:{VERSION}\r\nredis_mode:standalone\r\n\r\n");
     }
-    if wants("clients") {
+    if includes("clients") {
         text += "# Clients\r\nconnected_clients:1\r\n\r\n";
     }
-    if wants("memory") {
+    if includes("memory") {
         let used = session.store.used();
         text += &format!("# Memory\r\nused_memory:{used}\r\nmaxmemory:{MAX_USED}\r\n\r\n");
     }
-    if wants("keyspace") {
+    if includes("keyspace") {
         text += "# Keyspace\r\n";
         let keys = session.store.keys().count();
         if keys > 0 {
@@ -405,7 +408,7 @@ fn info(session: &mut Session, request: &Request, answers: &mut Answers) -> Outc
     Ok(())
 }
 
-// Keys.
+// Commands on keys.
 
 fn del(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
     let removed = request.from(1).filter(|key| session.store.remove(key));
@@ -414,14 +417,15 @@ fn del(session: &mut Session, request: &Request, answers: &mut Answers) -> Outco
 }
 
 fn exists(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
-    let there = request
+    let existing = request
         .from(1)
         .filter(|key| session.store.value(key).is_some());
-    answers.count(there.count());
+    answers.count(existing.count());
     Ok(())
 }
 
-fn type_(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
+/// TYPE.
+fn type_name(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
     let value = session.store.value(&request[1]);
     answers.simple(value.map_or("none", |value| value.type_name()));
     Ok(())
@@ -438,12 +442,12 @@ fn dbsize(session: &mut Session, _: &Request, answers: &mut Answers) -> Outcome 
 }
 
 fn flush(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
-    let known = match request.len() {
+    let is_valid = match request.len() {
         1 => true,
         2 => is(&request[1], "sync") || is(&request[1], "async"),
         _ => false,
     };
-    if !known {
+    if !is_valid {
         return Err(SYNTAX);
     }
     session.store.clear();
@@ -451,11 +455,11 @@ fn flush(session: &mut Session, request: &Request, answers: &mut Answers) -> Out
     Ok(())
 }
 
-/// When it is, so many units from now or, with none, since 1970.
-fn deadline(amount: i64, unit: i64, now: Time, command: &[u8]) -> Result<Time, Error> {
+/// The time `amount` units of `unit` milliseconds after `start`.
+fn deadline(amount: i64, unit: i64, start: Time, command: &[u8]) -> Result<Time, Error> {
     amount
         .checked_mul(unit)
-        .and_then(|amount| amount.checked_add(now))
+        .and_then(|amount| amount.checked_add(start))
         .ok_or_else(|| {
             let command = String::from_utf8_lossy(command).to_lowercase();
             format!("ERR invalid expire time in '{command}' command").into()
@@ -467,13 +471,13 @@ fn expire(session: &mut Session, request: &Request, answers: &mut Answers, unit:
     let (mut nx, mut xx, mut gt, mut lt) = (false, false, false, false);
     for option in request.from(3) {
         match option {
-            it if is(it, "nx") => nx = true,
-            it if is(it, "xx") => xx = true,
-            it if is(it, "gt") => gt = true,
-            it if is(it, "lt") => lt = true,
-            it => {
-                let it = String::from_utf8_lossy(&it[..it.len().min(128)]);
-                return Err(format!("ERR Unsupported option {it}").into());
+            _ if is(option, "nx") => nx = true,
+            _ if is(option, "xx") => xx = true,
+            _ if is(option, "gt") => gt = true,
+            _ if is(option, "lt") => lt = true,
+            _ => {
+                let option = String::from_utf8_lossy(&option[..option.len().min(128)]);
+                return Err(format!("ERR Unsupported option {option}").into());
             }
         }
     }
@@ -489,7 +493,7 @@ fn expire(session: &mut Session, request: &Request, answers: &mut Answers, unit:
         answers.integer(0);
         return Ok(());
     };
-    // A key that does not expire does so later than any other.
+    // For GT and LT, a key without expiry counts as expiring last.
     let refused = match expires {
         None => xx || gt,
         Some(old) => nx || (gt && time <= old) || (lt && time >= old),
@@ -526,7 +530,7 @@ fn ttl(
     Ok(())
 }
 
-// Strings.
+// Commands on strings.
 
 fn get(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
     let text = session.store.get::<Text>(&request[1])?;
@@ -541,74 +545,74 @@ fn getdel(session: &mut Session, request: &Request, answers: &mut Answers) -> Ou
 }
 
 fn set(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
-    let (mut nx, mut xx, mut old_wanted, mut keep) = (false, false, false, false);
+    let (mut nx, mut xx, mut return_old, mut keep_ttl) = (false, false, false, false);
     let mut expires = None;
     let now = session.store.now();
     let mut options = request.from(3);
     while let Some(option) = options.next() {
-        // In which units, from when.
+        // The unit in milliseconds, and the time that it counts from.
         let time = match option {
-            it if is(it, "nx") && !xx => {
+            _ if is(option, "nx") && !xx => {
                 nx = true;
                 continue;
             }
-            it if is(it, "xx") && !nx => {
+            _ if is(option, "xx") && !nx => {
                 xx = true;
                 continue;
             }
-            it if is(it, "get") => {
-                old_wanted = true;
+            _ if is(option, "get") => {
+                return_old = true;
                 continue;
             }
-            it if is(it, "keepttl") && expires.is_none() => {
-                keep = true;
+            _ if is(option, "keepttl") && expires.is_none() => {
+                keep_ttl = true;
                 continue;
             }
-            it if is(it, "ex") => (1000, now),
-            it if is(it, "px") => (1, now),
-            it if is(it, "exat") => (1000, 0),
-            it if is(it, "pxat") => (1, 0),
+            _ if is(option, "ex") => (1000, now),
+            _ if is(option, "px") => (1, now),
+            _ if is(option, "exat") => (1000, 0),
+            _ if is(option, "pxat") => (1, 0),
             _ => return Err(SYNTAX),
         };
         let amount = options.next().ok_or(SYNTAX)?;
-        if keep || expires.is_some() {
+        if keep_ttl || expires.is_some() {
             return Err(SYNTAX);
         }
         expires = Some((amount, time));
     }
     let mut expires = match expires {
         None => None,
-        Some((amount, (unit, from))) => {
+        Some((amount, (unit, start))) => {
             let amount = number(amount)?;
             if amount <= 0 {
                 return Err("ERR invalid expire time in 'set' command".into());
             }
-            Some(deadline(amount, unit, from, b"set")?)
+            Some(deadline(amount, unit, start, b"set")?)
         }
     };
     let (key, value) = (&request[1], &request[2]);
-    if old_wanted {
+    if return_old {
         get(session, request, answers)?;
     }
-    let there = session.store.value(key).is_some();
-    if (nx && there) || (xx && !there) {
-        if !old_wanted {
+    let exists = session.store.value(key).is_some();
+    if (nx && exists) || (xx && !exists) {
+        if !return_old {
             answers.null();
         }
         return Ok(());
     }
-    if keep {
+    if keep_ttl {
         expires = session.store.expires(key).flatten();
     }
     session.store.set(key, value, expires);
-    if !old_wanted {
+    if !return_old {
         answers.ok();
     }
     Ok(())
 }
 
 fn mget(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
-    // What is no string is none.
+    // A value of another type counts as missing.
     let text = |key| session.store.get::<Text>(key).ok().flatten();
     answers.bulks(request.from(1).map(|key| text(key).map(Vec::as_slice)))
 }
@@ -644,9 +648,9 @@ fn strlen(session: &mut Session, request: &Request, answers: &mut Answers) -> Ou
 }
 
 fn add(session: &mut Session, request: &Request, answers: &mut Answers, by: i64) -> Outcome {
-    let there = session.store.value(&request[1]).is_some();
+    let exists = session.store.value(&request[1]).is_some();
     let sum = session.store.change(&request[1], |text: &mut Text, _| {
-        let old = if there { number(text)? } else { 0 };
+        let old = if exists { number(text)? } else { 0 };
         let sum = old
             .checked_add(by)
             .ok_or("ERR increment or decrement would overflow")?;
@@ -669,7 +673,7 @@ fn decrby(session: &mut Session, request: &Request, answers: &mut Answers) -> Ou
     add(session, request, answers, by)
 }
 
-// Lists.
+// Commands on lists.
 
 fn push(
     session: &mut Session,
@@ -688,8 +692,8 @@ fn push(
     Ok(())
 }
 
-/// How many are wanted, if the request says so.
-fn how_many(request: &Request) -> Result<Option<usize>, Error> {
+/// The optional count argument.
+fn optional_count(request: &Request) -> Result<Option<usize>, Error> {
     match request.len() {
         2 => Ok(None),
         3 => {
@@ -714,7 +718,7 @@ fn pop(
     if request.len() > 3 {
         return Err(wrong_number(name));
     }
-    let count = how_many(request)?;
+    let count = optional_count(request)?;
     let list = session.store.get::<List>(&request[1])?;
     let Some(list) = list else {
         match count {
@@ -723,7 +727,7 @@ fn pop(
         }
         return Ok(());
     };
-    // They are answered before they are taken out: the answer may be too long.
+    // The answer is written before the items are removed, because it may be too long.
     let items = list.iter().map(|item| Some(item.as_slice()));
     match (count, name) {
         (None, "lpop") => answers.bulk_or_null(items.clone().next().flatten()),
@@ -743,7 +747,7 @@ fn lrange(session: &mut Session, request: &Request, answers: &mut Answers) -> Ou
     let (start, stop) = (number(&request[2])?, number(&request[3])?);
     let list = session.store.get::<List>(&request[1])?;
     let length = list.map_or(0, List::len);
-    // Less than none counts from the end.
+    // Negative indices count from the end.
     let index = |n: i64| match n {
         0.. => n,
         _ => n.saturating_add(length as i64),
@@ -767,7 +771,7 @@ fn llen(session: &mut Session, request: &Request, answers: &mut Answers) -> Outc
     Ok(())
 }
 
-// Sets.
+// Commands on sets.
 
 fn sadd(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
     let added = session.store.change(&request[1], |set: &mut Set, cost| {
@@ -794,7 +798,7 @@ fn srem(session: &mut Session, request: &Request, answers: &mut Answers) -> Outc
 }
 
 fn spop(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
-    let count = how_many(request)?;
+    let count = optional_count(request)?;
     if session.store.get::<Set>(&request[1])?.is_none() {
         match count {
             None => answers.null(),
@@ -803,19 +807,19 @@ fn spop(session: &mut Session, request: &Request, answers: &mut Answers) -> Outc
         return Ok(());
     }
     session.store.change(&request[1], |set: &mut Set, cost| {
-        // Those that chance has drawn are moved to the end, and answered before they are taken out: the answer may be
-        // too long.
+        // Random items are moved to the end. The answer is written before they are removed, because
+        // it may be too long.
         let length = set.len();
-        let rest = length - count.unwrap_or(1).min(length);
-        for end in (rest..length).rev() {
+        let remaining = length - count.unwrap_or(1).min(length);
+        for end in (remaining..length).rev() {
             set.swap_indices(fastrand::usize(..=end), end);
         }
-        let drawn = set.as_slice().get_range(rest..).into_iter().flatten();
+        let drawn = set.as_slice().get_range(remaining..).into_iter().flatten();
         match count {
             None => drawn.for_each(|item| answers.bulk(item)),
             Some(_) => answers.bulks(drawn.map(|item| Some(item.as_slice())))?,
         }
-        for item in (rest..length).filter_map(|_| set.pop()) {
+        for item in (remaining..length).filter_map(|_| set.pop()) {
             *cost -= item_cost(&item);
         }
         Ok(())
@@ -836,12 +840,12 @@ fn smembers(session: &mut Session, request: &Request, answers: &mut Answers) -> 
 
 fn sismember(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
     let set = session.store.get::<Set>(&request[1])?;
-    let there = set.is_some_and(|set| set.contains(&request[2]));
-    answers.integer(there.into());
+    let contains = set.is_some_and(|set| set.contains(&request[2]));
+    answers.integer(contains.into());
     Ok(())
 }
 
-// Hashes.
+// Commands on hashes.
 
 fn hset(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
     if !request.len().is_multiple_of(2) {
@@ -887,8 +891,8 @@ fn hget(session: &mut Session, request: &Request, answers: &mut Answers) -> Outc
 
 fn hexists(session: &mut Session, request: &Request, answers: &mut Answers) -> Outcome {
     let hash = session.store.get::<Hash>(&request[1])?;
-    let there = hash.is_some_and(|hash| hash.contains_key(&request[2]));
-    answers.integer(there.into());
+    let contains = hash.is_some_and(|hash| hash.contains_key(&request[2]));
+    answers.integer(contains.into());
     Ok(())
 }
 
@@ -910,10 +914,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_command_is_found_in_any_case() {
+    fn every_command_is_found_in_upper_and_lower_case() {
         for command in COMMANDS {
             for name in [command.name.to_owned(), command.name.to_uppercase()] {
-                let found = find(name.as_bytes()).expect("they are in order");
+                let found = find(name.as_bytes()).expect("the commands are sorted by name");
                 assert_eq!(found.name, command.name);
             }
         }

@@ -1,10 +1,11 @@
-//! Patterns of keys: `*`, `?`, `[a-z]`, `[^a]`, and `\` before what is meant as it is.
+//! Glob patterns of keys: `*`, `?`, `[a-z]`, `[^a]`, and `\` to escape a character.
 
-/// Whether all of `text` is as `pattern` says. In no more steps than the product of their lengths,
-/// whatever the pattern.
+/// Whether `pattern` matches the whole of `text`.
+///
+/// Takes at most as many steps as the product of both lengths.
 pub(crate) fn matches(pattern: &[u8], text: &[u8]) -> bool {
     let (mut pattern, mut text) = (pattern, text);
-    // Where the last star is, and what it may take one more of.
+    // The pattern after the last star, and the text from which that star may match one more byte.
     let mut star: Option<(&[u8], &[u8])> = None;
     loop {
         if let [b'*', rest @ ..] = pattern {
@@ -15,7 +16,7 @@ pub(crate) fn matches(pattern: &[u8], text: &[u8]) -> bool {
         let step = match (pattern, text) {
             ([], []) => return true,
             ([], _) | (_, []) => None,
-            (_, [byte, ..]) => one(pattern, *byte),
+            (_, [byte, ..]) => match_byte(pattern, *byte),
         };
         if let Some(rest) = step {
             pattern = rest;
@@ -33,40 +34,40 @@ pub(crate) fn matches(pattern: &[u8], text: &[u8]) -> bool {
     }
 }
 
-/// What of a pattern is left when its first element is this byte, if it is.
-fn one(pattern: &[u8], byte: u8) -> Option<&[u8]> {
-    let (is, rest) = match pattern {
+/// Matches `byte` with the first element of `pattern`, and returns the rest of the pattern.
+fn match_byte(pattern: &[u8], byte: u8) -> Option<&[u8]> {
+    let (matches, rest) = match pattern {
         [b'?', rest @ ..] => (true, rest),
         [b'[', b'^', class @ ..] => {
-            let (is, rest) = in_class(class, byte);
-            (!is, rest)
+            let (contains, rest) = match_class(class, byte);
+            (!contains, rest)
         }
-        [b'[', class @ ..] => in_class(class, byte),
+        [b'[', class @ ..] => match_class(class, byte),
         [b'\\', escaped, rest @ ..] => (*escaped == byte, rest),
         [literal, rest @ ..] => (*literal == byte, rest),
         [] => return None,
     };
-    is.then_some(rest)
+    matches.then_some(rest)
 }
 
-/// Whether a byte is in a class, and what follows that.
-fn in_class(class: &[u8], byte: u8) -> (bool, &[u8]) {
-    let (mut class, mut is) = (class, false);
+/// Whether a character class contains `byte`, and the pattern after the class.
+fn match_class(class: &[u8], byte: u8) -> (bool, &[u8]) {
+    let (mut class, mut contains) = (class, false);
     loop {
         class = match class {
-            // One that does not end goes to the end of the pattern.
-            [] => return (is, class),
-            [b']', rest @ ..] => return (is, rest),
+            // A class without `]` extends to the end of the pattern.
+            [] => return (contains, class),
+            [b']', rest @ ..] => return (contains, rest),
             [b'\\', escaped, rest @ ..] => {
-                is |= *escaped == byte;
+                contains |= *escaped == byte;
                 rest
             }
             [from, b'-', to, rest @ ..] => {
-                is |= (*from.min(to)..=*from.max(to)).contains(&byte);
+                contains |= (*from.min(to)..=*from.max(to)).contains(&byte);
                 rest
             }
             [literal, rest @ ..] => {
-                is |= *literal == byte;
+                contains |= *literal == byte;
                 rest
             }
         };
@@ -78,8 +79,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patterns_are_those_of_redis() {
-        for (pattern, yes, no) in [
+    fn patterns_match_as_in_redis() {
+        for (pattern, matching, others) in [
             ("", &[""][..], &["a"][..]),
             ("*", &["", "a", "abc"], &[]),
             ("h?llo", &["hello", "hxllo"], &["hllo", "heello"]),
@@ -99,17 +100,17 @@ mod tests {
             ("*a*b*", &["ab", "xaxbx"], &["ba", "a"]),
             ("a**b", &["ab", "axb"], &["a"]),
         ] {
-            for (texts, expected) in [(yes, true), (no, false)] {
+            for (texts, expected) in [(matching, true), (others, false)] {
                 for text in texts {
-                    let is = matches(pattern.as_bytes(), text.as_bytes());
-                    assert_eq!(is, expected, "{text:?} by {pattern:?}");
+                    let result = matches(pattern.as_bytes(), text.as_bytes());
+                    assert_eq!(result, expected, "{text:?} by {pattern:?}");
                 }
             }
         }
     }
 
     #[test]
-    fn a_pattern_of_many_stars_comes_to_an_end() {
+    fn patterns_of_many_stars_take_bounded_time() {
         let pattern = b"a*".repeat(1000);
         let text = vec![b'a'; 10_000];
         assert!(matches(&pattern, &text));

@@ -1,15 +1,14 @@
-//! A scratch store by the protocol of Redis (RESP2), with strings, lists, sets, hashes and times to
-//! live.
+//! A scratch store with the protocol of Redis (RESP2): strings, lists, sets, hashes and expiry.
 //!
-//! Each connection is a fresh sandbox, and so each has a store of its own, which is empty when it begins
-//! and gone when it ends. Nobody else sees it: there is nothing to log in to and nothing to clean up.
+//! Each connection has a sandbox of its own and thus a private store. The store is empty at first
+//! and disappears with the connection, so clients need no login and leave nothing to clean up.
 //!
-//! Commands on keys are answered as Redis 7.0 does, as far as they are there (`commands` lists them). There are no
-//! sorted sets, streams, transactions, scripts, channels and cursors, and one database.
+//! The supported commands answer as Redis 7.0 does; `commands` lists them. Sorted sets, streams,
+//! transactions, scripts, channels, cursors and further databases are not supported.
 //!
-//! `protocol` reads requests and writes answers, `store` has the keys, `commands` brings the two
-//! together, and here is the connection. All that a client can make this keep is bounded, so that it reads of an
-//! error where it asks for too much, and is not cut off.
+//! `protocol` parses requests and writes answers, `store` holds the keys, and `commands` executes
+//! requests on the store. This file serves the connection. All memory that a client can make the
+//! guest use is bounded: a client that asks for too much gets an error and keeps its connection.
 
 mod commands;
 mod glob;
@@ -32,11 +31,13 @@ use store::Time;
 
 wasinetd_guest::export!(handle_connection);
 
-/// So many bytes of answers are worth a write while there are more requests.
+/// Bytes of answers that are sent even if there are more requests to answer.
 const WORTH_SENDING: usize = 64 * 1024;
 
-/// With so many that the client does not take, no more requests are read. Those who send all of a long
-/// pipeline before they read would wait for ever if it were less than what they are used to.
+/// Bytes of unsent answers at which the guest stops reading requests.
+///
+/// Some clients send a long pipeline before they read any answer. A much lower limit would make
+/// such clients wait forever.
 const MAX_UNSENT: usize = 1024 * 1024;
 
 async fn handle_connection(stream: TcpStream) -> io::Result<()> {
@@ -46,18 +47,20 @@ async fn handle_connection(stream: TcpStream) -> io::Result<()> {
     let now = || {
         UNIX_EPOCH
             .elapsed()
-            .map_or(0, |since| since.as_millis() as i64)
+            .map_or(0, |elapsed| elapsed.as_millis() as i64)
     };
     serve(reader, writer, id, now, drain.begun()).await
 }
 
-/// Answers the requests from `reader` until it ends, the client quits or breaks the protocol, or,
-/// between two requests, `draining` is done. `id` is what the client is told as its number, and `now` tells
-/// the milliseconds since 1970.
+/// Answers the requests from `reader` until the conversation ends.
+///
+/// The conversation ends when `reader` ends, the client quits or violates the protocol, or
+/// `draining` resolves between two requests. `id` is the client number that `CLIENT ID` returns.
+/// `now` returns the milliseconds since 1970.
 ///
 /// # Errors
 ///
-/// Fails when `reader` or `writer` does.
+/// Fails when `reader` or `writer` fails.
 pub async fn serve(
     reader: impl AsyncBufRead,
     writer: impl AsyncWrite,
@@ -70,10 +73,10 @@ pub async fn serve(
     let mut conversation = Conversation::new(id);
     poll_fn(|cx| {
         loop {
-            // All that was received is answered before anything is sent, so that the answers to a
-            // pipeline go out together.
+            // All received requests are answered before any answer is sent, so that the answers to
+            // a pipeline need few writes.
             let worth_sending = conversation.unsent().len() + WORTH_SENDING;
-            let input_waits = loop {
+            let input_blocked = loop {
                 if conversation.ended || conversation.is_full() {
                     break true;
                 }
@@ -83,8 +86,8 @@ pub async fn serve(
                 match reader.as_mut().poll_fill_buf(cx)? {
                     Poll::Ready([]) => conversation.ended = true,
                     Poll::Ready(input) => {
-                        let taken = conversation.answer(input, now());
-                        reader.as_mut().consume(taken);
+                        let consumed = conversation.answer(input, now());
+                        reader.as_mut().consume(consumed);
                     }
                     Poll::Pending => {
                         drains |= draining.as_mut().poll(cx).is_ready();
@@ -102,8 +105,8 @@ pub async fn serve(
             match writer.as_mut().poll_write(cx, conversation.unsent())? {
                 Poll::Ready(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(sent) => conversation.sent(sent),
-                Poll::Pending if input_waits => return Poll::Pending,
-                // There is more to answer meanwhile.
+                Poll::Pending if input_blocked => return Poll::Pending,
+                // There are more requests to answer meanwhile.
                 Poll::Pending => {}
             }
         }
@@ -111,14 +114,14 @@ pub async fn serve(
     .await
 }
 
-/// What was received and not answered, and what was answered and not sent.
+/// The state of a conversation: a partial request, the session and unsent answers.
 struct Conversation {
     parser: Parser,
     session: Session,
     answers: Answers,
-    /// How much of the answers was sent.
+    /// The number of sent bytes at the start of `answers`.
     sent: usize,
-    /// Whether there are no more requests, or none that are worth reading.
+    /// Whether no more requests are read.
     ended: bool,
 }
 
@@ -133,8 +136,8 @@ impl Conversation {
         }
     }
 
-    /// Answers the requests in `input`, unless there are too many answers already. Returns how much it
-    /// has taken.
+    /// Answers the requests in `input` until there are too many unsent answers. Returns the number
+    /// of consumed bytes.
     fn answer(&mut self, input: &[u8], now: Time) -> usize {
         let mut rest = input;
         self.session.store.set_now(now);
@@ -170,7 +173,7 @@ impl Conversation {
             protocol::clear(bytes);
             self.sent = 0;
         } else if self.sent >= bytes.len() / 2 {
-            // No byte is moved twice on the average.
+            // On average, this moves each byte at most once.
             bytes.drain(..self.sent);
             self.sent = 0;
         }

@@ -1,29 +1,30 @@
-//! The serialization protocol of Redis, version 2 (RESP2): requests in, answers out. Errors have the
-//! words that Redis has for them.
+//! The serialization protocol of Redis, version 2 (RESP2): parses requests and writes answers.
+//!
+//! Errors have the same text as those of Redis.
 
 use std::io::Write;
 use std::mem;
 use std::ops::Index;
 
-/// The longest argument of a request.
+/// The longest argument of a request, in bytes.
 pub(crate) const MAX_BULK: usize = 1024 * 1024;
 
-/// The most that the arguments of a request have together.
+/// The largest sum of the argument lengths of a request, in bytes.
 pub(crate) const MAX_REQUEST: usize = 2 * MAX_BULK;
 
 /// The most arguments of a request.
 pub(crate) const MAX_ARGUMENTS: usize = 64 * 1024;
 
-/// The longest line: an inline command, or a length.
+/// The longest line in bytes: an inline command or a length.
 pub(crate) const MAX_LINE: usize = 64 * 1024;
 
-/// The most that one answer has. Less than there can be in the store: it is in memory beside it.
+/// The longest array answer in bytes. The answer needs memory beside the store, so it is smaller.
 pub(crate) const MAX_ANSWER: usize = 8 * 1024 * 1024;
 
-/// What is kept of a buffer when it is empty.
+/// The capacity that a cleared buffer keeps, in bytes.
 const KEPT: usize = 64 * 1024;
 
-/// The name of a command and its arguments, one behind the other.
+/// The name of a command and its arguments, in one buffer.
 #[derive(Default)]
 pub(crate) struct Request {
     bytes: Vec<u8>,
@@ -31,12 +32,12 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// How many there are, with the name.
+    /// The number of arguments, including the name.
     pub(crate) fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// Those from the one with this number on.
+    /// The arguments from index `first`. The name has index 0.
     pub(crate) fn from(&self, first: usize) -> impl Iterator<Item = &[u8]> + Clone {
         (first..self.len()).map(|n| &self[n])
     }
@@ -60,21 +61,21 @@ impl Index<usize> for Request {
     }
 }
 
-/// Empties a buffer, and keeps no more of it than is mostly needed.
+/// Clears a buffer and frees its memory beyond a usual size.
 pub(crate) fn clear(buffer: &mut Vec<u8>) {
     buffer.clear();
     buffer.shrink_to(KEPT);
 }
 
-/// What is wrong with a request. Where the next one begins is not known then.
+/// The reason why a request is malformed. The start of the next request is unknown after it.
 pub(crate) type ProtocolError = Error;
 
-/// Takes requests from what is received, in whatever pieces that comes. Each byte is looked at once.
+/// Parses requests from received pieces of any size. Scans each byte once.
 #[derive(Default)]
 pub(crate) struct Parser {
     request: Request,
     state: State,
-    /// A line of which the end was not received. One that has its end was taken.
+    /// The received part of an incomplete line, or the last line that arrived in several pieces.
     line: Vec<u8>,
 }
 
@@ -83,136 +84,160 @@ enum State {
     /// Before a request, or in its first line.
     #[default]
     Begin,
-    /// Before or in the line with the length of the first of so many arguments.
+    /// Before or in the line with the length of the next argument. `left` arguments are incomplete.
     Length { left: usize },
-    /// In the first of so many, of which so many bytes are missing, with its line end.
+    /// In the next argument. `missing` counts its bytes to come, including the line end.
     Bulk { left: usize, missing: usize },
 }
 
 impl Parser {
-    /// Takes from the front of `input` up to the end of a request, and returns whether that was
-    /// there. [`request`](Self::request) has it until the next call.
+    /// Parses from the front of `input` up to the end of a request.
+    ///
+    /// Returns whether the request is complete. [`request`](Self::request) returns it until the
+    /// next call.
     pub(crate) fn parse(&mut self, input: &mut &[u8]) -> Result<bool, ProtocolError> {
         while !input.is_empty() {
-            match self.state {
-                State::Begin => {
-                    self.request.clear();
-                    let Some(line) = take_line(&mut self.line, input) else {
-                        return self.unless_too_long(match self.line.first() {
-                            Some(b'*') => "too big mbulk count string",
-                            _ => "too big inline request",
-                        });
-                    };
-                    if let Some(count) = line.strip_prefix(b"*") {
-                        let count = integer(count)
-                            .filter(|count| *count <= MAX_ARGUMENTS as i64)
-                            .ok_or("invalid multibulk length")?;
-                        // None at all, or fewer, is no request, and no error either.
-                        if count > 0 {
-                            let left = count as usize;
-                            self.state = State::Length { left };
-                        }
-                    } else if line.len() > MAX_LINE {
-                        return Err("too big inline request".into());
-                    } else {
-                        split(line, &mut self.request)?;
-                        if self.request.len() > 0 {
-                            return Ok(true);
-                        }
-                    }
-                }
-                State::Length { left } => {
-                    let Some(line) = take_line(&mut self.line, input) else {
-                        return self.unless_too_long("too big bulk count string");
-                    };
-                    let length = line.strip_prefix(b"$").ok_or_else(|| {
-                        let other = char::from(*line.first().unwrap_or(&b' '));
-                        format!("expected '$', got '{other}'")
-                    })?;
-                    let length = integer(length)
-                        .and_then(|length| usize::try_from(length).ok())
-                        .filter(|length| *length <= MAX_BULK)
-                        .ok_or("invalid bulk length")?;
-                    if self.request.bytes.len() + length > MAX_REQUEST {
-                        return Err("too big request".into());
-                    }
-                    let missing = length + 2;
-                    self.state = State::Bulk { left, missing };
-                }
-                State::Bulk { left, missing } => {
-                    let (bytes, rest) = input.split_at(missing.min(input.len()));
-                    *input = rest;
-                    let request = &mut self.request;
-                    request.bytes.extend_from_slice(bytes);
-                    let missing = missing - bytes.len();
-                    if missing > 0 {
-                        self.state = State::Bulk { left, missing };
-                        break;
-                    }
-                    if !request.bytes.ends_with(b"\r\n") {
-                        return Err("expected a line end after a bulk string".into());
-                    }
-                    request.bytes.truncate(request.bytes.len() - 2);
-                    request.end_argument();
-                    if left == 1 {
-                        self.state = State::Begin;
-                        return Ok(true);
-                    }
-                    self.state = State::Length { left: left - 1 };
-                }
+            let complete = match self.state {
+                State::Begin => self.parse_first_line(input)?,
+                State::Length { left } => self.parse_length(input, left)?,
+                State::Bulk { left, missing } => self.parse_bulk(input, left, missing)?,
+            };
+            if complete {
+                return Ok(true);
             }
         }
         Ok(false)
     }
 
-    /// What [`parse`](Self::parse) has taken.
+    /// Parses the number of arguments, or an inline command. Returns whether the request is
+    /// complete.
+    fn parse_first_line(&mut self, input: &mut &[u8]) -> Result<bool, ProtocolError> {
+        self.request.clear();
+        let Some(line) = take_line(&mut self.line, input) else {
+            return self.incomplete_line(match self.line.first() {
+                Some(b'*') => "too big mbulk count string",
+                _ => "too big inline request",
+            });
+        };
+        let Some(count) = line.strip_prefix(b"*") else {
+            if line.len() > MAX_LINE {
+                return Err("too big inline request".into());
+            }
+            split(line, &mut self.request)?;
+            return Ok(self.request.len() > 0);
+        };
+        let count = integer(count)
+            .filter(|count| *count <= MAX_ARGUMENTS as i64)
+            .ok_or("invalid multibulk length")?;
+        // Redis ignores a request with no or a negative number of arguments.
+        if count > 0 {
+            let left = count as usize;
+            self.state = State::Length { left };
+        }
+        Ok(false)
+    }
+
+    /// Parses the length of the next argument. The request is never complete after it.
+    fn parse_length(&mut self, input: &mut &[u8], left: usize) -> Result<bool, ProtocolError> {
+        let Some(line) = take_line(&mut self.line, input) else {
+            return self.incomplete_line("too big bulk count string");
+        };
+        let length = line.strip_prefix(b"$").ok_or_else(|| {
+            let other = char::from(*line.first().unwrap_or(&b' '));
+            format!("expected '$', got '{other}'")
+        })?;
+        let length = integer(length)
+            .and_then(|length| usize::try_from(length).ok())
+            .filter(|length| *length <= MAX_BULK)
+            .ok_or("invalid bulk length")?;
+        if self.request.bytes.len() + length > MAX_REQUEST {
+            return Err("too big request".into());
+        }
+        let missing = length + 2;
+        self.state = State::Bulk { left, missing };
+        Ok(false)
+    }
+
+    /// Parses bytes of the next argument. Returns whether the request is complete.
+    fn parse_bulk(
+        &mut self,
+        input: &mut &[u8],
+        left: usize,
+        missing: usize,
+    ) -> Result<bool, ProtocolError> {
+        let (bytes, rest) = input.split_at(missing.min(input.len()));
+        *input = rest;
+        let request = &mut self.request;
+        request.bytes.extend_from_slice(bytes);
+        let missing = missing - bytes.len();
+        if missing > 0 {
+            self.state = State::Bulk { left, missing };
+            return Ok(false);
+        }
+        if !request.bytes.ends_with(b"\r\n") {
+            return Err("expected a line end after a bulk string".into());
+        }
+        request.bytes.truncate(request.bytes.len() - 2);
+        request.end_argument();
+        let complete = left == 1;
+        self.state = if complete {
+            State::Begin
+        } else {
+            State::Length { left: left - 1 }
+        };
+        Ok(complete)
+    }
+
+    /// The last request that [`parse`](Self::parse) completed.
     pub(crate) fn request(&self) -> &Request {
         &self.request
     }
 
-    /// Whether nothing was received of the next request.
+    /// Whether no byte of the next request was received.
     pub(crate) fn is_between_requests(&self) -> bool {
         matches!(self.state, State::Begin) && (self.line.is_empty() || self.line.ends_with(b"\n"))
     }
 
-    fn unless_too_long(&self, error: &'static str) -> Result<bool, ProtocolError> {
-        match self.line.len() > MAX_LINE {
-            true => Err(error.into()),
-            false => Ok(false),
+    /// Waits for the rest of a line, or fails with `error` if the line is too long already.
+    fn incomplete_line(&self, error: &'static str) -> Result<bool, ProtocolError> {
+        if self.line.len() > MAX_LINE {
+            return Err(error.into());
         }
+        Ok(false)
     }
 }
 
-/// Takes a line from the front of `input`, which continues `kept`; without its end. None if it is not
-/// whole: then all of it is in `kept`.
-fn take_line<'a, 'b: 'a>(kept: &'a mut Vec<u8>, input: &mut &'b [u8]) -> Option<&'a [u8]> {
-    if kept.ends_with(b"\n") {
-        clear(kept);
+/// Takes a line from the front of `input` and returns it without its end.
+///
+/// `partial` holds the start of the line from earlier input. An incomplete line moves to `partial`.
+fn take_line<'a, 'b: 'a>(partial: &'a mut Vec<u8>, input: &mut &'b [u8]) -> Option<&'a [u8]> {
+    if partial.ends_with(b"\n") {
+        clear(partial);
     }
     let Some(end) = input.iter().position(|byte| *byte == b'\n') else {
-        kept.extend_from_slice(mem::take(input));
+        partial.extend_from_slice(mem::take(input));
         return None;
     };
     let (line, rest) = input.split_at(end + 1);
     *input = rest;
-    let line = if kept.is_empty() {
+    let line = if partial.is_empty() {
         line
     } else {
-        kept.extend_from_slice(line);
-        kept
+        partial.extend_from_slice(line);
+        partial
     };
     let line = &line[..line.len() - 1];
     Some(line.strip_suffix(b"\r").unwrap_or(line))
 }
 
-/// Splits an inline command at its spaces, with the quotes and escapes of `redis-cli`.
+/// Splits an inline command at spaces, with the quotes and escapes of `redis-cli`.
 fn split(line: &[u8], request: &mut Request) -> Result<(), ProtocolError> {
     const UNBALANCED: ProtocolError = Error::Borrowed("unbalanced quotes in request");
     let mut rest = line.trim_ascii_start();
     while !rest.is_empty() {
         let mut quote = None;
         loop {
-            let (byte, taken) = match (quote, rest) {
+            let (byte, consumed) = match (quote, rest) {
                 (None, []) => break,
                 (None, [byte, ..]) if byte.is_ascii_whitespace() => break,
                 (None, [b @ (b'"' | b'\''), ..]) => {
@@ -252,7 +277,7 @@ fn split(line: &[u8], request: &mut Request) -> Result<(), ProtocolError> {
                 (_, [byte, ..]) => (*byte, 1),
             };
             request.bytes.push(byte);
-            rest = &rest[taken..];
+            rest = &rest[consumed..];
         }
         request.end_argument();
         rest = rest.trim_ascii_start();
@@ -260,7 +285,7 @@ fn split(line: &[u8], request: &mut Request) -> Result<(), ProtocolError> {
     Ok(())
 }
 
-/// A whole number as Redis writes it: no sign but a minus, no zeros in front, no space.
+/// Parses an integer in Redis's form: no plus sign, no leading zeros, no spaces.
 pub(crate) fn integer(text: &[u8]) -> Option<i64> {
     let digits = text.strip_prefix(b"-").unwrap_or(text);
     let canonical = match digits {
@@ -275,10 +300,10 @@ pub(crate) fn integer(text: &[u8]) -> Option<i64> {
         .ok()
 }
 
-/// Why a command was not carried out, as the client reads it.
+/// The text of an error answer.
 pub(crate) type Error = std::borrow::Cow<'static, str>;
 
-/// Answers that were not sent yet.
+/// A buffer of encoded answers.
 #[derive(Default)]
 pub(crate) struct Answers {
     pub(crate) bytes: Vec<u8>,
@@ -294,7 +319,7 @@ impl Answers {
     }
 
     pub(crate) fn error(&mut self, error: &str) {
-        // It is one line, whatever of the request it repeats.
+        // An error may quote the request, but has to be one line.
         self.line('-', error.replace(['\r', '\n'], " "));
     }
 
@@ -302,7 +327,6 @@ impl Answers {
         self.line(':', number);
     }
 
-    /// The number of something.
     pub(crate) fn count(&mut self, count: usize) {
         self.line(':', count);
     }
@@ -313,7 +337,6 @@ impl Answers {
         self.bytes.extend_from_slice(b"\r\n");
     }
 
-    /// A bulk string, or that there is none.
     pub(crate) fn bulk_or_null(&mut self, bytes: Option<&[u8]>) {
         match bytes {
             Some(bytes) => self.bulk(bytes),
@@ -329,12 +352,12 @@ impl Answers {
         self.bytes.extend_from_slice(b"*-1\r\n");
     }
 
-    /// The beginning of an array. Its elements follow.
+    /// Writes the header of an array. The caller writes its elements.
     pub(crate) fn array(&mut self, length: usize) {
         self.line('*', length);
     }
 
-    /// An array of bulk strings, or nothing and an error if it is too large for an answer.
+    /// Writes an array of bulk strings. Fails and writes nothing if the array is too long.
     pub(crate) fn bulks<'a>(
         &mut self,
         items: impl Iterator<Item = Option<&'a [u8]>> + Clone,
@@ -342,14 +365,14 @@ impl Answers {
         let (mut length, mut size) = (0, 0_usize);
         for item in items.clone() {
             length += 1;
-            // A length has seven digits at most, and two lines have an end.
+            // Beside its bytes, a string has `$`, at most seven digits and two line ends.
             size = size.saturating_add(item.map_or(0, <[u8]>::len) + 12);
         }
         if size > MAX_ANSWER {
             return Err(format!("ERR answer exceeds {MAX_ANSWER} bytes").into());
         }
         if size > KEPT {
-            // So much at once: growing would take up to three times as much for a moment.
+            // Growing step by step would briefly use up to three times the memory.
             self.bytes.reserve_exact(size + 16);
         }
         self.array(length);
@@ -366,7 +389,7 @@ impl Answers {
 mod tests {
     use super::*;
 
-    /// All requests in `input`, received in pieces of so many bytes, and what was wrong after them.
+    /// Parses `input` in pieces of `step` bytes. Returns the requests and the error that followed.
     fn requests(input: &[u8], step: usize) -> (Vec<Vec<Vec<u8>>>, Option<ProtocolError>) {
         let mut parser = Parser::default();
         let mut requests = Vec::new();
@@ -390,11 +413,11 @@ mod tests {
             requests(input.as_ref(), 1).1,
         );
         assert_eq!(whole, bytewise);
-        whole.expect("it is refused")
+        whole.expect("the input is malformed")
     }
 
     #[test]
-    fn requests_are_the_same_in_any_pieces() {
+    fn requests_do_not_depend_on_the_size_of_pieces() {
         let input = b"*2\r\n$4\r\nECHO\r\n$6\r\na\r\nb\0c\r\n\r\nPING  x \n*0\r\n*-1\r\n*1\r\n$0\r\n\r\nPING\r\n";
         let expected: Vec<Vec<Vec<u8>>> = vec![
             vec![b"ECHO".into(), b"a\r\nb\0c".into()],
@@ -408,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_known_whether_a_request_has_begun() {
+    fn the_parser_knows_whether_a_request_has_begun() {
         let mut parser = Parser::default();
         let request = b"*1\r\n$4\r\nPING\r\n";
         for (n, byte) in request.iter().enumerate() {
@@ -435,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_the_protocol_is_refused() {
+    fn malformed_requests_are_refused() {
         for (input, expected) in [
             ("*x\r\n", "invalid multibulk length"),
             ("*\r\n", "invalid multibulk length"),
@@ -456,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_bounded() {
+    fn the_length_of_a_line_is_bounded() {
         let longest = [vec![b'x'; MAX_LINE], b"\r\n".to_vec()].concat();
         assert_eq!(requests(&longest, 1000).0[0][0].len(), MAX_LINE);
         assert_eq!(error(vec![b'x'; MAX_LINE + 1]), "too big inline request");
@@ -471,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_bounded_as_a_whole() {
+    fn the_size_of_a_request_is_bounded() {
         let request = |arguments: &[usize]| {
             let mut input = format!("*{}\r\n", arguments.len()).into_bytes();
             for length in arguments {
@@ -491,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn integers_are_written_in_one_way() {
+    fn integers_have_one_form_only() {
         for (text, number) in [("0", 0), ("-1", -1), ("10", 10)] {
             assert_eq!(integer(text.as_bytes()), Some(number));
         }
@@ -513,7 +536,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_bounded_and_whole_or_not_there() {
+    fn an_answer_is_bounded_and_written_completely_or_not_at_all() {
         let item = vec![b'x'; MAX_BULK];
         let mut answers = Answers::default();
         answers.bulks(vec![Some(&item[..]); 7].into_iter()).unwrap();

@@ -1,4 +1,4 @@
-//! Keys and their values, bounded in all that they take of memory.
+//! Keys and values, with a limit on the memory that they use.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -6,8 +6,10 @@ use indexmap::{IndexMap, IndexSet};
 
 use crate::protocol::Error;
 
-/// The most that the store has, counted by [`key_cost`] and [`item_cost`]. With what its tables take while they
-/// grow, a request and the answers, this stays within a sandbox of 64 MiB.
+/// The limit of the store in bytes, counted by [`key_cost`] and [`item_cost`].
+///
+/// A full store, its growing tables, a request and the answers together fit into a sandbox of 64
+/// MiB.
 pub(crate) const MAX_USED: usize = 16 * 1024 * 1024;
 
 const WRONG_TYPE: &str = "WRONGTYPE Operation against a key holding the wrong kind of value";
@@ -17,22 +19,23 @@ pub(crate) type Time = i64;
 
 pub(crate) type Text = Vec<u8>;
 pub(crate) type List = VecDeque<Vec<u8>>;
-/// Boxed, as the next: most values are strings, and a table has the size of its largest.
+/// Boxed because most values are strings, and a larger variant would enlarge every table entry.
 pub(crate) type Set = Box<IndexSet<Vec<u8>>>;
+/// Boxed for the same reason as [`Set`].
 pub(crate) type Hash = Box<IndexMap<Vec<u8>, Vec<u8>>>;
 
-/// What a key counts for, beside its value.
+/// The memory that a key uses beside its value, in bytes.
 fn key_cost(key: &[u8]) -> usize {
-    // Its place in a table that has just grown, beside the one from which it grew.
+    // While the table grows, the key has an entry in the old and in the new one.
     192 + key.len()
 }
 
-/// What an element of a list, set or hash counts for, and a name or a value there each.
+/// The memory of a list or set element, or of a field or value of a hash, in bytes.
 pub(crate) fn item_cost(item: &[u8]) -> usize {
     64 + item.len()
 }
 
-/// What a command with these arguments may add to what is used, at most.
+/// The most memory that a command with these arguments adds, in bytes.
 pub(crate) fn request_cost<'a>(arguments: impl Iterator<Item = &'a [u8]>) -> usize {
     arguments.map(key_cost).sum()
 }
@@ -55,30 +58,30 @@ impl Value {
     }
 }
 
-/// One of the types of values.
+/// A type of values.
 pub(crate) trait Kind: Default {
-    fn of(value: &Value) -> Option<&Self>;
-    fn of_mut(value: &mut Value) -> Option<&mut Self>;
+    fn from_value(value: &Value) -> Option<&Self>;
+    fn from_value_mut(value: &mut Value) -> Option<&mut Self>;
     fn into_value(self) -> Value;
-    /// Whether a key with it is none.
+    /// Whether a key with this value is removed: a collection without elements.
     fn is_gone(&self) -> bool;
-    /// What it counts for, if that is known by a look at it.
+    /// The memory of the value in bytes, if it can be computed without visiting elements.
     fn known_cost(&self) -> Option<usize> {
         None
     }
-    /// Gives back what it had for elements that are gone, if that is most of it.
+    /// Frees the memory of removed elements if it is most of the capacity.
     fn trim(&mut self) {}
 }
 
 impl Kind for Text {
-    fn of(value: &Value) -> Option<&Self> {
+    fn from_value(value: &Value) -> Option<&Self> {
         match value {
             Value::Text(text) => Some(text),
             _ => None,
         }
     }
 
-    fn of_mut(value: &mut Value) -> Option<&mut Self> {
+    fn from_value_mut(value: &mut Value) -> Option<&mut Self> {
         match value {
             Value::Text(text) => Some(text),
             _ => None,
@@ -90,12 +93,12 @@ impl Kind for Text {
     }
 
     fn is_gone(&self) -> bool {
-        // An empty string is a value.
+        // Redis keeps empty strings.
         false
     }
 
     fn known_cost(&self) -> Option<usize> {
-        // What it has grown to, and not what it has.
+        // The capacity is the memory in use, unlike the length.
         Some(self.capacity())
     }
 }
@@ -103,16 +106,16 @@ impl Kind for Text {
 macro_rules! collection {
     ($type:ident) => {
         impl Kind for $type {
-            fn of(value: &Value) -> Option<&Self> {
+            fn from_value(value: &Value) -> Option<&Self> {
                 match value {
-                    Value::$type(it) => Some(it),
+                    Value::$type(collection) => Some(collection),
                     _ => None,
                 }
             }
 
-            fn of_mut(value: &mut Value) -> Option<&mut Self> {
+            fn from_value_mut(value: &mut Value) -> Option<&mut Self> {
                 match value {
-                    Value::$type(it) => Some(it),
+                    Value::$type(collection) => Some(collection),
                     _ => None,
                 }
             }
@@ -126,7 +129,7 @@ macro_rules! collection {
             }
 
             fn trim(&mut self) {
-                // Many that were large once would take more than they count for.
+                // The cost counts elements, so unused capacity would not be counted.
                 if self.len() < self.capacity() / 4 {
                     self.shrink_to(2 * self.len());
                 }
@@ -142,7 +145,7 @@ collection!(Hash);
 struct Entry {
     value: Value,
     expires: Option<Time>,
-    /// What the value counts for.
+    /// The memory of the value, in bytes.
     cost: usize,
 }
 
@@ -156,9 +159,10 @@ impl Entry {
 pub(crate) struct Store {
     entries: HashMap<Vec<u8>, Entry>,
     used: usize,
-    /// Keys whose time is up by now are gone.
+    /// The current time. Keys that have expired by then count as removed.
     now: Time,
-    /// No key expires before this. A full store is not searched for some at each command.
+    /// A lower bound of all expiry times, so that a full store need not be searched at each
+    /// command.
     next_expiry: Time,
 }
 
@@ -182,12 +186,12 @@ impl Store {
         self.now
     }
 
-    /// What is used of [`MAX_USED`].
+    /// The memory in use, in bytes. At most [`MAX_USED`].
     pub(crate) fn used(&self) -> usize {
         self.used
     }
 
-    /// Whether there is room for so much more.
+    /// Whether `cost` more bytes fit into the store.
     pub(crate) fn has_room(&mut self, cost: usize) -> bool {
         if self.used + cost > MAX_USED {
             self.remove_expired();
@@ -201,19 +205,21 @@ impl Store {
         entry.is_live(self.now).then_some(&entry.value)
     }
 
-    /// The value of a key, if it has one of this type.
+    /// The value of a key. Fails if the value has another type.
     pub(crate) fn get<K: Kind>(&self, key: &[u8]) -> Result<Option<&K>, Error> {
         match self.value(key) {
             None => Ok(None),
-            Some(value) => match K::of(value) {
+            Some(value) => match K::from_value(value) {
                 Some(value) => Ok(Some(value)),
                 None => Err(WRONG_TYPE.into()),
             },
         }
     }
 
-    /// Changes the value of a key by `change`, which counts in its second argument what the value
-    /// costs. A key that is not there begins with an empty value, and one of which nothing is left ends.
+    /// Changes the value of a key with `change`.
+    ///
+    /// `change` updates the cost of the value in its second argument. A missing key starts with an
+    /// empty value. A key whose collection becomes empty is removed.
     pub(crate) fn change<K: Kind, R>(
         &mut self,
         key: &[u8],
@@ -228,24 +234,24 @@ impl Store {
             }
             return Ok(result);
         }
-        let entry = self.entries.get_mut(key).expect("it is live");
-        let before = entry.cost;
-        let value = K::of_mut(&mut entry.value).ok_or(WRONG_TYPE)?;
+        let entry = self.entries.get_mut(key).expect("the key is live");
+        let old_cost = entry.cost;
+        let value = K::from_value_mut(&mut entry.value).ok_or(WRONG_TYPE)?;
         let result = change(value, &mut entry.cost);
         value.trim();
         entry.cost = value.known_cost().unwrap_or(entry.cost);
-        self.used = self.used - before + entry.cost;
+        self.used = self.used - old_cost + entry.cost;
         if value.is_gone() {
             self.remove(key);
         }
         result
     }
 
-    /// Gives a key a string, in place of whatever it had.
+    /// Sets a key to a string and replaces any old value.
     pub(crate) fn set(&mut self, key: &[u8], text: &[u8], expires: Option<Time>) {
         self.note_expiry(expires);
         match self.entries.get_mut(key) {
-            // The usual change of a value: no new key, no new memory.
+            // The common case, a new string of the same length, reuses the key and the memory.
             Some(Entry {
                 value: Value::Text(old),
                 expires: old_expires,
@@ -274,7 +280,7 @@ impl Store {
         self.entries.insert(key.to_vec(), entry);
     }
 
-    /// Removes a key, and returns whether it was there.
+    /// Removes a key and returns whether it existed.
     pub(crate) fn remove(&mut self, key: &[u8]) -> bool {
         let Some(entry) = self.entries.remove(key) else {
             return false;
@@ -283,13 +289,13 @@ impl Store {
         entry.is_live(self.now)
     }
 
-    /// When the time of a key is up, if ever, of one that is there.
+    /// The expiry time of a key, if the key exists and if it expires.
     pub(crate) fn expires(&self, key: &[u8]) -> Option<Option<Time>> {
         let entry = self.entries.get(key)?;
         entry.is_live(self.now).then_some(entry.expires)
     }
 
-    /// Changes that.
+    /// Sets or removes the expiry time of a key.
     pub(crate) fn set_expires(&mut self, key: &[u8], expires: Option<Time>) {
         self.note_expiry(expires);
         if let Some(entry) = self.live(key) {
@@ -301,13 +307,13 @@ impl Store {
         self.next_expiry = self.next_expiry.min(expires.unwrap_or(Time::MAX));
     }
 
-    /// All keys that are there.
+    /// All keys that have not expired.
     pub(crate) fn keys(&mut self) -> impl Iterator<Item = &[u8]> + Clone {
         self.remove_expired();
         self.entries.keys().map(Vec::as_slice)
     }
 
-    /// How many of them will expire.
+    /// The number of keys with an expiry time.
     pub(crate) fn expiring(&self) -> usize {
         let entries = self.entries.values();
         entries.filter(|entry| entry.expires.is_some()).count()
@@ -337,13 +343,13 @@ impl Store {
         let (now, used, next) = (self.now, &mut self.used, &mut self.next_expiry);
         *next = Time::MAX;
         self.entries.retain(|key, entry| {
-            let stays = entry.is_live(now);
-            if stays {
+            let is_live = entry.is_live(now);
+            if is_live {
                 *next = (*next).min(entry.expires.unwrap_or(Time::MAX));
             } else {
                 *used -= key_cost(key) + entry.cost;
             }
-            stays
+            is_live
         });
     }
 }
@@ -353,7 +359,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_that_was_used_is_given_back() {
+    fn removing_all_keys_frees_all_memory() {
         let mut store = Store::default();
         store.set(b"text", b"value", None);
         store.set(b"text", b"other", Some(5));
@@ -385,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_large_once_is_small_again() {
+    fn a_collection_that_shrinks_frees_capacity() {
         let mut store = Store::default();
         let push = |list: &mut List, _: &mut usize| {
             list.extend(vec![Vec::new(); 10_000]);
@@ -402,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_ends_when_its_time_is_up() {
+    fn keys_expire() {
         let mut store = Store::default();
         for (key, expires) in [
             (b"a", Some(10)),

@@ -1,4 +1,4 @@
-//! The whole over mock streams.
+//! Tests of whole conversations over mock streams.
 
 use std::cell::{Cell, RefCell};
 use std::pin::Pin;
@@ -14,7 +14,7 @@ use super::*;
 use crate::protocol::{MAX_ANSWER, MAX_BULK};
 use crate::store::MAX_USED;
 
-/// What is answered to `input`, which comes in pieces of so many bytes.
+/// The answers to `input`, received in pieces of `step` bytes.
 fn talk(input: impl AsRef<[u8]>, step: usize) -> String {
     let mut written = Vec::new();
     let reader = input.as_ref().limited(step).interleave_pending();
@@ -25,7 +25,7 @@ fn talk(input: impl AsRef<[u8]>, step: usize) -> String {
     String::from_utf8(written).unwrap()
 }
 
-/// A request of these words.
+/// Encodes a request.
 fn request(words: &[&[u8]]) -> Vec<u8> {
     let mut request = format!("*{}\r\n", words.len()).into_bytes();
     for word in words {
@@ -37,7 +37,7 @@ fn request(words: &[&[u8]]) -> Vec<u8> {
 }
 
 impl Conversation {
-    /// The answer to one request.
+    /// The answer to the request of `words`.
     fn ask(&mut self, words: &[&[u8]], now: Time) -> String {
         let request = request(words);
         assert_eq!(self.answer(&request, now), request.len());
@@ -46,7 +46,7 @@ impl Conversation {
         answer
     }
 
-    /// The same, of a request without spaces in its words.
+    /// The answer to a request written as words with spaces between them.
     fn say(&mut self, words: &str, now: Time) -> String {
         let words: Vec<_> = words.split(' ').map(str::as_bytes).collect();
         self.ask(&words, now)
@@ -54,12 +54,8 @@ impl Conversation {
 }
 
 #[test]
-fn each_command_answers_as_redis_does() {
-    let mut conversation = Conversation::new(7);
-    for (request, answer) in [
-        ("PING", "+PONG"),
-        ("ping x", "$1 x"),
-        ("ECHO x", "$1 x"),
+fn string_commands_answer_as_in_redis() {
+    assert_answers(&[
         ("SET a 1", "+OK"),
         ("GET a", "$1 1"),
         ("GET b", "$-1"),
@@ -103,6 +99,12 @@ fn each_command_answers_as_redis_does() {
         ("DEL c d", ":1"),
         ("UNLINK a b", ":2"),
         ("DBSIZE", ":0"),
+    ]);
+}
+
+#[test]
+fn list_commands_answer_as_in_redis() {
+    assert_answers(&[
         ("RPUSH l c d", ":2"),
         ("LPUSH l b a", ":4"),
         ("LRANGE l 0 -1", "*4 $1 a $1 b $1 c $1 d"),
@@ -121,6 +123,12 @@ fn each_command_answers_as_redis_does() {
         ("LPOP l", "$-1"),
         ("LPOP l 1", "*-1"),
         ("TYPE l", "+none"),
+    ]);
+}
+
+#[test]
+fn set_commands_answer_as_in_redis() {
+    assert_answers(&[
         ("SADD s a b a", ":2"),
         ("SCARD s", ":2"),
         ("SISMEMBER s a", ":1"),
@@ -129,6 +137,12 @@ fn each_command_answers_as_redis_does() {
         ("SPOP s", "$1 a"),
         ("SPOP s", "$-1"),
         ("SPOP s 1", "*0"),
+    ]);
+}
+
+#[test]
+fn hash_commands_answer_as_in_redis() {
+    assert_answers(&[
         ("HSET h f 1 g 2", ":2"),
         ("HSET h f 3", ":0"),
         (
@@ -143,6 +157,15 @@ fn each_command_answers_as_redis_does() {
         ("KEYS [a-g]", "*0"),
         ("HDEL h f g z", ":2"),
         ("EXISTS h", ":0"),
+    ]);
+}
+
+#[test]
+fn connection_commands_answer_as_in_redis() {
+    assert_answers(&[
+        ("PING", "+PONG"),
+        ("ping x", "$1 x"),
+        ("ECHO x", "$1 x"),
         ("SELECT 0", "+OK"),
         ("SELECT 1", "-ERR DB index is out of range"),
         ("CONFIG GET save", "*2 $4 save $0 "),
@@ -177,21 +200,27 @@ fn each_command_answers_as_redis_does() {
             "ZADD z 1 a",
             "-ERR unknown command 'ZADD', with args beginning with: 'z' '1' 'a' ",
         ),
-    ] {
-        let said = conversation.say(request, 0);
+        ("INFO keyspace", "$12 # Keyspace "),
+    ]);
+}
+
+/// Sends requests on one connection and compares the answers, with spaces for line ends. The store
+/// has to be empty at the end.
+fn assert_answers(requests: &[(&str, &str)]) {
+    let mut conversation = Conversation::new(7);
+    for (request, answer) in requests {
+        let received = conversation.say(request, 0);
         assert_eq!(
-            said.replace("\r\n", " "),
+            received.replace("\r\n", " "),
             format!("{answer} "),
             "for {request}"
         );
     }
     assert_eq!(conversation.session.store.used(), 0);
-    let info = conversation.say("INFO keyspace", 0);
-    assert_eq!(info, "$12\r\n# Keyspace\r\n\r\n");
 }
 
 #[test]
-fn keys_live_as_long_as_they_were_given() {
+fn keys_expire_as_in_redis() {
     let mut conversation = Conversation::new(7);
     for (now, request, answer) in [
         (0, "SET a 1 EX 10", "+OK"),
@@ -221,9 +250,9 @@ fn keys_live_as_long_as_they_were_given() {
         (16_001, "EXPIRE a -1", ":1"),
         (16_001, "EXISTS a", ":0"),
     ] {
-        let said = conversation.say(request, now);
+        let received = conversation.say(request, now);
         assert_eq!(
-            said.replace("\r\n", " "),
+            received.replace("\r\n", " "),
             format!("{answer} "),
             "{request} at {now}"
         );
@@ -232,7 +261,7 @@ fn keys_live_as_long_as_they_were_given() {
 }
 
 #[test]
-fn a_pipeline_is_answered_in_order_whatever_the_steps() {
+fn a_pipeline_is_answered_in_order_for_any_read_size() {
     let input = "*2\r\n$4\r\nINCR\r\n$1\r\na\r\n".repeat(300) + "PING last\r\n";
     let expected: String = (1..=300).map(|n| format!(":{n}\r\n")).collect();
     for step in [1, 7, 1000, 1 << 20] {
@@ -245,29 +274,24 @@ fn a_pipeline_is_answered_in_order_whatever_the_steps() {
 }
 
 #[test]
-fn quit_and_broken_protocol_are_the_end() {
+fn quit_and_protocol_errors_end_the_conversation() {
     assert_eq!(talk("PING\r\nQUIT\r\nPING\r\n", 1000), "+PONG\r\n+OK\r\n");
     assert_eq!(
         talk("PING\r\n*1\r\n$-5\r\nPING\r\n", 3),
         "+PONG\r\n-ERR Protocol error: invalid bulk length\r\n"
     );
-    // One that is cut off is no request.
+    // A truncated request gets no answer.
     assert_eq!(talk("PING\r\n*1\r\n$4\r\nPI", 3), "+PONG\r\n");
 }
 
 #[test]
-fn a_server_that_drains_is_waited_for_until_a_request_is_whole() {
+fn a_draining_server_waits_for_the_end_of_a_request() {
     let written = RefCell::default();
     let ends = |input: &'static [u8]| {
         written.take();
-        let reader = BufReader::new(input.chain(Silent));
-        let future = pin!(serve(
-            reader,
-            Taking(&written, usize::MAX),
-            7,
-            || 0,
-            ready(())
-        ));
+        let reader = BufReader::new(input.chain(SilentClient));
+        let writer = LimitedWriter::unlimited(&written);
+        let future = pin!(serve(reader, writer, 7, || 0, ready(())));
         future.poll(&mut noop_context()).is_ready()
     };
     assert!(ends(b""));
@@ -277,10 +301,10 @@ fn a_server_that_drains_is_waited_for_until_a_request_is_whole() {
     assert!(!ends(b"*1\r\n"));
 }
 
-/// A client that sends nothing more, and stays.
-struct Silent;
+/// A client that sends nothing more and stays connected.
+struct SilentClient;
 
-impl AsyncRead for Silent {
+impl AsyncRead for SilentClient {
     fn poll_read(
         self: Pin<&mut Self>,
         _: &mut Context<'_>,
@@ -290,21 +314,33 @@ impl AsyncRead for Silent {
     }
 }
 
-/// Takes so many bytes, and then none. Has each write by itself.
-struct Taking<'a>(&'a RefCell<Vec<Vec<u8>>>, usize);
+/// A writer that accepts a number of bytes and then blocks. Records each write.
+struct LimitedWriter<'a> {
+    written: &'a RefCell<Vec<Vec<u8>>>,
+    remaining: usize,
+}
 
-impl AsyncWrite for Taking<'_> {
+impl<'a> LimitedWriter<'a> {
+    fn unlimited(written: &'a RefCell<Vec<Vec<u8>>>) -> Self {
+        Self {
+            written,
+            remaining: usize::MAX,
+        }
+    }
+}
+
+impl AsyncWrite for LimitedWriter<'_> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        if self.1 == 0 {
+        if self.remaining == 0 {
             return Poll::Pending;
         }
-        let n = bytes.len().min(self.1);
-        self.1 -= n;
-        self.0.borrow_mut().push(bytes[..n].into());
+        let n = bytes.len().min(self.remaining);
+        self.remaining -= n;
+        self.written.borrow_mut().push(bytes[..n].into());
         Poll::Ready(Ok(n))
     }
 
@@ -318,36 +354,39 @@ impl AsyncWrite for Taking<'_> {
 }
 
 #[test]
-fn what_was_received_together_is_answered_in_one_write() {
+fn a_pipeline_is_answered_in_one_write() {
     let written = RefCell::default();
     let input = b"PING\r\n".repeat(5_000);
-    // Eight reads.
+    // The input takes eight reads.
     let reader = BufReader::with_capacity(4096, input.as_slice());
-    let writer = Taking(&written, usize::MAX);
+    let writer = LimitedWriter::unlimited(&written);
     block_on(serve(reader, writer, 7, || 0, pending())).unwrap();
     assert_eq!(written.borrow().concat(), b"+PONG\r\n".repeat(5_000));
     assert_eq!(written.borrow().len(), 1);
 }
 
 #[test]
-fn who_takes_no_answers_is_not_read_from_for_ever() {
+fn reading_stops_when_the_client_does_not_take_answers() {
     let sent = Cell::new(0);
     let written = RefCell::default();
-    let requests = Requests(&sent);
-    let reader = BufReader::new(requests);
-    let future = pin!(serve(reader, Taking(&written, 1_000), 7, || 0, pending()));
+    let reader = BufReader::new(EndlessPings(&sent));
+    let writer = LimitedWriter {
+        written: &written,
+        remaining: 1_000,
+    };
+    let future = pin!(serve(reader, writer, 7, || 0, pending()));
     assert!(future.poll(&mut noop_context()).is_pending());
     assert_eq!(written.borrow().concat().len(), 1_000);
-    // Six bytes are answered by seven.
+    // Each request has six bytes, and its answer seven.
     let answered = sent.get() / 6 * 7;
     let expected = MAX_UNSENT..MAX_UNSENT + 100_000;
     assert!(expected.contains(&answered), "{answered}");
 }
 
-/// `PING` without end.
-struct Requests<'a>(&'a Cell<usize>);
+/// A client that sends `PING` without end. Counts the bytes.
+struct EndlessPings<'a>(&'a Cell<usize>);
 
-impl AsyncRead for Requests<'_> {
+impl AsyncRead for EndlessPings<'_> {
     fn poll_read(
         self: Pin<&mut Self>,
         _: &mut Context<'_>,
@@ -362,10 +401,10 @@ impl AsyncRead for Requests<'_> {
 }
 
 #[test]
-fn a_line_without_end_is_refused_before_it_takes_memory() {
+fn an_endless_line_is_refused() {
     let written = RefCell::default();
     let reader = BufReader::new(repeat(b'x'));
-    let writer = Taking(&written, usize::MAX);
+    let writer = LimitedWriter::unlimited(&written);
     block_on(serve(reader, writer, 7, || 0, pending())).unwrap();
     assert_eq!(
         written.borrow().concat(),
@@ -374,7 +413,7 @@ fn a_line_without_end_is_refused_before_it_takes_memory() {
 }
 
 #[test]
-fn the_store_is_bounded_and_what_is_removed_makes_room() {
+fn a_full_store_refuses_writes_until_keys_are_removed() {
     let oom = "-OOM command not allowed when used memory > 'maxmemory'.\r\n";
     let value = vec![b'x'; 1000];
     for command in ["SET", "APPEND", "RPUSH", "SADD", "HSET", "MSET"] {
@@ -397,7 +436,7 @@ fn the_store_is_bounded_and_what_is_removed_makes_room() {
             (MAX_USED - 5_000..=MAX_USED).contains(&used),
             "{command}: {used}"
         );
-        // Reading goes on.
+        // Reads still work.
         assert!(conversation.say("DBSIZE", 0).starts_with(':'));
         for key in ["0", "1", "k", "h"] {
             conversation.say(&format!("DEL {key}"), 0);
@@ -407,7 +446,7 @@ fn the_store_is_bounded_and_what_is_removed_makes_room() {
 }
 
 #[test]
-fn what_has_expired_makes_room() {
+fn expired_keys_free_memory() {
     let mut conversation = Conversation::new(7);
     let value = vec![b'x'; MAX_BULK];
     let mut set = |n: usize, now| {
@@ -435,7 +474,7 @@ fn strings_and_answers_are_bounded() {
         4 + 7 * (MAX_BULK + 12)
     );
     assert_eq!(conversation.say("MGET a a a a a a a a", 0), too_long);
-    // Nothing is lost that cannot be answered.
+    // A pop whose answer is too long removes nothing.
     for key in ["l", "s"] {
         let command: &[u8] = if key == "l" { b"RPUSH" } else { b"SADD" };
         for n in 0..9 {

@@ -1,7 +1,8 @@
-//! Files by the shortest way through the host.
+//! Reading small files with few host calls.
 //!
-//! [`std::fs`] works in a guest as anywhere else. It is built for programs that live longer than one
-//! connection: it keeps tables of its own, and asks the host for more than a small file is worth.
+//! [`std::fs`] works in a guest as anywhere else. It is built for programs that live longer than
+//! one connection: it maintains tables of its own and makes more host calls than a small file is
+//! worth.
 
 use std::io;
 use std::path::Path;
@@ -11,20 +12,22 @@ use crate::rt::bindings::wasi::filesystem0_2_12::types::{
     Descriptor, DescriptorFlags, ErrorCode, OpenFlags, PathFlags,
 };
 
-/// How much the host is asked for at once. Most pages of a protocol are smaller, and what a sandbox
-/// has touched has to be cleared for the next connection.
+/// Bytes per read. Most files that a protocol sends are smaller, and the host has to clear all
+/// memory that a guest touched before the next connection reuses it.
 const STEP: usize = 4 * 1024;
 
 thread_local! {
-    /// The directories that the operator has granted, each with its name here.
+    /// The directories that the operator has granted, with their paths in the guest.
     static GRANTED: Vec<(Descriptor, String)> = get_directories();
 }
 
-/// Reads the regular file at `path`, an absolute path below a directory that the operator has
-/// granted.
+/// Reads the whole file at `path`.
 ///
-/// Unlike [`std::fs::read`] it asks neither for the file's size first nor for what follows its last
-/// byte: in a sandbox that costs as much as reading a small file does.
+/// `path` is absolute and lies below a directory that the operator has granted (`--dir`). The file
+/// is a regular file.
+///
+/// Unlike [`std::fs::read`], this function neither queries the file size first nor reads once more
+/// to find the end of the file. In a sandbox those two calls cost as much as reading a small file.
 ///
 /// ```no_run
 /// let page = wasinetd_guest::fs::read("/static/hello.html")?;
@@ -33,29 +36,29 @@ thread_local! {
 ///
 /// # Errors
 ///
-/// [`io::ErrorKind::NotFound`] where there is no such file, or no grant that it is in; other kinds
-/// as the host's file system has them.
+/// [`io::ErrorKind::NotFound`] if the file does not exist or no granted directory contains `path`.
+/// Other errors of the host's file system keep their kinds.
 ///
 /// # Panics
 ///
-/// Panics outside of a wasm guest: there is no host to ask.
+/// Panics outside a wasm guest, where there is no host to call.
 pub fn read(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
     let path = path.as_ref();
     GRANTED.with(|granted| {
-        let (directory, below) = granted
+        let (directory, relative) = granted
             .iter()
             .filter_map(|(directory, name)| Some((directory, path.strip_prefix(name).ok()?)))
-            // A grant may be inside of another one; the one that is nearest to the file holds.
-            .min_by_key(|(_, below)| below.as_os_str().len())
+            // Of nested grants, the innermost applies.
+            .min_by_key(|(_, relative)| relative.as_os_str().len())
             .ok_or(io::ErrorKind::NotFound)?;
-        let below = match below.to_str().ok_or(io::ErrorKind::InvalidInput)? {
+        let relative = match relative.to_str().ok_or(io::ErrorKind::InvalidInput)? {
             "" => ".",
-            below => below,
+            relative => relative,
         };
         let file = directory
             .open_at(
                 PathFlags::SYMLINK_FOLLOW,
-                below,
+                relative,
                 OpenFlags::empty(),
                 DescriptorFlags::READ,
             )
@@ -68,7 +71,7 @@ fn read_all(file: &Descriptor) -> Result<Vec<u8>, ErrorCode> {
     let mut bytes = Vec::new();
     loop {
         let (mut next, end) = file.read(STEP as u64, bytes.len() as u64)?;
-        // A regular file yields less than was asked for only at its end (POSIX, read).
+        // A short read of a regular file means that its end was reached (POSIX, read).
         let last = end || next.len() < STEP;
         if bytes.is_empty() {
             bytes = next;
@@ -85,7 +88,7 @@ fn error(code: ErrorCode) -> io::Error {
     let kind = match code {
         ErrorCode::NoEntry => io::ErrorKind::NotFound,
         ErrorCode::Access | ErrorCode::NotPermitted => io::ErrorKind::PermissionDenied,
-        // What was opened just now, and is no file to a host.
+        // The descriptor was opened successfully, so a host that calls it bad means a directory.
         ErrorCode::IsDirectory | ErrorCode::BadDescriptor => io::ErrorKind::IsADirectory,
         ErrorCode::NotDirectory => io::ErrorKind::NotADirectory,
         ErrorCode::Invalid => io::ErrorKind::InvalidInput,

@@ -1,8 +1,7 @@
-//! The two directions of a connection as poll functions over the owned-buffer streams of the
-//! component model.
+//! The two halves of a connection, polled over component-model streams.
 //!
-//! A component-model read or write owns its buffer until it completes, while
-//! [`AsyncRead`] and [`AsyncWrite`] lend one for the length of a poll. Each half therefore has a buffer of its own.
+//! A component-model read or write owns its buffer until it completes, whereas [`AsyncRead`] and
+//! [`AsyncWrite`] borrow one for the duration of a poll. Each half therefore has its own buffer.
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -17,23 +16,27 @@ use wit_bindgen::rt::async_support::{FutureReader, StreamResult, StreamWriter};
 use crate::rt::bindings::wit_stream;
 use crate::rt::{Connection, ErrorCode, io_error};
 
-/// The most that one host call moves. As large as the default socket buffers make worthwhile, and
-/// small enough that two of them fit in the memory a guest starts with.
+/// The most bytes that one host call moves.
+///
+/// Default socket buffers make larger transfers pointless, and two such buffers fit into the memory
+/// that a guest starts with.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// How much the first reads ask for; it grows with a stream that fills it. Most messages are
-/// small, and what a sandbox has touched has to be cleared for the next connection.
+/// The size of the read buffer at first. It grows while the stream fills it.
+///
+/// Most messages are small, and the host has to clear all memory that a guest touched before the
+/// next connection reuses it.
 const FIRST_BUFFER_BYTES: usize = 2 * 1024;
 
-/// The receiving direction of a [`TcpStream`](crate::TcpStream), by
-/// [`into_split`](crate::TcpStream::into_split).
+/// The receiving half of a [`TcpStream`](crate::TcpStream).
 ///
-/// As an [`AsyncBufRead`] it lends what the host has written into its buffer, without a copy.
-pub struct ReadHalf(&'static mut Receiving);
+/// Created by [`into_split`](crate::TcpStream::into_split). [`AsyncBufRead`] gives access to the
+/// buffer that the host writes into, without a copy.
+pub struct ReadHalf(&'static mut Receiver);
 
 impl ReadHalf {
     pub(crate) fn new(connection: &'static Connection) -> Self {
-        Self(Box::leak(Box::new(Receiving::new(connection))))
+        Self(Box::leak(Box::new(Receiver::new(connection))))
     }
 }
 
@@ -56,34 +59,35 @@ impl AsyncRead for ReadHalf {
         if buffer.is_empty() {
             return Poll::Ready(Ok(0));
         }
-        let receiving = &mut *self.get_mut().0;
-        let received = ready!(receiving.poll_fill(cx))?;
+        let receiver = &mut *self.get_mut().0;
+        let received = ready!(receiver.poll_fill(cx))?;
         let n = received.len().min(buffer.len());
         buffer[..n].copy_from_slice(&received[..n]);
-        receiving.consume(n);
+        receiver.consume(n);
         Poll::Ready(Ok(n))
     }
 }
 
-/// Moves bytes for one direction; resolves when the direction has ended.
+/// A future that reads from the host. Resolves at the end of the stream.
 type Pump = Pin<Box<dyn Future<Output = Result<(), ErrorCode>>>>;
 
-/// What the pump fills, and who has it.
+/// The slot through which [`Receiver`] and its pump pass the buffer.
 #[derive(Default)]
 enum Inbox {
-    /// The reader, while there are bytes in it that were not consumed.
+    /// The receiver or the pump holds the buffer.
     #[default]
     Lent,
-    /// The pump, which is to fill it.
+    /// The buffer is consumed and waits for the pump.
     Empty(Vec<u8>),
-    /// Nobody yet: the pump has filled it.
+    /// The buffer is filled and waits for the receiver.
     Filled(Vec<u8>),
 }
 
-/// A future, boxed once per connection, fills the buffer whenever all of it has been consumed. The
-/// two hand the buffer to each other by way of the inbox: whoever does not have it finds
-/// [`Inbox::Lent`] there.
-struct Receiving {
+/// The state of the receiving half.
+///
+/// The pump, a future boxed once per connection, refills the buffer whenever all of its bytes have
+/// been consumed.
+struct Receiver {
     pump: Pump,
     inbox: Rc<Cell<Inbox>>,
     bytes: Vec<u8>,
@@ -91,11 +95,11 @@ struct Receiving {
     ended: Option<Result<(), ErrorCode>>,
 }
 
-impl Receiving {
+impl Receiver {
     fn new(connection: &'static Connection) -> Self {
         let inbox = Rc::new(Cell::default());
         Self {
-            pump: Box::pin(receive(connection, inbox.clone())),
+            pump: Box::pin(pump(connection, inbox.clone())),
             inbox,
             bytes: Vec::new(),
             consumed: 0,
@@ -103,11 +107,10 @@ impl Receiving {
         }
     }
 
-    /// Received bytes that were not consumed. None at the end of the stream.
+    /// Received bytes that were not consumed yet. Empty at the end of the stream.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
         if self.consumed == self.bytes.len() && self.ended.is_none() {
             if self.bytes.capacity() > 0 {
-                // The pump has lent it: it gets it back.
                 self.inbox
                     .set(Inbox::Empty(std::mem::take(&mut self.bytes)));
                 self.consumed = 0;
@@ -131,8 +134,8 @@ impl Receiving {
     }
 }
 
-/// Fills a buffer, and does so again each time that it comes back.
-async fn receive(connection: &'static Connection, inbox: Rc<Cell<Inbox>>) -> Result<(), ErrorCode> {
+/// Fills the buffer with received bytes each time the receiver returns it.
+async fn pump(connection: &'static Connection, inbox: Rc<Cell<Inbox>>) -> Result<(), ErrorCode> {
     let (mut stream, end) = connection.receive();
     let mut buffer = Vec::with_capacity(FIRST_BUFFER_BYTES);
     loop {
@@ -141,14 +144,14 @@ async fn receive(connection: &'static Connection, inbox: Rc<Cell<Inbox>>) -> Res
             return end.await;
         }
         if filled.is_empty() {
-            // Nothing is lent that would look like the end.
+            // The receiver would take an empty buffer for the end of the stream.
             buffer = filled;
             continue;
         }
         inbox.set(Inbox::Filled(filled));
         buffer = poll_fn(|_| match inbox.take() {
             Inbox::Empty(buffer) => Poll::Ready(buffer),
-            // `Receiving` polls again when it has put it there.
+            // No waker is needed: the receiver polls this future after it returns the buffer.
             other => {
                 inbox.set(other);
                 Poll::Pending
@@ -163,16 +166,16 @@ async fn receive(connection: &'static Connection, inbox: Rc<Cell<Inbox>>) -> Res
     }
 }
 
-/// The sending direction of a [`TcpStream`](crate::TcpStream), by
-/// [`into_split`](crate::TcpStream::into_split).
+/// The sending half of a [`TcpStream`](crate::TcpStream).
 ///
-/// Dropping it does not close this direction: [`futures::AsyncWriteExt::close`] does, and returning
-/// from the handler.
-pub struct WriteHalf(&'static mut Sending);
+/// Created by [`into_split`](crate::TcpStream::into_split). Dropping this half does not close the
+/// sending direction. [`futures::AsyncWriteExt::close`] does, and so does returning from the
+/// handler.
+pub struct WriteHalf(&'static mut Sender);
 
 impl WriteHalf {
     pub(crate) fn new(connection: &'static Connection) -> Self {
-        Self(Box::leak(Box::new(Sending {
+        Self(Box::leak(Box::new(Sender {
             connection,
             state: State::Unused,
             end: None,
@@ -191,7 +194,7 @@ impl AsyncWrite for WriteHalf {
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // Nothing is held back.
+        // `Sender` buffers no bytes.
         Poll::Ready(Ok(()))
     }
 
@@ -200,37 +203,40 @@ impl AsyncWrite for WriteHalf {
     }
 }
 
-/// It holds no bytes back: what a write has accepted, the host has taken. A write that the host
-/// cannot take at once is cancelled, and a write of no bytes waits for its turn instead, so that
-/// the bytes stay with the caller, who may drop the write or change its mind.
-struct Sending {
+/// The state of the sending half.
+///
+/// The sender buffers no bytes: the host has taken all bytes that a write reports as accepted. If
+/// the host cannot take any at once, the sender cancels the write and waits with a write of no
+/// bytes. The caller thus keeps its bytes, and may drop the write or send other bytes instead.
+struct Sender {
     connection: &'static Connection,
     state: State,
-    /// Why the host took no more, once it does not.
+    /// Resolves to the reason why the host takes no more bytes.
     end: Option<FutureReader<Result<(), ErrorCode>>>,
-    /// Reused for each write: the host takes bytes only from a buffer that it is handed.
+    /// The buffer passed to the host, which needs an owned one. Reused for each write.
     buffer: Vec<u8>,
 }
 
 enum State {
-    /// Nothing was written yet, and the host has no stream to take it from.
+    /// The host was not given a stream yet, because nothing was written.
     Unused,
     Open(StreamWriter<u8>),
-    /// Until the host can take more.
+    /// Waits until the host can take more bytes.
     Waiting(Pin<Box<dyn Future<Output = (StreamWriter<u8>, StreamResult)>>>),
-    /// Until the host has said how it ended.
+    /// Waits for the host's result.
     Ending(Pin<Box<dyn Future<Output = Result<(), ErrorCode>>>>),
     Ended(Result<(), ErrorCode>),
 }
 
-impl Sending {
+impl Sender {
+    /// Gives the host the stream to send from.
     fn begin(&mut self) {
         let (writer, reader) = wit_stream::new();
         self.end = Some(self.connection.send(reader));
         self.state = State::Open(writer);
     }
 
-    /// Sends some of `bytes`.
+    /// Sends a prefix of `bytes` and returns its length.
     fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if bytes.is_empty() {
             return Poll::Ready(Ok(0));
@@ -258,7 +264,7 @@ impl Sending {
         }
     }
 
-    /// Closes this direction.
+    /// Closes the sending direction and returns the host's result.
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let State::Unused = self.state {
             self.begin();
@@ -269,7 +275,7 @@ impl Sending {
         self.poll_end(cx)
     }
 
-    /// Drops the writer, which ends the stream if the host has not, and asks how it ended.
+    /// Drops the writer, which closes the stream, and waits for the host's result.
     fn end(&mut self) {
         let end = self.end.take();
         self.state = State::Ending(Box::pin(async move {
@@ -280,9 +286,9 @@ impl Sending {
         }));
     }
 
-    /// Waits until the host can take more.
+    /// Waits until the host can take more bytes.
     fn wait(&mut self) {
-        // The placeholder is replaced in the next line but one.
+        // `Ended` is a placeholder: the next statement sets the state.
         let open = std::mem::replace(&mut self.state, State::Ended(Ok(())));
         if let State::Open(mut writer) = open {
             self.state = State::Waiting(Box::pin(async move {
@@ -303,7 +309,7 @@ impl Sending {
     }
 }
 
-/// Writes what the host takes of `bytes` at once.
+/// Writes as many of `bytes` as the host takes at once.
 fn try_write(
     writer: &mut StreamWriter<u8>,
     buffer: &mut Vec<u8>,

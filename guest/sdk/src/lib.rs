@@ -1,7 +1,7 @@
 //! Write a TCP protocol handler that wasinetd runs in a fresh sandbox for each connection.
 //!
-//! A guest is a `cdylib` with one async function and one macro line. This is all of a guest that
-//! sends back what it receives:
+//! A guest is a `cdylib` with one async function and one macro line. This is a complete echo
+//! server:
 //!
 //! ```
 //! use futures::{AsyncReadExt, AsyncWriteExt};
@@ -30,13 +30,14 @@
 //! wasinetd-guest = { path = "wasinetd/guest/sdk" }
 //! ```
 //!
-//! `cargo build --release --target wasm32-wasip2` makes a component of it, and
-//! `wasinetd serve target/wasm32-wasip2/release/NAME.wasm` serves it.
+//! Build the component with `cargo build --release --target wasm32-wasip2` and serve it with
+//! `wasinetd serve target/wasm32-wasip2/release/NAME.wasm`. `wasinetd new NAME` creates such a
+//! crate.
 //!
-//! # Handlers that can be tested without a sandbox
+//! # Testing a handler without a sandbox
 //!
-//! A handler that is generic over [`futures::io::AsyncRead`] and [`futures::io::AsyncWrite`] needs
-//! neither wasm nor a socket to be tested: hand it a mock stream.
+//! Make the handler generic over [`futures::io::AsyncRead`] and [`futures::io::AsyncWrite`]. A test
+//! then passes a mock stream and needs neither wasm nor a socket.
 //!
 //! ```
 //! use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Cursor};
@@ -63,10 +64,14 @@
 //!
 //! # How a connection ends
 //!
-//! Returning `Ok(())` delivers all that was written and closes the connection. Returning an error,
-//! or panicking, resets it, so that a client can tell a broken answer from a whole one; the
-//! host's log has the error's text, or its kind if that says it all. [`futures::AsyncWriteExt::close`] closes only the writing
-//! side.
+//! | The handler | The client sees | The host's log has |
+//! | --- | --- | --- |
+//! | returns `Ok(())` | all written bytes, then the end of the stream (FIN) | `ok` |
+//! | returns an error | a reset (RST) | the text of the error, or its kind |
+//! | panics | a reset (RST) | the panic message and a backtrace |
+//!
+//! A client can therefore tell a complete answer from a truncated one. To close only the writing
+//! side and go on reading, call [`futures::AsyncWriteExt::close`].
 
 #![deny(missing_docs)]
 
@@ -75,17 +80,18 @@ mod half;
 mod stream;
 mod tls;
 
+use std::io;
 use std::time::Duration;
 
 pub use half::{ReadHalf, WriteHalf};
 pub use stream::{Address, Drain, TcpStream};
 pub use tls::{ClientCertificate, TlsInfo};
 
-/// What the [`export!`] macro expands to. Not a public interface.
+/// Items that the [`export!`] macro expands to. Not a public interface.
 #[doc(hidden)]
 pub mod rt;
 
-/// Waits for `duration`, while the host serves other connections.
+/// Sleeps for `duration`. The host serves other connections meanwhile.
 ///
 /// ```no_run
 /// # async fn example() {
@@ -95,8 +101,8 @@ pub mod rt;
 ///
 /// # Panics
 ///
-/// Panics outside of a wasm guest: there is no host to ask. Hand the clock to a generic handler as
-/// a parameter where it is to be tested natively.
+/// Panics outside a wasm guest, where there is no host to call. A handler that is also tested
+/// natively should take its clock as a parameter.
 pub async fn sleep(duration: Duration) {
     let nanoseconds = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
     rt::bindings::wasi::clocks0_3_0::monotonic_clock::wait_for(nanoseconds).await;
@@ -104,7 +110,7 @@ pub async fn sleep(duration: Duration) {
 
 /// Exports an `async fn(TcpStream) -> std::io::Result<()>` as the handler of this guest.
 ///
-/// Write it once, at the top level of the guest's crate. See the [crate documentation](crate).
+/// Use the macro once, at the top level of the guest's crate. See the [crate documentation](crate).
 #[macro_export]
 macro_rules! export {
     ($handler:path $(,)?) => {
@@ -115,7 +121,7 @@ macro_rules! export {
                 async fn handle_connection(
                     connection: $crate::rt::Connection,
                 ) -> ::core::result::Result<(), $crate::rt::ErrorCode> {
-                    $crate::rt::run(connection, $handler).await
+                    $crate::run(connection, $handler).await
                 }
             }
 
@@ -124,8 +130,23 @@ macro_rules! export {
     };
 }
 
-/// Exports a type that implements `rt::Handler` by hand, as the fixtures do that use the bindings
-/// in ways this crate does not. Not a public interface.
+/// Calls the handler and returns its result as `wasinetd:tcp/handler` defines it.
+///
+/// [`export!`] expands to a call of this function. Not a public interface.
+#[doc(hidden)]
+pub async fn run<F, Fut>(connection: rt::Connection, handler: F) -> Result<(), rt::ErrorCode>
+where
+    F: FnOnce(TcpStream) -> Fut,
+    Fut: Future<Output = io::Result<()>>,
+{
+    handler(TcpStream::new(connection))
+        .await
+        .map_err(|error| rt::error_code(&error))
+}
+
+/// Exports a type that implements `rt::Handler` itself. Not a public interface.
+///
+/// Test fixtures use this macro to call the bindings in ways that this crate does not.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! export_guest {
@@ -133,8 +154,8 @@ macro_rules! export_guest {
         #[cfg(target_family = "wasm")]
         $crate::rt::export_handler!($guest with_types_in $crate::rt::bindings);
 
-        // The names that the component model exports by are no symbol names on other targets,
-        // where a guest is compiled only to be tested: there it counts as used, no more.
+        // Export names of the component model are not valid symbol names on other targets. Guests
+        // are compiled there only for their tests, so this line merely marks the handler as used.
         #[cfg(not(target_family = "wasm"))]
         const _: fn() = || _ = <$guest as $crate::rt::Handler>::handle_connection;
     };

@@ -1,10 +1,8 @@
-//! The seam between the generated bindings and [`TcpStream`]: what `export!` expands to.
+//! The generated bindings that `export!` expands to, and the conversion of errors.
 
 use std::io;
 
-use crate::TcpStream;
-
-/// Generated from `wit/`, the same files that the host generates its side from.
+/// Bindings generated from `wit/`. The host generates its own from the same files.
 #[allow(missing_docs)]
 pub mod bindings {
     wit_bindgen::generate!({
@@ -12,8 +10,8 @@ pub mod bindings {
         inline: "
             package wasinetd:guest;
 
-            /// What this crate uses of `wasinetd:tcp/connection-handler`. A guest's own imports
-            /// are added by the toolchain when it links.
+            /// The part of `wasinetd:tcp/connection-handler` that this crate uses. The linker adds
+            /// the imports of the guest itself.
             world guest {
                 import wasinetd:tcp/types@0.1.0;
                 import wasi:clocks/monotonic-clock@0.3.0;
@@ -32,19 +30,8 @@ pub mod bindings {
 pub use bindings::export_handler;
 pub use bindings::exports::wasinetd::tcp::handler::{Connection, ErrorCode, Guest as Handler};
 
-/// Calls the handler and ends the connection as `wasinetd:tcp/handler` asks for.
-pub async fn run<F, Fut>(connection: Connection, handler: F) -> Result<(), ErrorCode>
-where
-    F: FnOnce(TcpStream) -> Fut,
-    Fut: Future<Output = io::Result<()>>,
-{
-    handler(TcpStream::new(connection))
-        .await
-        .map_err(|error| error_code(&error))
-}
-
-/// The error code that stands for `error` in the host's log.
-fn error_code(error: &io::Error) -> ErrorCode {
+/// The error code that the host logs for `error`.
+pub(crate) fn error_code(error: &io::Error) -> ErrorCode {
     match error.kind() {
         io::ErrorKind::ConnectionReset => ErrorCode::ConnectionReset,
         io::ErrorKind::BrokenPipe => ErrorCode::ConnectionBroken,
@@ -54,7 +41,7 @@ fn error_code(error: &io::Error) -> ErrorCode {
     }
 }
 
-/// The I/O error that a handler sees for `code`.
+/// The I/O error that the handler gets for `code`.
 pub(crate) fn io_error(code: &ErrorCode) -> io::Error {
     let kind = match code {
         ErrorCode::ConnectionReset => io::ErrorKind::ConnectionReset,

@@ -1,4 +1,4 @@
-//! The connection as the futures crate sees a stream.
+//! The connection as a stream of the futures crate.
 
 use std::fmt;
 use std::io;
@@ -9,23 +9,24 @@ use std::task::{Context, Poll};
 
 use futures::io::{AsyncBufRead, AsyncRead, AsyncWrite};
 
-use crate::TlsInfo;
 use crate::half::{ReadHalf, WriteHalf};
 use crate::rt::Connection;
 use crate::rt::bindings::wasinetd::tcp::types::SocketAddress;
+use crate::tls::TlsInfo;
 
-/// The connection that a handler is called with.
+/// The client connection that the host passes to the handler.
 ///
-/// It reads and writes as any stream of the [futures] crate does; as an [`AsyncBufRead`] it has
-/// `read_line` and `lines`, and lends what was received without a copy.
-/// What a write has accepted is on its way when it returns, and needs no flush. A write waits
-/// while the client does not read, and fails once the client is gone.
+/// The stream implements the I/O traits of the [futures] crate. [`AsyncBufRead`] adds `read_line`
+/// and `lines`, and gives access to received bytes without a copy.
 ///
-/// Dropping it does not end the connection: returning from the handler does.
+/// A write that returns has handed its bytes to the host; no flush is needed. A write waits while
+/// the client does not read, and fails once the client is gone.
+///
+/// Dropping the stream does not end the connection. Returning from the handler does.
 pub struct TcpStream {
-    // All of it is left where it is when the handler returns, and gone with the instance: to drop
-    // the writing direction would tell the client that the answer is complete (FIN), which after an
-    // error it is not, and to drop the rest would be calls of the host for nothing.
+    // The fields are leaked and go away with the instance. Dropping the writer would send FIN,
+    // which tells the client that the answer is complete, even after an error. Dropping the others
+    // would cost host calls and achieve nothing.
     connection: &'static Connection,
     read: ReadHalf,
     write: WriteHalf,
@@ -41,27 +42,27 @@ impl TcpStream {
         }
     }
 
-    /// The two directions, to be used side by side.
+    /// Splits the stream into halves that can be used concurrently.
     pub fn into_split(self) -> (ReadHalf, WriteHalf) {
         (self.read, self.write)
     }
 
-    /// The number by which the host's log names this connection.
+    /// The number of this connection in the host's log.
     pub fn id(&self) -> u64 {
         self.connection.id()
     }
 
-    /// Where the client has connected from, over whichever transport.
+    /// The client's address, over IP or a Unix socket.
     pub fn peer(&self) -> Address {
         self.connection.remote_address().into()
     }
 
-    /// Where the client has connected to, over whichever transport.
+    /// The address that the client connected to, over IP or a Unix socket.
     pub fn local(&self) -> Address {
         self.connection.local_address().into()
     }
 
-    /// The address of the client, of one that has connected over IP. See [`Self::peer`] for others.
+    /// The client's IP address and port. See [`Self::peer`] for other transports.
     ///
     /// # Errors
     ///
@@ -70,7 +71,8 @@ impl TcpStream {
         self.peer().ip()
     }
 
-    /// The address that the client connected to over IP. See [`Self::local`] for others.
+    /// The IP address and port that the client connected to. See [`Self::local`] for other
+    /// transports.
     ///
     /// # Errors
     ///
@@ -79,16 +81,16 @@ impl TcpStream {
         self.local().ip()
     }
 
-    /// What is known of TLS, if the host speaks it with the client (`--tls-cert`). What is read and
-    /// written here is within.
+    /// The TLS session, if the host terminates TLS for this connection (`--tls-cert`).
     ///
-    /// Reading ends in order only if the client said by TLS that it is at its end. If it just closed, or
-    /// somebody on the way did, the last read is an error, for what came may be cut short.
+    /// The handler reads and writes plaintext. Reading reaches the end of the stream only after the
+    /// client's `close_notify`. If the connection was closed without one, the last read fails,
+    /// because the data may have been truncated on the way.
     ///
     /// ```no_run
     /// # fn example(stream: &wasinetd_guest::TcpStream) {
     /// if let Some(client) = stream.tls().and_then(|tls| tls.client_certificate) {
-    ///     println!("this is {}", client.subject);
+    ///     println!("authenticated as {}", client.subject);
     /// }
     /// # }
     /// ```
@@ -96,7 +98,7 @@ impl TcpStream {
         self.connection.tls().map(Into::into)
     }
 
-    /// How to learn that the host is draining, for as long as the stream itself is in use.
+    /// A handle that tells when to end the connection. It can be used beside the stream.
     pub fn drain(&self) -> Drain {
         Drain {
             connection: self.connection,
@@ -142,20 +144,20 @@ impl AsyncWrite for TcpStream {
     }
 }
 
-/// Tells a handler that its connection is waited for, and how urgently.
+/// Tells a handler that the host is draining or has a newer guest version.
 ///
-/// When a newer version of the guest has taken over, a protocol that keeps connections open should
-/// make the next exchange the last, so that the client connects again. An idle connection may be kept:
-/// the host waits for long (`--max-old-version-age`).
+/// When a newer version of the guest has taken over, a protocol with long connections should end
+/// the connection after the next exchange, so that the client reconnects to the new version. Idle
+/// connections may stay open: the host waits up to `--max-old-version-age` for them.
 ///
-/// When the host drains, it accepts no new connections, and idle ones should end at once: it waits
-/// only for so long (`--drain-timeout`).
+/// While the host drains, it accepts no new connections. Idle connections should then close at
+/// once, because the host resets any that are still open after `--drain-timeout`.
 pub struct Drain {
     connection: &'static Connection,
 }
 
 impl Drain {
-    /// Whether the host has begun to drain. Cheap enough to ask once for each exchange.
+    /// Whether the host has begun to drain. Cheap enough to call once per exchange.
     pub fn has_begun(&self) -> bool {
         self.connection.is_draining()
     }
@@ -165,33 +167,34 @@ impl Drain {
         self.connection.draining().await;
     }
 
-    /// Whether a newer version of the guest has taken over, or the host has begun to drain. Cheap
-    /// enough to ask once for each exchange.
+    /// Whether a newer guest version has taken over or the host drains.
+    ///
+    /// Cheap enough to call once per exchange.
     pub fn is_replaced(&self) -> bool {
         self.connection.is_replaced()
     }
 
-    /// Waits until a newer version of the guest has taken over, or the host begins to drain.
+    /// Waits until a newer guest version has taken over or the host drains.
     pub async fn replaced(&self) {
         self.connection.replaced().await;
     }
 }
 
-/// One end of a connection.
+/// The address of one end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Address {
-    /// Of a TCP connection.
+    /// The IP address and port of a TCP socket.
     Ip(SocketAddr),
-    /// Of a Unix socket, with its path unless it has none: clients mostly have none.
+    /// The path of a Unix socket. Client sockets are mostly unnamed and have none.
     Unix(Option<PathBuf>),
 }
 
 impl Address {
-    /// The address of a TCP connection.
+    /// The IP address and port, if this is a TCP address.
     ///
     /// # Errors
     ///
-    /// [`io::ErrorKind::Unsupported`] when it is none.
+    /// [`io::ErrorKind::Unsupported`] for a Unix socket.
     pub fn ip(&self) -> io::Result<SocketAddr> {
         match self {
             Self::Ip(address) => Ok(*address),
@@ -200,7 +203,7 @@ impl Address {
     }
 }
 
-/// An address and a port, `unix:PATH`, or `unix`.
+/// Formats as `IP:PORT`, `unix:PATH` or, for an unnamed socket, `unix`.
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

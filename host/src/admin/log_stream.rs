@@ -1,99 +1,106 @@
-//! The log, for those who follow it from elsewhere.
+//! The log as a stream, for readers of the admin API.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use hyper::body::Bytes;
 use tokio::sync::broadcast;
 
-/// How much of the log is kept for those who ask later, in bytes.
-const KEPT: usize = 256 << 10;
+use crate::sync::lock;
 
-/// How many pieces of the log may be on their way to a follower. Who does not keep up loses some.
-const ON_THE_WAY: usize = 64;
+/// Size of the history that later readers get, in bytes. Arbitrary: some two thousand lines.
+const HISTORY_BYTES: usize = 256 << 10;
 
-/// How large such a piece is, about, in bytes: what is on the way is bounded.
-const PIECE: usize = 64 << 10;
+/// Largest number of chunks that wait for a follower. A follower that falls behind misses chunks.
+const MAX_WAITING_CHUNKS: usize = 64;
 
-/// Some lines of the log.
+/// Size of a chunk, in bytes, unless a single line is longer: bounds the memory of waiting chunks.
+const CHUNK_BYTES: usize = 64 << 10;
+
+/// Some successive lines of the log.
 #[derive(Clone)]
-pub(super) struct Piece {
+pub(super) struct Chunk {
     text: Bytes,
-    /// The connection that each line is of, and where it ends.
-    lines: Arc<[(Option<u64>, usize)]>,
+    lines: Arc<[LogLine]>,
 }
 
-impl Piece {
-    /// All of it, or what is of one connection.
-    pub(super) fn of(&self, id: Option<u64>) -> Bytes {
+/// The connection that a line is about, if any. Then the end of the line in the text.
+type LogLine = (Option<u64>, usize);
+
+impl Chunk {
+    /// The lines about the connection `id`, or all lines.
+    pub(super) fn lines_of(&self, id: Option<u64>) -> Bytes {
         if id.is_none() {
             return self.text.clone();
         }
-        let mut from = 0;
+        let mut start = 0;
         let mut text = Vec::new();
-        for (of, end) in self.lines.iter() {
-            if *of == id {
-                text.extend_from_slice(&self.text[from..*end]);
+        for (line_id, end) in self.lines.iter() {
+            if *line_id == id {
+                text.extend_from_slice(&self.text[start..*end]);
             }
-            from = *end;
+            start = *end;
         }
         text.into()
     }
 }
 
-/// Hands on what is logged.
+/// The log: a short history, and all followers. Clones share both.
 #[derive(Clone)]
 pub struct LogStream(Arc<Shared>);
 
 struct Shared {
-    kept: Mutex<VecDeque<Piece>>,
-    followers: broadcast::Sender<Piece>,
+    history: Mutex<VecDeque<Chunk>>,
+    followers: broadcast::Sender<Chunk>,
 }
 
 impl Default for LogStream {
     fn default() -> Self {
         Self(Arc::new(Shared {
-            kept: Mutex::default(),
-            followers: broadcast::Sender::new(ON_THE_WAY),
+            history: Mutex::default(),
+            followers: broadcast::Sender::new(MAX_WAITING_CHUNKS),
         }))
     }
 }
 
 impl LogStream {
-    /// Hands on some lines: their numbers of connections, each with where it ends in `text`.
-    pub fn hand_on(&self, text: Bytes, lines: &[(Option<u64>, usize)]) {
-        let mut from = 0;
-        // Where all of the piece is about as large as it is to be.
+    /// Adds lines to the log.
+    ///
+    /// `lines` holds, for each line, the number of the connection that the line is about, if any, and
+    /// the end of the line in `text`.
+    pub fn publish(&self, text: Bytes, lines: &[(Option<u64>, usize)]) {
+        let mut start = 0;
         let mut rest = lines;
         while !rest.is_empty() {
-            let whole = rest.partition_point(|(_, end)| end - from <= PIECE).max(1);
-            let (these, others) = rest.split_at(whole);
-            let end = these[whole - 1].1;
-            let lines = these.iter().map(|(id, end)| (*id, end - from)).collect();
-            self.hand_on_piece(Piece {
-                text: text.slice(from..end),
+            let fitting = rest.partition_point(|(_, end)| end - start <= CHUNK_BYTES);
+            let (chunk, later) = rest.split_at(fitting.max(1));
+            let end = chunk[chunk.len() - 1].1;
+            let lines = chunk.iter().map(|(id, end)| (*id, end - start)).collect();
+            self.publish_chunk(Chunk {
+                text: text.slice(start..end),
                 lines,
             });
-            (from, rest) = (end, others);
+            (start, rest) = (end, later);
         }
     }
 
-    fn hand_on_piece(&self, piece: Piece) {
-        let mut kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.push_back(piece.clone());
-        let mut bytes: usize = kept.iter().map(|piece| piece.text.len()).sum();
-        while bytes > KEPT && kept.len() > 1 {
-            bytes -= kept.pop_front().map_or(0, |piece| piece.text.len());
+    fn publish_chunk(&self, chunk: Chunk) {
+        let mut history = lock(&self.0.history);
+        history.push_back(chunk.clone());
+        let mut bytes: usize = history.iter().map(|chunk| chunk.text.len()).sum();
+        while bytes > HISTORY_BYTES && history.len() > 1 {
+            bytes -= history.pop_front().map_or(0, |chunk| chunk.text.len());
         }
-        // It fails where nobody follows.
-        let _ = self.0.followers.send(piece);
+        // Sending fails if there is no follower.
+        let _ = self.0.followers.send(chunk);
     }
 
-    /// What was logged last, and what follows. Nothing is in both or in neither.
-    pub(super) fn follow(&self) -> (Vec<Piece>, broadcast::Receiver<Piece>) {
-        let kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let follows = self.0.followers.subscribe();
-        (kept.iter().cloned().collect(), follows)
+    /// The history, and a receiver of all later chunks.
+    pub(super) fn follow(&self) -> (Vec<Chunk>, broadcast::Receiver<Chunk>) {
+        // The lock keeps a chunk from being in both, or in neither.
+        let history = lock(&self.0.history);
+        let receiver = self.0.followers.subscribe();
+        (history.iter().cloned().collect(), receiver)
     }
 }
 
@@ -102,29 +109,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lines_of_one_connection_are_told_from_others() {
+    fn lines_are_selected_by_connection() {
         let logs = LogStream::default();
         let text = "one\ntwo\nother\n";
-        logs.hand_on(text.into(), &[(Some(1), 4), (None, 8), (Some(2), 14)]);
-        let (kept, _) = logs.follow();
-        assert_eq!(kept.len(), 1);
-        assert_eq!(kept[0].of(None), text);
-        assert_eq!(kept[0].of(Some(1)), "one\n");
-        assert_eq!(kept[0].of(Some(2)), "other\n");
-        assert_eq!(kept[0].of(Some(3)), "");
+        logs.publish(text.into(), &[(Some(1), 4), (None, 8), (Some(2), 14)]);
+        let (history, _) = logs.follow();
+        assert_eq!(history.len(), 1);
+        assert_eq!(history[0].lines_of(None), text);
+        assert_eq!(history[0].lines_of(Some(1)), "one\n");
+        assert_eq!(history[0].lines_of(Some(2)), "other\n");
+        assert_eq!(history[0].lines_of(Some(3)), "");
     }
 
     #[test]
-    fn so_much_is_kept_and_no_more_and_in_pieces() {
+    fn the_history_is_bounded_and_split_into_chunks() {
         let logs = LogStream::default();
         let line = "x".repeat(1023) + "\n";
         let lines: Vec<_> = (1..=1000).map(|n| (Some(n), n as usize * 1024)).collect();
-        logs.hand_on(line.repeat(1000).into(), &lines);
-        let (kept, _) = logs.follow();
-        assert!(kept.iter().all(|piece| piece.text.len() <= PIECE));
-        let bytes: usize = kept.iter().map(|piece| piece.text.len()).sum();
-        assert!(bytes <= KEPT && bytes > KEPT - PIECE, "{bytes}");
-        let last: Vec<_> = kept.iter().map(|piece| piece.of(Some(1000))).collect();
+        logs.publish(line.repeat(1000).into(), &lines);
+        let (history, _) = logs.follow();
+        assert!(history.iter().all(|chunk| chunk.text.len() <= CHUNK_BYTES));
+        let bytes: usize = history.iter().map(|chunk| chunk.text.len()).sum();
+        assert!(
+            bytes <= HISTORY_BYTES && bytes > HISTORY_BYTES - CHUNK_BYTES,
+            "{bytes}"
+        );
+        let last: Vec<_> = history
+            .iter()
+            .map(|chunk| chunk.lines_of(Some(1000)))
+            .collect();
         assert_eq!(last.concat(), line.as_bytes());
     }
 }

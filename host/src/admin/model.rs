@@ -1,171 +1,174 @@
-//! What the admin endpoint answers, as JSON.
+//! The JSON of the admin API.
 
 use serde::{Deserialize, Serialize};
 
-/// `GET /v1/status`: how the server is.
+/// `GET /v1/status`: the state of the server.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
-    /// The release of wasinetd that serves.
+    /// Release of wasinetd.
     pub version: String,
-    /// Its process.
+    /// Number of the server's process.
     pub pid: u32,
-    /// Since when it serves (RFC 3339).
+    /// Start of the server (RFC 3339).
     pub since: String,
-    /// The same, in seconds until now.
+    /// Time since the start, in seconds.
     pub uptime: f64,
     /// `serving` or `draining`.
     pub phase: String,
-    /// Connections that are open.
+    /// Open connections.
     pub open: u64,
-    /// Connections that may be open at once.
+    /// Largest number of open connections.
     pub max_connections: u64,
-    /// Failures to accept a connection.
+    /// Failed attempts to accept a connection.
     pub accept_errors: u64,
     /// The services.
     pub services: Vec<Service>,
-    /// How often each limit was met, those that were.
-    pub limits_met: Vec<LimitMet>,
+    /// Limits that were hit at least once.
+    pub limits_met: Vec<LimitHits>,
 }
 
 /// A service.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Service {
-    /// Its name.
+    /// Name of the service.
     pub name: String,
-    /// Connections that are open.
+    /// Open connections.
     pub open: u64,
-    /// Connections that have ended.
+    /// Ended connections.
     pub ended: u64,
-    /// Bytes received on them.
+    /// Bytes received on ended connections.
     pub received: u64,
-    /// Bytes sent on them.
+    /// Bytes sent on ended connections.
     pub sent: u64,
-    /// How long they were open.
+    /// Histogram of the time that ended connections were open.
     pub durations: Vec<Bucket>,
-    /// The versions of its guest that there are, the latest first.
+    /// Versions of the guest, the latest first.
     pub versions: Vec<Version>,
 }
 
 impl Service {
-    /// The bucket that so large a share of the connections falls into or below, of those that have
-    /// ended since it was as `before`. None if there are none.
-    pub fn duration(&self, before: Option<&Self>, share: f64) -> Option<Bucket> {
+    /// The bucket with a quantile of the durations of ended connections.
+    ///
+    /// With `before`, an earlier state, only connections that ended later count. `None` if there are
+    /// none.
+    pub fn duration_quantile(&self, before: Option<&Self>, quantile: f64) -> Option<Bucket> {
         let before = before.map_or(&[][..], |before| &before.durations);
-        let before = before.iter().map(|bucket| bucket.count);
-        let ended = self
+        let counts_before = before.iter().map(|bucket| bucket.count);
+        let counts_before = counts_before.chain(std::iter::repeat(0));
+        let new: Vec<Bucket> = self
             .durations
             .iter()
-            .zip(before.chain(std::iter::repeat(0)));
-        let ended: Vec<Bucket> = ended
+            .zip(counts_before)
             .map(|(bucket, before)| Bucket {
                 count: bucket.count.saturating_sub(before),
                 ..*bucket
             })
             .collect();
-        let all: u64 = ended.iter().map(|bucket| bucket.count).sum();
-        let mut left = ((all as f64 * share).ceil() as u64).max(1);
-        ended.into_iter().find(|bucket| {
-            let here = bucket.count >= left;
-            left = left.saturating_sub(bucket.count);
-            here
+        let total: u64 = new.iter().map(|bucket| bucket.count).sum();
+        let mut rank = ((total as f64 * quantile).ceil() as u64).max(1);
+        new.into_iter().find(|bucket| {
+            let is_reached = bucket.count >= rank;
+            rank = rank.saturating_sub(bucket.count);
+            is_reached
         })
     }
 }
 
-/// How many connections were open for so long.
+/// A bucket of a histogram of durations.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Bucket {
-    /// At most so long, in seconds, and longer than the bucket before has. The last one has no bound.
+    /// Upper bound, inclusive, in seconds. The lower bound is that of the bucket before. The last
+    /// bucket has no upper bound.
     pub seconds: Option<f64>,
-    /// So many.
+    /// Connections in this bucket.
     pub count: u64,
 }
 
 /// A version of a guest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Version {
-    /// SHA-256 of its component.
+    /// SHA-256 of the component.
     pub digest: String,
     /// `current`, `previous` or `old`.
     pub state: String,
-    /// Since when it is or was served (RFC 3339).
+    /// Time when it became the current version (RFC 3339).
     pub since: String,
-    /// Connections that are open.
+    /// Open connections.
     pub open: u64,
-    /// Connections that have ended, by outcome, those that there were.
+    /// Ended connections by outcome, without outcomes that have not occurred.
     pub ended: Vec<Outcome>,
 }
 
-/// How many connections ended in a way.
+/// Number of connections with one outcome.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Outcome {
-    /// The way, as in the metrics.
+    /// Name of the outcome, as in the metrics.
     pub outcome: String,
-    /// So many.
+    /// Connections with this outcome.
     pub count: u64,
 }
 
-/// How often a limit was met.
+/// Number of times that a limit was hit.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct LimitMet {
-    /// Its name: that of its flag.
+pub struct LimitHits {
+    /// Name of the limit, which is that of its flag.
     pub limit: String,
-    /// So often.
+    /// Hits since the server started.
     pub met: u64,
 }
 
-/// `GET /v1/connections`: those that are open.
+/// `GET /v1/connections`: an open connection.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Connection {
-    /// Its number, as in the log.
+    /// Number of the connection, as in the log.
     pub id: u64,
-    /// The client's address.
+    /// Address of the client.
     pub peer: String,
-    /// The service.
+    /// Name of the service.
     pub service: String,
-    /// The first digits of the version's digest.
+    /// First digits of the version's digest.
     pub version: String,
-    /// For how long it has been open, in seconds.
+    /// Time since the connection started, in seconds.
     pub age: f64,
     /// Bytes received.
     pub received: u64,
     /// Bytes sent.
     pub sent: u64,
-    /// How long its guest has computed, in seconds.
+    /// CPU time of the guest, in seconds.
     pub cpu: f64,
-    /// The memory that its guest has, in bytes.
+    /// Memory of the guest, in bytes.
     pub memory: u64,
 }
 
-/// `GET /v1/limits`: a limit, what it is set to, and how often it was met.
+/// `GET /v1/limits`: a limit with its value.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Limit {
-    /// Its name: that of its flag.
+    /// Name of the limit, which is that of its flag.
     pub limit: String,
-    /// As its flag would have it.
+    /// Value, in the syntax of the flag.
     pub value: String,
-    /// How often it was met since the server began.
+    /// Hits since the server started.
     pub met: u64,
 }
 
-/// `POST /v1/services/NAME/swap` and `/rollback`: what came of it.
+/// `POST /v1/services/NAME/swap` and `/rollback`: the versions before and after.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Swapped {
-    /// SHA-256 of the version that is served now.
+    /// SHA-256 of the current version.
     pub digest: String,
-    /// SHA-256 of the version that was served before. The same: nothing has changed.
+    /// SHA-256 of the replaced version. If it equals `digest`, nothing has changed.
     pub before: String,
-    /// How long it took, in seconds.
+    /// Duration of the swap, in seconds.
     pub took: f64,
 }
 
-/// Every answer that is not a success.
+/// The body of every response that is not a success.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Failure {
-    /// Why, for people.
+    /// Reason, for people.
     pub error: String,
-    /// What a program exits with that has failed for this reason (BSD `sysexits.h`), where the status of
-    /// the answer alone does not tell.
+    /// Exit code for a program that fails for this reason (BSD `sysexits.h`). Present only if the
+    /// status of the response does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<u8>,
 }
@@ -175,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_share_falls_into_a_bucket_of_what_is_new() {
+    fn quantiles_count_only_new_connections() {
         let service = |counts: [u64; 3]| Service {
             name: String::new(),
             open: 0,
@@ -190,7 +193,10 @@ mod tests {
             versions: Vec::new(),
         };
         let (before, now) = (service([100, 0, 0]), service([190, 9, 1]));
-        let at = |before, share| now.duration(before, share).map(|bucket| bucket.seconds);
+        let at = |before, quantile| {
+            let bucket = now.duration_quantile(before, quantile);
+            bucket.map(|bucket| bucket.seconds)
+        };
         assert_eq!(at(Some(&before), 0.5), Some(Some(0.001)));
         assert_eq!(at(Some(&before), 0.95), Some(Some(0.1)));
         assert_eq!(at(Some(&before), 1.0), Some(None));

@@ -1,4 +1,4 @@
-//! What operators can order.
+//! Arguments of `ctl`.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::values::{positive, some_duration};
 
 #[derive(Args)]
 pub(crate) struct CtlArgs {
-    /// Where the server was told to answer operators
+    /// Address of the admin API, as given to serve
     #[arg(
         long,
         global = true,
@@ -19,7 +19,7 @@ pub(crate) struct CtlArgs {
     )]
     pub(crate) admin: Option<AdminAddress>,
 
-    /// The file with the token to show, for a loopback address
+    /// File with the token, for a loopback address
     #[arg(
         long,
         global = true,
@@ -28,7 +28,7 @@ pub(crate) struct CtlArgs {
     )]
     pub(crate) admin_token_file: Option<PathBuf>,
 
-    /// Print what the server says as JSON
+    /// Print JSON
     #[arg(long, global = true)]
     pub(crate) json: bool,
 
@@ -38,54 +38,54 @@ pub(crate) struct CtlArgs {
 
 #[derive(Subcommand)]
 pub(crate) enum CtlCommand {
-    /// The services, and the versions of their guests: since when, with how many connections
+    /// List the services and the versions of their guests, with age and open connections
     Status,
-    /// The connections that are open
+    /// List the open connections
     Connections,
     /// Reset a connection
     Kill {
-        /// Its number, as in the log and the list of connections
+        /// Number of the connection, as in the log and the list of connections
         id: u64,
     },
-    /// Accept no more connections, let those that are open finish, and end
+    /// Stop accepting, let open connections finish, then exit
     Drain,
-    /// Read the config file again, or the guest's file, and serve what has changed, as SIGHUP does
+    /// Reload the config file, or the guest's file, as SIGHUP does
     Reload,
-    /// Let a new process of the program that is installed now take over, and end when the connections
-    /// that are open have
+    /// Upgrade: a new process of the installed program takes over without dropping a connection
     ///
-    /// It has the same arguments and sockets, and the guest that is served. Whoever looks after the process
-    /// has to follow it, as systemd does by sd_notify.
+    /// The new process gets the same arguments, sockets and guests. The old one exits once its open
+    /// connections have finished. A process supervisor has to follow the new process, as systemd does
+    /// by sd_notify.
     Restart,
-    /// Serve new connections with another guest. Those that are open finish with theirs
+    /// Serve new connections with another guest. Open connections finish with theirs
     Swap {
-        /// The service; a server without a config file has one, `default`
+        /// The service. Without a config file its name is `default`
         service: String,
         /// The guest
         #[arg(value_name = "GUEST.wasm")]
         guest: PathBuf,
     },
-    /// Serve new connections with the version before
+    /// Serve new connections with the previous version
     Rollback {
         /// The service
         service: String,
     },
-    /// The limits: what they are set to, and how often they were met
+    /// List the limits, their values, and how often each was hit
     Limits,
-    /// The last lines of the log
+    /// Print the last lines of the log
     Logs {
-        /// Those of this connection only
+        /// Only lines about this connection
         id: Option<u64>,
-        /// Go on with those that follow
+        /// Print new lines as they come
         #[arg(long, short)]
         follow: bool,
     },
     /// Watch rates, latency, versions and connections
     Top {
-        /// Time from one view to the next
+        /// Time between two views
         #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = some_duration)]
         interval: Duration,
-        /// Show so many views and end
+        /// Exit after this many views
         #[arg(long, value_name = "N", value_parser = positive)]
         count: Option<usize>,
     },

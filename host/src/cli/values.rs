@@ -1,4 +1,4 @@
-//! What values of flags may be.
+//! Parsers of flag values.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -6,11 +6,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use bytesize::ByteSize;
 
-/// The value of a limit, if it is not off.
+/// Name of values that are pairs. A config file may write them as a table.
+pub(super) const NAME_VALUE: &str = "NAME[=VALUE]";
+
+/// Part of the name of values that may be the path of a Unix socket.
+pub(super) const UNIX_PATH: &str = "unix:PATH";
+
+/// A limit, or `off`.
 #[derive(Clone, Copy)]
 pub(super) struct OrOff<T>(pub(super) Option<T>);
 
-/// As many as the kernel has a number for.
+/// A backlog: the kernel takes a positive `int`.
 pub(super) fn backlog(value: &str) -> Result<u32, String> {
     match value.parse() {
         Ok(n @ 1..=0x7fff_ffff) => Ok(n),
@@ -18,7 +24,7 @@ pub(super) fn backlog(value: &str) -> Result<u32, String> {
     }
 }
 
-/// Text with C's escapes, as bytes.
+/// Text with the escapes of C, as bytes.
 pub(super) fn escaped(value: &str) -> Result<Bytes, String> {
     let mut bytes = Vec::new();
     let mut rest = value.as_bytes().iter();
@@ -57,18 +63,6 @@ pub(super) fn collector(value: &str) -> Result<String, String> {
     }
 }
 
-/// A size as its flag takes it, and not rounded.
-pub(super) fn size_text(bytes: usize) -> String {
-    let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
-    match units
-        .iter()
-        .find(|(unit, _)| bytes > 0 && bytes.is_multiple_of(*unit))
-    {
-        Some((unit, name)) => format!("{}{name}", bytes / unit),
-        None => format!("{bytes}B"),
-    }
-}
-
 pub(super) fn directory(value: &str) -> Result<(PathBuf, String), String> {
     let (host, guest) = value.split_once("::").unwrap_or((value, value));
     if host.is_empty() || guest.is_empty() {
@@ -77,8 +71,8 @@ pub(super) fn directory(value: &str) -> Result<(PathBuf, String), String> {
     Ok((host.into(), guest.into()))
 }
 
-/// Names that rustc or cargo takes for something else: keywords (The Rust Reference), crates of Rust's
-/// own, and what the new crate depends on.
+/// Names that rustc or cargo reserves: keywords (The Rust Reference), crates of Rust itself, and the
+/// dependencies of a new crate.
 #[rustfmt::skip]
 const NO_CRATES: &[&str] = &[
     "Self", "abstract", "alloc", "as", "async", "await", "become", "box", "break", "build", "const",
@@ -90,21 +84,22 @@ const NO_CRATES: &[&str] = &[
     "wit_bindgen", "yield",
 ];
 
-/// A path whose last part can be the name of a crate.
+/// A path whose last component can name a crate.
 pub(super) fn new_crate(value: &str) -> Result<PathBuf, String> {
     let path = PathBuf::from(value);
     let name = path.file_name().and_then(|name| name.to_str());
-    let name = name.ok_or("it does not end in a name; write NAME or DIR/NAME, such as greeter")?;
+    let name =
+        name.ok_or("the path does not end in a name; write NAME or DIR/NAME, such as greeter")?;
     let begins = name.starts_with(|c: char| c.is_ascii_alphabetic());
     let goes_on = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if !begins || !name.chars().all(goes_on) {
         return Err(format!(
-            "{name:?} is no name of a crate: begin with a letter, go on with letters, digits, - and _, such as greeter"
+            "{name:?} cannot name a crate: use a letter, then letters, digits, - and _, such as greeter"
         ));
     }
     if NO_CRATES.contains(&name.replace('-', "_").as_str()) {
         return Err(format!(
-            "{name:?} means something else to Rust; choose another name, such as my-{name}"
+            "{name:?} is reserved in Rust; choose another name, such as my-{name}"
         ));
     }
     Ok(path)
@@ -125,7 +120,7 @@ pub(super) fn variable(value: &str) -> Result<(String, String), String> {
     Ok((name.into(), value))
 }
 
-/// The most letters of a service's name. Arbitrary: it is in each line of the log and each metric.
+/// Longest name of a service. Arbitrary: the name is in each log line and each metric.
 const NAME_LETTERS: usize = 64;
 
 pub(super) fn service_name(value: &str) -> Result<String, String> {
@@ -170,8 +165,8 @@ pub(super) fn size(value: &str) -> Result<usize, String> {
     }
 }
 
-/// Less, and a guest does not get as far as its first function; more, and thousands of them do not
-/// fit into what a processor can address.
+/// Sizes of a call stack, in bytes. With less a guest does not reach its first function; with more,
+/// thousands of stacks do not fit into the address space.
 const STACK_BYTES: std::ops::RangeInclusive<usize> = (16 << 10)..=(64 << 20);
 
 pub(super) fn stack(value: &str) -> Result<usize, String> {
@@ -204,7 +199,7 @@ pub(super) fn duration_or_off(value: &str) -> Result<OrOff<Duration>, String> {
     or_off(value, some_duration)
 }
 
-/// What the kernel takes (tcp(7), `TCP_KEEPIDLE`), in seconds.
+/// Range of `TCP_KEEPIDLE` (tcp(7)), in seconds.
 const KEEPALIVE_SECONDS: std::ops::RangeInclusive<u64> = 1..=32767;
 
 pub(super) fn keepalive(value: &str) -> Result<OrOff<Duration>, String> {
@@ -218,7 +213,7 @@ pub(super) fn keepalive(value: &str) -> Result<OrOff<Duration>, String> {
     })
 }
 
-/// A duration that is not zero, which would be met at once.
+/// A duration above zero.
 pub(super) fn some_duration(value: &str) -> Result<Duration, String> {
     match duration(value)? {
         Duration::ZERO => Err("not a duration above zero".into()),

@@ -1,121 +1,107 @@
-//! `check` and `compile`: what can be said and done about a guest without serving it.
+//! `check`: whether `serve` would accept a guest or a config file.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use wasinetd::Error;
-use wasinetd::capacity::{self, Plan};
-use wasinetd::config::{Mistake, Mistakes};
-use wasinetd::sandbox::{Engine, Grants, Guest, Report, Requirements};
+use wasinetd::capacity::Plan;
+use wasinetd::config::{Mistake, Mistakes, load_all};
+use wasinetd::sandbox::Report;
 use wasinetd::service::Service;
+use wasinetd::supervisor::{Sizing, service_settings};
 
-use super::configured::{LoadedService, ResolvedConfig, load_all, requirements};
-use super::{fleet, read, refused, required_cache};
-use crate::cli::{CheckArgs, CompileArgs};
+use super::guest::compile_guest;
+use crate::cli::{CheckArgs, config_file};
+use crate::exit::Failure;
 
-/// Says whether `serve` would accept a guest, and how many connections it could serve.
-pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode, Error> {
-    match (&args.config, &args.guest) {
-        (Some(config), _) => check_config(config),
+/// Checks the guest or the config file that the arguments name.
+pub(crate) fn check(args: CheckArgs) -> Result<ExitCode, Failure> {
+    match (&args.config, args.guest.clone()) {
+        (Some(path), _) => check_config(path),
         (None, Some(guest)) => check_guest(args, guest),
-        (None, None) => unreachable!("one of them is required"),
+        (None, None) => unreachable!("clap requires a guest or a config file"),
     }
 }
 
-fn check_guest(args: &CheckArgs, guest: &Path) -> Result<ExitCode, Error> {
-    let component = read(guest)?;
-    let needs = Requirements::of(&component).map_err(refused(guest))?;
-    let limits = args.guest_limits.limits();
-    needs.fit(&limits).map_err(refused(guest))?;
-    let shared = [&args.guest_limits];
-    let shared = args.shared_limits.limits(capacity::memory(), shared);
-    let plan = Plan::new(&needs, shared.stack, limits.open_files).with_pool(args.max_connections);
-    // One is enough to compile and link for.
-    let engine = Engine::new(plan.room(1), &needs, shared, None)?;
-    let connect = args.network.allow_connect.clone();
-    let grants = Grants::default().with_destinations(connect);
-    let compiled = Guest::new(&engine, &component, grants, limits.clone());
-    let compiled = compiled.map_err(refused(guest))?;
+fn check_guest(args: CheckArgs, path: PathBuf) -> Result<ExitCode, Failure> {
+    let max_connections = args.max_connections;
+    let settings = args.settings();
+    let (guest, plan) = compile_guest(&settings, path.clone(), None)?;
     let mut stdout = io::stdout().lock();
-    // Whoever closes the pipe has read enough.
+    // The reader may close the pipe early.
     let _ = write!(
         stdout,
         "{}: accepted\n\n{}\n{}",
-        guest.display(),
-        Lists {
-            report: compiled.report(),
-            max_memory: limits.memory,
+        path.display(),
+        GuestReport {
+            report: guest.report(),
+            max_memory: settings.handler.guest_limits.memory,
         },
-        Capacity(plan),
+        CapacityReport(plan.with_pool(max_connections)),
     );
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says whether `serve` would take a config file: all of it, up to an instance of each guest and its
-/// probe. Addresses are not looked at: they may be those of the server that runs.
-fn check_config(path: &Path) -> Result<ExitCode, Error> {
-    let configured = ResolvedConfig::of_file(path)?;
-    let checked = load_all(configured.services, Some(path), HashMap::new())?;
-    let guests = checked.iter().map(|one| &one.spec.args.guest_limits);
-    let shared = configured.server.shared_limits;
-    let shared = shared.limits(capacity::memory(), guests);
-    let (needs, files) = requirements(&checked);
-    let plan = Plan::new(&needs, shared.stack, files);
-    let fits = plan.max_connections(configured.max_connections)?;
-    let engine = Engine::new(plan.room(1), &needs, shared, None)?;
+/// Checks all of a config file, up to an instance of each guest and its probe. Addresses are not
+/// bound: a running server may have them.
+fn check_config(path: &Path) -> Result<ExitCode, Failure> {
+    let config = config_file::read(path)?;
+    let loaded = load_all(config.services, Default::default()).map_err(|errors| {
+        let mistakes = errors.into_iter().map(Mistake::from);
+        Mistakes::new(path, mistakes.collect())
+    })?;
+    let server = config.server;
+    let sizing = Sizing::of_services(&loaded, |memory, most| server.shared_limits(memory, most));
+    let fits = sizing.plan.max_connections(server.max_connections)?;
+    let engine = sizing.engine(1, None)?;
     let mut mistakes = Vec::new();
-    let mut stdout = io::stdout().lock();
     let mut accepted = Vec::new();
-    for LoadedService {
-        spec,
-        component,
-        grants,
-        ..
-    } in checked
-    {
-        let settings = fleet::settings(&spec, grants, None);
-        match Service::new(settings, engine.clone(), Arc::default(), component) {
-            Ok(_) => accepted.push(spec),
+    for service in loaded {
+        let settings = service_settings(&service.config, service.grants, None);
+        match Service::new(settings, engine.clone(), Arc::default(), service.component) {
+            Ok(_) => accepted.push(service.config),
             Err(reason) => mistakes.push(Mistake {
-                line: spec.line("guest"),
-                text: format!("guest: {:?} is refused: {reason}", spec.guest),
+                line: service.config.origin.line_of("guest"),
+                text: format!(
+                    "guest: {:?} is refused: {reason}",
+                    service.config.handler.guest
+                ),
             }),
         }
     }
     if !mistakes.is_empty() {
-        let path = path.into();
-        return Err(Error::Config(Mistakes { path, mistakes }));
+        return Err(Mistakes::new(path, mistakes).into());
     }
-    // Whoever closes the pipe has read enough.
+    let mut stdout = io::stdout().lock();
+    // The reader may close the pipe early.
     let _ = writeln!(
         stdout,
         "{}: accepted, for {fits} connections at once",
         path.display()
     );
-    for spec in accepted {
-        let addresses: Vec<_> = spec.args.listen.iter().map(ToString::to_string).collect();
-        let (name, guest) = (&spec.name, spec.guest.display());
+    for service in accepted {
+        let addresses = service.listener.addresses.iter();
+        let addresses: Vec<_> = addresses.map(ToString::to_string).collect();
+        let (name, guest) = (&service.name, service.handler.guest.display());
         let _ = writeln!(stdout, "  {name}: {guest} at {}", addresses.join(", "));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a guest imports, exports and needs, for people.
-struct Lists<'a> {
+/// Imports, exports and requirements of a guest.
+struct GuestReport<'a> {
     report: &'a Report,
     max_memory: usize,
 }
 
-impl fmt::Display for Lists<'_> {
+impl fmt::Display for GuestReport<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Report {
             imports,
             exports,
-            needs,
+            requirements,
         } = self.report;
         for (title, names) in [("imports", imports), ("exports", exports)] {
             writeln!(f, "{title}:")?;
@@ -124,22 +110,22 @@ impl fmt::Display for Lists<'_> {
             }
         }
         writeln!(f, "each connection takes:")?;
-        writeln!(f, "  core instances: {}", needs.core_instances)?;
+        writeln!(f, "  core instances: {}", requirements.core_instances)?;
         writeln!(
             f,
             "  memories: {} ({} KiB to start with, {} KiB with tables at most)",
-            needs.memories,
-            needs.memory_bytes / 1024,
+            requirements.memories,
+            requirements.memory_bytes / 1024,
             self.max_memory / 1024
         )?;
-        writeln!(f, "  tables: {}", needs.tables)
+        writeln!(f, "  tables: {}", requirements.tables)
     }
 }
 
-/// How many connections fit, by each bound, for people.
-struct Capacity(Plan);
+/// The number of connections that each bound allows.
+struct CapacityReport(Plan);
 
-impl fmt::Display for Capacity {
+impl fmt::Display for CapacityReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tightest = self.0.tightest();
         writeln!(f, "connections that fit at once: {}", tightest.fits)?;
@@ -152,31 +138,4 @@ impl fmt::Display for Capacity {
             tightest.name, tightest.fix
         )
     }
-}
-
-/// Compiles guests into the cache.
-pub(crate) fn compile(args: &CompileArgs) -> Result<ExitCode, Error> {
-    let limits = args.guest_limits.limits();
-    let shared = [&args.guest_limits];
-    let shared = args.shared_limits.limits(capacity::memory(), shared);
-    let mut stdout = io::stdout().lock();
-    for path in &args.guests {
-        let component = read(path)?;
-        let needs = Requirements::of(&component).map_err(refused(path))?;
-        needs.fit(&limits).map_err(refused(path))?;
-        let plan = Plan::new(&needs, shared.stack, limits.open_files);
-        let cache = required_cache(&args.cache)?;
-        let engine = Engine::new(plan.room(1), &needs, shared.clone(), Some(cache))?;
-        let connect = args.network.allow_connect.clone();
-        let grants = Grants::default().with_destinations(connect);
-        let guest = Guest::new(&engine, &component, grants, limits.clone());
-        let guest = guest.map_err(refused(path))?;
-        let done = match guest.was_compiled() {
-            true => "compiled",
-            false => "compiled before",
-        };
-        // Whoever closes the pipe has read enough.
-        let _ = writeln!(stdout, "{}: {done} ({})", path.display(), guest.digest());
-    }
-    Ok(ExitCode::SUCCESS)
 }

@@ -1,4 +1,4 @@
-//! `man`: the manual, made of the same text as `--help`.
+//! `man`: manual pages, generated from the text of `--help`.
 
 use std::io;
 use std::path::Path;
@@ -7,68 +7,68 @@ use std::process::ExitCode;
 use clap::{Command, CommandFactory};
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
-use wasinetd::Error;
 
 use crate::cli::Cli;
+use crate::exit::{Failure, code};
 
-/// Commands of those who look after a machine (man(7)).
+/// Section for system administration commands (man(7)).
 const SECTION: &str = "8";
 
-/// What the server does when it is told by a signal.
+/// Signals and their effects.
 const SIGNALS: [(&str, &str); 4] = [
     (
         "SIGTERM, SIGINT",
-        "Accepts no more connections, waits for those that are open, and ends. The second one ends them.",
+        "Accepts no more connections, waits for the open ones to finish, and exits. A second signal ends open connections at once.",
     ),
     (
         "SIGHUP",
-        "Reads the guest's file again, and serves new connections with it if it can be run.",
+        "Reloads the config file or, without one, the guest's file. New connections use the new version if it can run. Certificates are reloaded too.",
     ),
     (
         "SIGUSR2",
-        "Starts the program that is installed now, which takes over the sockets and the guest that is served, and drains once that serves. Whoever looks after the process has to follow it (sd_notify(3), MAINPID).",
+        "Upgrades: starts the installed program, which takes over the sockets and the guests, and drains once the new process serves. A service manager has to follow the new process (sd_notify(3), MAINPID).",
     ),
-    (
-        "SIGKILL",
-        "Ends it with all connections, as it does any process.",
-    ),
+    ("SIGKILL", "Ends the process and all connections."),
 ];
 
-/// What it looks for in its environment.
+/// Environment variables and their effects.
 const ENVIRONMENT: [(&str, &str); 4] = [
     (
         "CACHE_DIRECTORY, XDG_CACHE_HOME, HOME",
-        "Where compiled guests are kept without --cache, the first of those that are set.",
+        "Without --cache, the first of these that is set determines the directory of compiled guests.",
     ),
     (
         "NOTIFY_SOCKET, WATCHDOG_USEC",
-        "The service manager to be told that it serves, reloads, stops and lives (sd_notify(3)).",
+        "The service manager that is notified of readiness, reloads and stops, and its watchdog (sd_notify(3)).",
     ),
     (
         "WASINETD_ADMIN, WASINETD_ADMIN_TOKEN_FILE",
-        "What ctl uses without --admin and --admin-token-file.",
+        "Values for ctl without --admin and --admin-token-file.",
     ),
     (
         "WASINETD_INHERITED",
-        "The sockets that a process gets from the one before. Not to be set by anyone else.",
+        "Internal: the sockets that an upgrade hands to the new process.",
     ),
 ];
 
-/// Writes a page for the command and one for each of its subcommands.
-pub(crate) fn man(directory: &Path) -> Result<ExitCode, Error> {
+/// Writes a page for the command, and one for each subcommand.
+pub(crate) fn man(directory: &Path) -> Result<ExitCode, Failure> {
     let mut command = Cli::command().disable_help_subcommand(true);
-    // From here on each knows its whole name.
+    // Gives each subcommand its full name.
     command.build();
     write_all(directory, &command)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn write_all(directory: &Path, command: &Command) -> Result<(), Error> {
+fn write_all(directory: &Path, command: &Command) -> Result<(), Failure> {
     let name = command.get_display_name().unwrap_or(command.get_name());
     let path = directory.join(format!("{name}.{SECTION}"));
     page(command, name)
         .and_then(|page| std::fs::write(&path, page))
-        .map_err(|source| Error::Man { path, source })?;
+        .map_err(|error| {
+            let message = format!("cannot write {path:?}: {error}; name an existing directory");
+            Failure::new(code::CONFIG, message)
+        })?;
     command
         .get_subcommands()
         .try_for_each(|subcommand| write_all(directory, subcommand))

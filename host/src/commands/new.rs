@@ -1,22 +1,21 @@
-//! `new`: a crate to begin a guest with, which builds, tests itself and is served as it is.
+//! `new`: creates the crate of a small guest, complete with tests.
 
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use wasinetd::Error;
-
 use crate::cli::NewArgs;
+use crate::exit::{Failure, code};
 
-/// Files of this repository by the names that they get, with their text.
+/// Files of this repository: their names in the new crate, and their text.
 macro_rules! files {
     ($from:literal: $($name:literal),* $(,)?) => {
         [$(($name, include_str!(concat!($from, $name)))),*]
     };
 }
 
-/// What there is of the SDK beside its manifest, which belongs to our workspace.
+/// Files of the SDK, without its manifest: that one needs the workspace of this repository.
 const SDK: [(&str, &str); 6] = files!("../../../guest/sdk/":
     "src/fs.rs",
     "src/half.rs",
@@ -26,7 +25,7 @@ const SDK: [(&str, &str); 6] = files!("../../../guest/sdk/":
     "src/tls.rs",
 );
 
-/// What the SDK is generated from, and its licence.
+/// The WIT that the SDK is generated from, and its licence.
 const WIT: [(&str, &str); 15] = files!("../../../":
     "LICENSE",
     "wit/tcp.wit",
@@ -45,7 +44,7 @@ const WIT: [(&str, &str); 15] = files!("../../../":
     "wit/deps/wasi-sockets-0.3.0/package.wit",
 );
 
-/// Where the SDK finds the WIT: in our repository, and in the copy of it.
+/// The path from the SDK to the WIT: in this repository, and in a copy of the SDK.
 const WIT_PATHS: (&str, &str) = (r#"path: "../../wit""#, r#"path: "wit""#);
 
 macro_rules! template {
@@ -54,25 +53,28 @@ macro_rules! template {
     };
 }
 
-/// Makes the crate, whole or not at all.
-pub(crate) fn new(args: &NewArgs) -> Result<ExitCode, Error> {
+/// Creates the crate, complete or not at all.
+pub(crate) fn new(args: &NewArgs) -> Result<ExitCode, Failure> {
     let directory = &args.directory;
     let name = directory.file_name().and_then(|name| name.to_str());
-    let name = name.expect("the command line was checked");
-    let sdk = args.sdk.as_deref().map(sdk_in).transpose()?;
-    if taken(directory) {
-        return Err(Error::Taken {
-            path: directory.clone(),
-        });
+    let name = name.expect("the command line parser checks the name");
+    let sdk = args.sdk.as_deref().map(find_sdk).transpose()?;
+    if is_taken(directory) {
+        let message = format!(
+            "{directory:?} exists already and is not an empty directory; choose another name, or remove it"
+        );
+        return Err(Failure::new(code::USAGE, message));
     }
     create(directory, |directory| {
         write(directory, name, sdk.as_deref())
     })
-    .map_err(|source| Error::Create {
-        path: directory.clone(),
-        source,
+    .map_err(|error| {
+        let message = format!(
+            "cannot create {directory:?}: {error}; choose an existing directory that you can write to"
+        );
+        Failure::new(code::CANNOT_CREATE, message)
     })?;
-    // Whoever closes the pipe has read enough.
+    // The reader may have closed the pipe.
     let _ = write!(
         io::stdout().lock(),
         "Created the guest {name}. Next:
@@ -83,7 +85,7 @@ pub(crate) fn new(args: &NewArgs) -> Result<ExitCode, Error> {
     wasinetd serve {wasm}
 
 and in another terminal: nc 127.0.0.1 7878
-The protocol is in src/lib.rs; README.md says what else there is.
+The protocol is in src/lib.rs. README.md describes the other files.
 ",
         directory = directory.display(),
         wasm = wasm(name),
@@ -91,19 +93,19 @@ The protocol is in src/lib.rs; README.md says what else there is.
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whether there is anything that would be lost or mixed with ours.
-fn taken(directory: &Path) -> bool {
+/// Whether `directory` exists and is not an empty directory.
+fn is_taken(directory: &Path) -> bool {
     match fs::symlink_metadata(directory) {
-        Ok(there) if there.is_dir() => {
+        Ok(metadata) if metadata.is_dir() => {
             fs::read_dir(directory).map_or(true, |mut entries| entries.next().is_some())
         }
         Ok(_) => true,
-        // Whatever it is, it is met again where the directory is made.
+        // Creating the directory fails for the same reason, if it matters.
         Err(_) => false,
     }
 }
 
-/// Has a directory filled beside its place, and puts it there when it is complete.
+/// Creates `directory` with the content that `fill` writes: beside its place first, then moved there.
 fn create(directory: &Path, fill: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
     let parent = match directory.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -112,21 +114,21 @@ fn create(directory: &Path, fill: impl FnOnce(&Path) -> io::Result<()>) -> io::R
     let temporary = tempfile::Builder::new()
         .prefix(".wasinetd-new-")
         .tempdir_in(parent)?;
-    // In it, because nobody else may enter a temporary directory, and this one is to stay.
-    let complete = temporary.path().join("new");
-    fs::create_dir(&complete)?;
-    fill(&complete)?;
-    fs::rename(&complete, directory)
+    // A subdirectory, because the temporary directory itself is closed to other users.
+    let content = temporary.path().join("new");
+    fs::create_dir(&content)?;
+    fill(&content)?;
+    fs::rename(&content, directory)
 }
 
 fn write(directory: &Path, name: &str, sdk: Option<&Path>) -> io::Result<()> {
     let (sdk_path, sdk_row) = match sdk {
-        // A string of JSON is one of TOML.
+        // A JSON string is a TOML string.
         Some(sdk) => (serde_json::to_string(sdk)?, String::new()),
         None => (
             r#""sdk""#.into(),
             format!(
-                "| `sdk/` | the crate `wasinetd-guest` of wasinetd {}, which the protocol is written with; `cargo doc --open` documents it |\n",
+                "| `sdk/` | the SDK, crate `wasinetd-guest` of wasinetd {}; its documentation: `cargo doc --open` |\n",
                 env!("CARGO_PKG_VERSION")
             ),
         ),
@@ -138,32 +140,32 @@ fn write(directory: &Path, name: &str, sdk: Option<&Path>) -> io::Result<()> {
         .replace("{{name}}", name)
         .replace("{{wasm}}", &wasm(name))
         .replace("{{sdk row}}\n", &sdk_row);
-    let own = [
+    let files = [
         (".cargo/config.toml", template!("cargo-config.toml.in")),
         (".gitignore", template!("gitignore.in")),
         ("Cargo.toml", &manifest),
         ("README.md", &readme),
-        // What the SDK is tested with.
+        // The Rust release that the SDK is tested with.
         (
             "rust-toolchain.toml",
             include_str!("../../../rust-toolchain.toml"),
         ),
         ("src/lib.rs", template!("src/lib.rs")),
     ];
-    write_all(directory, &own)?;
+    write_all(directory, &files)?;
     match sdk {
         Some(_) => Ok(()),
         None => write_sdk(&directory.join("sdk")),
     }
 }
 
-/// The SDK as a crate that stands alone.
+/// Writes the SDK as a crate that needs no workspace.
 fn write_sdk(directory: &Path) -> io::Result<()> {
     let manifest = template!("sdk/Cargo.toml.in").replace("{{version}}", env!("CARGO_PKG_VERSION"));
     write_all(directory, &[("Cargo.toml", &manifest)])?;
-    let (here, there) = WIT_PATHS;
+    let (path_here, path_in_copy) = WIT_PATHS;
     for (name, text) in SDK {
-        write_all(directory, &[(name, &text.replace(here, there))])?;
+        write_all(directory, &[(name, &text.replace(path_here, path_in_copy))])?;
     }
     write_all(directory, &WIT)
 }
@@ -176,7 +178,7 @@ fn write_all(directory: &Path, files: &[(&str, &str)]) -> io::Result<()> {
     })
 }
 
-/// Where cargo puts the component of a crate by this name.
+/// Path of the component that cargo builds from the crate `name`.
 fn wasm(name: &str) -> String {
     format!(
         "target/wasm32-wasip2/release/{}.wasm",
@@ -184,19 +186,22 @@ fn wasm(name: &str) -> String {
     )
 }
 
-/// The SDK in a checkout of wasinetd, or at this path itself, from wherever it is depended on.
-fn sdk_in(path: &Path) -> Result<PathBuf, Error> {
-    let failed = |reason: String| Error::Sdk {
-        path: path.into(),
-        reason,
+/// The absolute path of the SDK: in a checkout of wasinetd at `path`, or `path` itself.
+fn find_sdk(path: &Path) -> Result<PathBuf, Failure> {
+    let failed = |reason: String| {
+        let message =
+            format!("cannot use {path:?} given to --sdk: {reason}; name a checkout of wasinetd");
+        Failure::new(code::USAGE, message)
     };
-    let there = [path.join("guest/sdk"), path.into()]
+    let sdk = [path.join("guest/sdk"), path.into()]
         .into_iter()
         .find(|path| path.join("src/rt.rs").is_file() && path.join("Cargo.toml").is_file())
-        .ok_or_else(|| failed("the crate wasinetd-guest is not there".into()))?;
-    let absolute = fs::canonicalize(there).map_err(|error| failed(error.to_string()))?;
+        .ok_or_else(|| failed("it has no crate wasinetd-guest".into()))?;
+    let absolute = fs::canonicalize(sdk).map_err(|error| failed(error.to_string()))?;
     match absolute.to_str() {
         Some(_) => Ok(absolute),
-        None => Err(failed("Cargo.toml is UTF-8, and this path is not".into())),
+        None => Err(failed(
+            "the path is not UTF-8, as Cargo.toml requires".into(),
+        )),
     }
 }

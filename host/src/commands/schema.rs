@@ -1,30 +1,30 @@
-//! `schema`: what a config file may have, for editors.
+//! `schema`: a JSON schema of the config file, for editors.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Arg, Command, CommandFactory};
 use serde_json::{Map, Value, json};
-use wasinetd::Error;
-use wasinetd::config::{Key, Takes};
+use wasinetd::config::file::{Key, ValueKind};
 
-use super::configured::keys;
+use crate::cli::config_file::keys;
 use crate::cli::{ServerTable, ServiceTable};
+use crate::exit::Failure;
 
-/// Prints a JSON schema (draft 2020-12) of the config file.
-pub(crate) fn schema() -> Result<ExitCode, Error> {
+/// Prints the schema (JSON Schema draft 2020-12).
+pub(crate) fn schema() -> Result<ExitCode, Failure> {
     let mut schema = table(&ServerTable::command());
     schema["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
     schema["title"] = json!("wasinetd.toml");
     schema["properties"]["service"] = json!({
-        "description": "A service: where it listens, and the guest that each connection is given to",
+        "description": "A service: its addresses, and the guest that handles its connections",
         "type": "array",
         "minItems": 1,
         "items": table(&ServiceTable::command()),
     });
     schema["required"] = json!(["service"]);
     let text = serde_json::to_string_pretty(&schema).unwrap_or_default();
-    // Whoever closes the pipe has read enough.
+    // The reader may have closed the pipe.
     let _ = writeln!(io::stdout().lock(), "{text}");
     Ok(ExitCode::SUCCESS)
 }
@@ -52,20 +52,20 @@ fn table(command: &Command) -> Value {
 
 fn property(key: &Key, arg: &Arg) -> Value {
     let values = arg.get_possible_values();
-    let one = match (key.takes, values.is_empty()) {
-        (Takes::Switch, _) => json!({ "type": "boolean" }),
+    let single = match (key.kind, values.is_empty()) {
+        (ValueKind::Switch, _) => json!({ "type": "boolean" }),
         (_, true) => json!({ "type": ["string", "integer"] }),
         (_, false) => {
             let names: Vec<&str> = values.iter().map(|value| value.get_name()).collect();
             json!({ "enum": names })
         }
     };
-    let several = json!({ "type": "array", "items": one });
-    let pairs = json!({ "type": "object", "additionalProperties": one });
-    let mut property = match key.takes {
-        Takes::Switch | Takes::One => one,
-        Takes::Many => json!({ "anyOf": [one, several] }),
-        Takes::Pairs => json!({ "anyOf": [one, several, pairs] }),
+    let several = json!({ "type": "array", "items": single });
+    let pairs = json!({ "type": "object", "additionalProperties": single });
+    let mut property = match key.kind {
+        ValueKind::Switch | ValueKind::One => single,
+        ValueKind::Many => json!({ "anyOf": [single, several] }),
+        ValueKind::Pairs => json!({ "anyOf": [single, several, pairs] }),
     };
     if let Some(help) = arg.get_help() {
         property["description"] = json!(help.to_string());

@@ -1,4 +1,4 @@
-//! What a connection may take of time and bytes.
+//! Limits of a connection: times and bytes.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -8,21 +8,22 @@ use tokio::time::Sleep;
 
 use crate::limit::Limit;
 
-/// What a connection may take. The defaults are those of the command line, where each has its
-/// reason. None is no limit.
+/// Limits of a connection. None means no limit.
+///
+/// The defaults are those of the command line, where each has its reason.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ConnectionLimits {
-    /// How long no byte may be moved either way.
+    /// Time without a byte in either direction.
     pub idle: Option<Duration>,
-    /// How long a guest that waits for the client may get nothing at all, from the start.
+    /// Time that the guest waits for the first byte of the client.
     pub first_byte: Option<Duration>,
-    /// How long the client may take nothing of what is to be sent.
+    /// Time that the client takes none of the data sent to it.
     pub write: Option<Duration>,
-    /// How long the connection may be open.
+    /// Time that the connection is open.
     pub lifetime: Option<Duration>,
-    /// What may be received, in bytes.
+    /// Bytes received.
     pub bytes_in: Option<u64>,
-    /// What may be sent, in bytes.
+    /// Bytes sent.
     pub bytes_out: Option<u64>,
 }
 
@@ -39,88 +40,87 @@ impl Default for ConnectionLimits {
     }
 }
 
-/// When things happened on a connection, as far as a limit of time depends on it.
+/// Times of the events on a connection that its limits depend on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Activity {
     began: Instant,
-    /// A byte was moved last.
-    moved: Instant,
-    /// The guest has waited since for the first byte of all.
-    awaits_first: Option<Instant>,
+    last_byte: Instant,
+    /// Since when the guest waits for the first byte.
+    awaits_first_byte: Option<Instant>,
     received_any: bool,
-    /// The client has taken nothing since, of what is to be sent.
-    stuck: Option<Instant>,
+    /// Since when the client takes nothing of the data sent to it.
+    send_blocked: Option<Instant>,
 }
 
 impl Activity {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             began: now,
-            moved: now,
-            awaits_first: None,
+            last_byte: now,
+            awaits_first_byte: None,
             received_any: false,
-            stuck: None,
+            send_blocked: None,
         }
     }
 
-    /// Bytes were received, or the end was.
+    /// The guest received bytes, or the end of the stream.
     pub(super) fn received(&mut self, now: Instant) {
-        self.moved = now;
+        self.last_byte = now;
         self.received_any = true;
-        self.awaits_first = None;
+        self.awaits_first_byte = None;
     }
 
-    /// There was nothing to receive.
-    pub(super) fn waits_to_receive(&mut self) {
-        if !self.received_any && self.awaits_first.is_none() {
-            self.awaits_first = Some(Instant::now());
+    /// The guest waits to receive.
+    pub(super) fn receive_pending(&mut self) {
+        if !self.received_any && self.awaits_first_byte.is_none() {
+            self.awaits_first_byte = Some(Instant::now());
         }
     }
 
-    /// Bytes were sent.
+    /// The kernel took bytes to send.
     pub(super) fn sent(&mut self, now: Instant) {
-        self.moved = now;
-        self.stuck = None;
+        self.last_byte = now;
+        self.send_blocked = None;
     }
 
-    /// Nothing could be sent. Whether that is news.
-    pub(super) fn waits_to_send(&mut self) -> bool {
-        let news = self.stuck.is_none();
-        self.stuck.get_or_insert_with(Instant::now);
-        news
+    /// The kernel takes no bytes to send. True if it took some until now.
+    pub(super) fn send_pending(&mut self) -> bool {
+        let is_new = self.send_blocked.is_none();
+        self.send_blocked.get_or_insert_with(Instant::now);
+        is_new
     }
 
-    /// Something can be sent after all.
+    /// The kernel would take bytes to send.
     pub(super) fn can_send(&mut self) {
-        self.stuck = None;
+        self.send_blocked = None;
     }
 
-    /// Something can be received: it is the guest that does not.
+    /// The client has sent bytes that the guest does not read.
     pub(super) fn can_receive(&mut self) {
-        self.awaits_first = None;
+        self.awaits_first_byte = None;
     }
 
-    /// The client has taken something of what the kernel holds for it.
-    pub(super) fn taken(&mut self, now: Instant) {
-        self.moved = now;
-        self.stuck = self.stuck.map(|_| now);
+    /// The client acknowledged bytes that the kernel held for it.
+    pub(super) fn acknowledged(&mut self, now: Instant) {
+        self.last_byte = now;
+        self.send_blocked = self.send_blocked.map(|_| now);
     }
 
-    /// The limit that is met next, and when, if nothing happens until then.
+    /// The limit that expires first without further activity, and when.
     fn next(&self, limits: &ConnectionLimits) -> Option<(Instant, Limit)> {
         let after = |since: Option<Instant>, limit: Option<Duration>, name| {
-            // A time beyond what the clock can tell never comes.
+            // A time that the clock cannot represent never comes.
             Some((since?.checked_add(limit?)?, name))
         };
         [
             after(Some(self.began), limits.lifetime, Limit::MaxLifetime),
-            after(Some(self.moved), limits.idle, Limit::IdleTimeout),
+            after(Some(self.last_byte), limits.idle, Limit::IdleTimeout),
             after(
-                self.awaits_first,
+                self.awaits_first_byte,
                 limits.first_byte,
                 Limit::FirstByteTimeout,
             ),
-            after(self.stuck, limits.write, Limit::WriteTimeout),
+            after(self.send_blocked, limits.write, Limit::WriteTimeout),
         ]
         .into_iter()
         .flatten()
@@ -128,22 +128,22 @@ impl Activity {
     }
 }
 
-/// Wakes a connection when it meets a limit of time.
+/// Wakes a connection when it exceeds a limit of time.
 ///
-/// It is set when the connection first waits, and set again only when it goes off or has to go off
-/// earlier: what a connection does meanwhile costs nothing here.
+/// The timer is set when the connection first waits, and again only when it fires or has to fire
+/// earlier. Other activity of the connection costs nothing here.
 #[derive(Default)]
 pub(super) struct LimitTimer(Option<Pin<Box<Sleep>>>);
 
 impl LimitTimer {
-    /// Ready with a limit that was met. To be polled whenever `times` may have changed.
+    /// Ready with an exceeded limit. Poll it whenever `activity` may have changed.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        times: &Activity,
+        activity: &Activity,
         limits: &ConnectionLimits,
     ) -> Poll<Limit> {
-        let Some((when, limit)) = times.next(limits) else {
+        let Some((when, limit)) = activity.next(limits) else {
             return Poll::Pending;
         };
         let when = tokio::time::Instant::from_std(when);
@@ -180,38 +180,38 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_first_is_met_first() {
+    fn the_earliest_limit_comes_first() {
         let now = Instant::now();
-        let mut times = Activity::new(now);
+        let mut activity = Activity::new(now);
         assert_eq!(
-            times.next(&limits()),
+            activity.next(&limits()),
             Some((now + 10 * SECOND, Limit::IdleTimeout))
         );
-        times.awaits_first = Some(now);
+        activity.awaits_first_byte = Some(now);
         assert_eq!(
-            times.next(&limits()),
+            activity.next(&limits()),
             Some((now + 3 * SECOND, Limit::FirstByteTimeout))
         );
-        times.received(now + SECOND);
-        times.waits_to_receive();
+        activity.received(now + SECOND);
+        activity.receive_pending();
         assert_eq!(
-            times.next(&limits()),
+            activity.next(&limits()),
             Some((now + 11 * SECOND, Limit::IdleTimeout))
         );
-        times.stuck = Some(now + 2 * SECOND);
+        activity.send_blocked = Some(now + 2 * SECOND);
         assert_eq!(
-            times.next(&limits()),
+            activity.next(&limits()),
             Some((now + 7 * SECOND, Limit::WriteTimeout))
         );
-        times.sent(now + 95 * SECOND);
+        activity.sent(now + 95 * SECOND);
         assert_eq!(
-            times.next(&limits()),
+            activity.next(&limits()),
             Some((now + 100 * SECOND, Limit::MaxLifetime))
         );
     }
 
     #[test]
-    fn no_limit_is_never_met() {
+    fn an_absent_limit_is_never_exceeded() {
         let now = Instant::now();
         let none = ConnectionLimits {
             idle: None,

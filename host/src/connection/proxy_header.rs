@@ -1,5 +1,7 @@
-//! The header with which a proxy says whom it speaks for: the PROXY protocol, versions 1 and 2
+//! The header in which a proxy names its client: the PROXY protocol, versions 1 and 2
 //! (<https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt>).
+
+mod outcome;
 
 use std::future::poll_fn;
 use std::io;
@@ -10,62 +12,66 @@ use ppp::{v1, v2};
 
 use super::socket::Socket;
 use crate::net::Cidr;
+pub(super) use outcome::{HEADERS, HeaderOutcome};
 
-/// Who is a proxy.
+/// The proxies whose headers are trusted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrustedProxies {
-    /// From these networks each connection begins with a header. From all others none does: there what
-    /// looks like one is the client's, like any other bytes.
+    /// Networks of the proxies. Each connection from them begins with a header. Connections from
+    /// elsewhere have none: bytes that look like a header are data of the client there.
     pub from: Vec<Cidr>,
 }
 
 impl TrustedProxies {
-    /// Whether a connection of `peer` begins with a header.
-    pub(super) fn is_at(&self, peer: SocketAddr) -> bool {
+    /// Whether connections of `peer` begin with a header.
+    pub(super) fn contains(&self, peer: SocketAddr) -> bool {
         self.from.iter().any(|network| network.contains(peer.ip()))
     }
 }
 
-/// What a header says.
+/// The content of a header.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum ProxyHeader {
-    /// The proxy speaks for this client, which connected to that address.
-    Client(SocketAddr, SocketAddr),
-    /// The proxy speaks for itself, or for somebody without an address of IP: version 1's `UNKNOWN`,
-    /// version 2's `LOCAL` and other families of addresses.
+    /// The addresses of a client's connection to the proxy.
+    Client {
+        source: SocketAddr,
+        destination: SocketAddr,
+    },
+    /// No client with an IP address: `UNKNOWN` in version 1; `LOCAL`, or another family of
+    /// addresses, in version 2.
     NoClient,
 }
 
 /// Why there is no header.
 #[derive(Debug)]
 pub(super) enum ProxyHeaderError {
-    /// There was none before the end of the stream, nor anything else: how some proxies ask whether
-    /// we are there.
+    /// The proxy closed the connection at once, as in a health check.
     Nothing,
-    /// The proxy closed in the middle of it, or was gone.
+    /// The connection ended within the header.
     Gone,
-    /// What came instead is none, for this reason.
+    /// The bytes are no header, for this reason.
     Bad(String),
 }
 
-/// The longest header that is taken, in bytes. Version 2 can say much more about a client than its
-/// address, such as its certificate's name, none of which is used: 4 KiB is what haproxy's own
-/// buffers leave for it.
-const MOST: usize = 4096;
+/// The longest header to accept, in bytes.
+///
+/// Version 2 can say much more about a client than its addresses, such as the name in its
+/// certificate. None of that is used. 4 KiB is what haproxy leaves for it in its own buffers.
+const MAX_LENGTH: usize = 4096;
 
-/// As the protocol has it for version 1, with its end.
-const MOST_OF_V1: usize = 107;
+/// The longest header of version 1, with its line end.
+const MAX_LENGTH_V1: usize = 107;
 
-/// How many bytes a header has.
+/// The length of a header.
 #[derive(Debug, PartialEq)]
 enum Extent {
-    /// So many.
-    Of(usize),
-    /// More than there are.
-    More,
+    /// Its length in bytes.
+    Complete(usize),
+    /// The header goes on after the bytes at hand.
+    Incomplete,
 }
 
-/// Looks for the end of the header that `bytes` begin with.
+/// Finds the length of the header at the start of `bytes`.
 fn extent(bytes: &[u8]) -> Result<Extent, String> {
     let begins_with = |prefix: &[u8]| {
         let n = prefix.len().min(bytes.len());
@@ -73,27 +79,29 @@ fn extent(bytes: &[u8]) -> Result<Extent, String> {
     };
     if begins_with(v2::PROTOCOL_PREFIX) {
         let &[.., high, low] = bytes.get(..16).unwrap_or_default() else {
-            return Ok(Extent::More);
+            return Ok(Extent::Incomplete);
         };
         let length = 16 + usize::from(u16::from_be_bytes([high, low]));
         return match length {
-            _ if length > MOST => Err(format!("it has {length} bytes, above {MOST}")),
-            _ if length > bytes.len() => Ok(Extent::More),
-            _ => Ok(Extent::Of(length)),
+            _ if length > MAX_LENGTH => Err(format!(
+                "a header of {length} bytes is longer than {MAX_LENGTH}"
+            )),
+            _ if length > bytes.len() => Ok(Extent::Incomplete),
+            _ => Ok(Extent::Complete(length)),
         };
     }
     if begins_with(b"PROXY ") {
-        let line = &bytes[..bytes.len().min(MOST_OF_V1)];
+        let line = &bytes[..bytes.len().min(MAX_LENGTH_V1)];
         return match line.windows(2).position(|end| end == b"\r\n") {
-            Some(end) => Ok(Extent::Of(end + 2)),
-            None if bytes.len() >= MOST_OF_V1 => Err("its line has no end".into()),
-            None => Ok(Extent::More),
+            Some(end) => Ok(Extent::Complete(end + 2)),
+            None if bytes.len() >= MAX_LENGTH_V1 => Err("the line of the header has no end".into()),
+            None => Ok(Extent::Incomplete),
         };
     }
-    Err("there is none".into())
+    Err("there is no header".into())
 }
 
-/// Reads a header that is there to its end.
+/// Parses a complete header.
 fn parse(header: &[u8]) -> Result<ProxyHeader, String> {
     if header.starts_with(b"PROXY ") {
         let parsed = v1::Header::try_from(header).map_err(|error| error.to_string())?;
@@ -109,8 +117,8 @@ fn parse(header: &[u8]) -> Result<ProxyHeader, String> {
             v1::Addresses::Unknown => ProxyHeader::NoClient,
         });
     }
-    /// The version and the command of one that the proxy sends for itself: whatever follows is left out,
-    /// the family of addresses as well.
+    /// Version 2 with the command `LOCAL`. The receiver must ignore the rest of such a header, the
+    /// family of addresses included.
     const LOCAL: u8 = 0x20;
     if header.get(v2::PROTOCOL_PREFIX.len()) == Some(&LOCAL) {
         return Ok(ProxyHeader::NoClient);
@@ -125,39 +133,42 @@ fn parse(header: &[u8]) -> Result<ProxyHeader, String> {
             (ip.source_address, ip.source_port),
             (ip.destination_address, ip.destination_port),
         ),
-        (v2::Protocol::Datagram, _) => return Err("it is about datagrams".into()),
+        (v2::Protocol::Datagram, _) => return Err("the header is about datagrams".into()),
         _ => ProxyHeader::NoClient,
     })
 }
 
 fn client(source: impl Into<SocketAddr>, destination: impl Into<SocketAddr>) -> ProxyHeader {
-    ProxyHeader::Client(source.into(), destination.into())
+    ProxyHeader::Client {
+        source: source.into(),
+        destination: destination.into(),
+    }
 }
 
-/// Takes the header off the beginning of a connection, and nothing that follows it.
+/// Receives a header, and no byte of the data behind it.
 pub(super) async fn receive(socket: &mut Socket) -> Result<ProxyHeader, ProxyHeaderError> {
     let mut header = Vec::new();
     loop {
         let extent = poll_fn(|cx| {
-            // What is longer comes in parts.
-            let mut next = [0; 512];
-            let n = ready!(socket.poll_peek(cx, &mut next)).map_err(gone)?;
+            // Longer headers are read in several rounds.
+            let mut peeked = [0; 512];
+            let n = ready!(socket.poll_peek(cx, &mut peeked)).map_err(gone)?;
             let before = header.len();
-            header.extend_from_slice(&next[..n]);
+            header.extend_from_slice(&peeked[..n]);
             let extent = match n {
                 0 if before == 0 => Err(ProxyHeaderError::Nothing),
                 0 => Err(ProxyHeaderError::Gone),
                 _ => extent(&header).map_err(ProxyHeaderError::Bad),
             }?;
-            if let Extent::Of(length) = extent {
+            if let Extent::Complete(length) = extent {
                 header.truncate(length);
             }
             let taken = header.len() - before;
-            socket.take(&mut next[..taken]).map_err(gone)?;
+            socket.receive_peeked(&mut peeked[..taken]).map_err(gone)?;
             Poll::Ready(Ok(extent))
         })
         .await?;
-        if let Extent::Of(_) = extent {
+        if let Extent::Complete(_) = extent {
             return parse(&header).map_err(ProxyHeaderError::Bad);
         }
     }
@@ -190,55 +201,55 @@ mod tests {
         client(([192, 0, 2, 1], 56324), ([198, 51, 100, 2], 443))
     }
 
-    /// What is read of `bytes`, and how many of them are the header.
+    /// Parses the header at the start of `bytes`. Returns its length, too.
     fn read(bytes: &[u8]) -> Result<(ProxyHeader, usize), String> {
         match extent(bytes)? {
-            Extent::Of(length) => Ok((parse(&bytes[..length])?, length)),
-            Extent::More => Err("more".into()),
+            Extent::Complete(length) => Ok((parse(&bytes[..length])?, length)),
+            Extent::Incomplete => Err("incomplete".into()),
         }
     }
 
     #[test]
-    fn each_form_is_read_to_its_end_and_no_further() {
+    fn each_form_is_parsed_to_its_end_and_no_further() {
         let ipv6 = [[0x20; 16], [0x30; 16]].concat();
         let v6 = SocketAddr::from(([0x2020; 8], 1));
         let to_v6 = SocketAddr::from(([0x3030; 8], 2));
-        let with_more = [&IPV4[..], &[0x04, 0, 3, 1, 2, 3]].concat();
-        for (header, says) in [
+        let with_extension = [&IPV4[..], &[0x04, 0, 3, 1, 2, 3]].concat();
+        for (header, content) in [
             (V1.to_vec(), expected()),
             (b"PROXY UNKNOWN\r\n".to_vec(), ProxyHeader::NoClient),
             (b"PROXY UNKNOWN ffff:: ffff:: 1 2\r\n".to_vec(), ProxyHeader::NoClient),
             (
                 b"PROXY TCP6 2020:2020:2020:2020:2020:2020:2020:2020 3030:3030:3030:3030:3030:3030:3030:3030 1 2\r\n".to_vec(),
-                ProxyHeader::Client(v6, to_v6),
+                client(v6, to_v6),
             ),
             (v2(1, 0x11, &IPV4), expected()),
-            (v2(1, 0x11, &with_more), expected()),
-            (v2(1, 0x21, &[&ipv6[..], &[0, 1, 0, 2]].concat()), ProxyHeader::Client(v6, to_v6)),
+            (v2(1, 0x11, &with_extension), expected()),
+            (v2(1, 0x21, &[&ipv6[..], &[0, 1, 0, 2]].concat()), client(v6, to_v6)),
             (v2(0, 0x11, &IPV4), ProxyHeader::NoClient),
             (v2(0, 0, &[]), ProxyHeader::NoClient),
             (v2(1, 0, b"whatever"), ProxyHeader::NoClient),
             (v2(1, 0x31, &[b'x'; 216]), ProxyHeader::NoClient),
         ] {
             let length = header.len();
-            let followed = [&header[..], b"\r\n\r\nGET /"].concat();
-            assert_eq!(read(&followed), Ok((says, length)), "{header:?}");
+            let with_data = [&header[..], b"\r\n\r\nGET /"].concat();
+            assert_eq!(read(&with_data), Ok((content, length)), "{header:?}");
             for n in 1..length {
-                assert_eq!(extent(&header[..n]), Ok(Extent::More), "{n} of {header:?}");
+                assert_eq!(extent(&header[..n]), Ok(Extent::Incomplete), "{n} of {header:?}");
             }
         }
     }
 
     #[test]
-    fn what_is_none_is_refused_as_soon_as_it_is_known() {
-        let endless = [&b"PROXY TCP4 "[..], &[b'1'; MOST_OF_V1]].concat();
+    fn an_invalid_header_is_refused_as_early_as_possible() {
+        let endless = [&b"PROXY TCP4 "[..], &[b'1'; MAX_LENGTH_V1]].concat();
         for bytes in [
             &b"GET / HTTP/1.1"[..],
             b"\r\n\r\n\0\r\nQUIET",
             b"P.",
             b"\x16\x03\x01",
             &endless,
-            &v2(1, 0x11, &[0; MOST]),
+            &v2(1, 0x11, &[0; MAX_LENGTH]),
             b"PROXY TCP4 192.0.2.1 198.51.100.2 056324 443\r\n",
             b"PROXY TCP4 192.0.2.1 198.51.100.2 65536 443\r\n",
             b"PROXY TCP4 2001:db8::1 198.51.100.2 1 2\r\n",
@@ -251,31 +262,31 @@ mod tests {
             &v2(1, 0x41, &IPV4),
         ] {
             let error = read(bytes).unwrap_err();
-            assert_ne!(error, "more", "{bytes:?}");
+            assert_ne!(error, "incomplete", "{bytes:?}");
         }
     }
 
     #[test]
-    fn a_header_that_is_read_was_there_whole() {
-        // Much of what is made up begins as headers do.
-        let given = bolero::generator::produce::<(u8, Vec<u8>)>();
+    fn a_parsed_header_was_complete() {
+        // Most inputs begin like a header.
+        let inputs = bolero::generator::produce::<(u8, Vec<u8>)>();
         bolero::check!()
-            .with_generator(given)
+            .with_generator(inputs)
             .for_each(|(kind, rest)| {
-                let begin: &[u8] = match kind % 3 {
+                let start: &[u8] = match kind % 3 {
                     0 => v2::PROTOCOL_PREFIX,
                     1 => b"PROXY ",
                     _ => b"",
                 };
-                let bytes = [begin, rest].concat();
+                let bytes = [start, rest].concat();
                 match extent(&bytes) {
-                    Ok(Extent::Of(length)) => {
-                        assert!(length <= bytes.len().min(MOST));
+                    Ok(Extent::Complete(length)) => {
+                        assert!(length <= bytes.len().min(MAX_LENGTH));
                         let _ = parse(&bytes[..length]);
-                        // It would have been asked for to this very byte.
-                        assert_eq!(extent(&bytes[..length - 1]), Ok(Extent::More));
+                        // Without its last byte the header is incomplete.
+                        assert_eq!(extent(&bytes[..length - 1]), Ok(Extent::Incomplete));
                     }
-                    Ok(Extent::More) => assert!(bytes.len() < MOST),
+                    Ok(Extent::Incomplete) => assert!(bytes.len() < MAX_LENGTH),
                     Err(_) => {}
                 }
             });

@@ -1,66 +1,44 @@
-//! What is counted of connections.
+//! Counters of the connections of a version and of a service.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::outcome::OutcomeKind;
+use super::usage::Usage;
+use crate::telemetry::counters::Counters;
 use crate::telemetry::histogram::Histogram;
 
-/// How connections end.
-#[derive(Clone, Copy)]
-pub(super) enum OutcomeKind {
-    Ok,
-    GuestError,
-    Trap,
-    ClientGone,
-    Limit,
-    Killed,
-    DrainTimeout,
-    NoSandbox,
-}
-
-/// The kinds by name, in their order.
-pub const OUTCOMES: [&str; 8] = [
-    "ok",
-    "guest_error",
-    "trap",
-    "client_gone",
-    "limit",
-    "killed",
-    "drain_timeout",
-    "no_sandbox",
-];
-
-/// The connections of one version of a guest: how many are open, and how the others have ended.
+/// Connections of one version: how many are open, and how the others ended.
 #[derive(Debug, Default)]
 pub struct VersionStats {
     open: AtomicU64,
-    ended: [AtomicU64; OUTCOMES.len()],
+    ended: Counters<OutcomeKind, { OutcomeKind::COUNT }>,
 }
 
 impl VersionStats {
-    /// The connections that are open.
+    /// Number of open connections.
     pub fn open(&self) -> u64 {
         self.open.load(Ordering::Relaxed)
     }
 
-    /// The connections that have ended in each of [`KINDS`].
-    pub fn ended(&self) -> [u64; OUTCOMES.len()] {
-        std::array::from_fn(|kind| self.ended[kind].load(Ordering::Relaxed))
+    /// Number of ended connections by outcome, in the order of [`OutcomeKind`].
+    pub fn ended(&self) -> [u64; OutcomeKind::COUNT] {
+        self.ended.all()
     }
 
-    /// Counts a connection as open until what is returned is dropped.
+    /// Counts a connection as open until the guard is dropped.
     pub(super) fn begin(&self) -> OpenGuard<'_> {
         self.open.fetch_add(1, Ordering::Relaxed);
         OpenGuard(&self.open)
     }
 
-    /// Counts how a connection has ended.
+    /// Counts a connection as ended.
     pub(super) fn end(&self, kind: OutcomeKind) {
-        self.ended[kind as usize].fetch_add(1, Ordering::Relaxed);
+        self.ended.add(kind);
     }
 }
 
-/// A connection that is open.
+/// Counts one connection as open.
 pub(super) struct OpenGuard<'a>(&'a AtomicU64);
 
 impl Drop for OpenGuard<'_> {
@@ -69,16 +47,16 @@ impl Drop for OpenGuard<'_> {
     }
 }
 
-/// What connections took, whichever version they were served with.
+/// Resources that the ended connections of a service used.
 #[derive(Debug)]
 pub struct ServiceStats {
-    /// How long they were open, in seconds.
+    /// Time for which connections were open, in seconds.
     pub duration: Histogram,
-    /// How long it took to make their instance, in seconds.
+    /// Time to make the instance of a connection, in seconds.
     pub instantiation: Histogram,
-    /// How long their guest computed, in seconds.
+    /// CPU time of the guest of a connection, in seconds.
     pub cpu: Histogram,
-    /// The memory that their guest had at most, in bytes.
+    /// Peak memory of the guest of a connection, in bytes.
     pub memory: Histogram,
     received: AtomicU64,
     sent: AtomicU64,
@@ -93,7 +71,7 @@ impl Default for ServiceStats {
             instantiation: Histogram::new(1_000, 2, 1e9),
             // From a millisecond to 16 s.
             cpu: Histogram::new(1_000, 2, 1e6),
-            // From a page of WebAssembly to half of a GiB and more.
+            // From one page of WebAssembly to 1 GiB.
             memory: Histogram::new(65_536, 2, 1.0),
             received: AtomicU64::new(0),
             sent: AtomicU64::new(0),
@@ -102,25 +80,25 @@ impl Default for ServiceStats {
 }
 
 impl ServiceStats {
-    /// What was received on connections that have ended, in bytes.
+    /// Bytes received on ended connections.
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// What was sent on connections that have ended, in bytes.
+    /// Bytes sent on ended connections.
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Counts what a connection took that has ended.
-    pub(super) fn add(&self, open_for: Duration, used: &super::Usage) {
-        self.duration.observe(open_for.as_micros() as u64);
-        if let Some(took) = used.instantiation() {
-            self.instantiation.observe(took.as_nanos() as u64);
+    /// Adds a connection that has ended.
+    pub(super) fn add(&self, duration: Duration, usage: &Usage) {
+        self.duration.observe(duration.as_micros() as u64);
+        if let Some(instantiation) = usage.instantiation() {
+            self.instantiation.observe(instantiation.as_nanos() as u64);
         }
-        self.cpu.observe(used.computed().as_micros() as u64);
-        self.memory.observe(used.memory());
-        self.received.fetch_add(used.received(), Ordering::Relaxed);
-        self.sent.fetch_add(used.sent(), Ordering::Relaxed);
+        self.cpu.observe(usage.computed().as_micros() as u64);
+        self.memory.observe(usage.memory());
+        self.received.fetch_add(usage.received(), Ordering::Relaxed);
+        self.sent.fetch_add(usage.sent(), Ordering::Relaxed);
     }
 }

@@ -1,81 +1,54 @@
-//! What a connection's bytes go through: its socket, or TLS on it.
+//! The stream of a connection: a socket, or TLS on a socket.
 
 use std::io;
-use std::sync::Arc;
 use std::task::{Context, Poll};
-
-use rustls::ServerConfig;
 
 use super::socket::Socket;
 use super::tls::TlsStream;
 use crate::net::TransportAddress;
 use crate::sandbox::TlsInfo;
 
-/// A socket, or TLS on one. What has no TLS pays for a branch.
+/// A socket, or TLS on one. A connection without TLS pays for a branch.
 pub(super) enum MaybeTls {
     Plain(Socket),
     Tls(Box<TlsStream>),
 }
 
-/// Calls the same of either.
+/// Calls the same method of either stream.
 macro_rules! either {
-    ($channel:expr, $it:ident => $call:expr) => {
-        match $channel {
-            Self::Plain($it) => $call,
-            Self::Tls($it) => $call,
+    ($self:expr, $stream:ident => $call:expr) => {
+        match $self {
+            Self::Plain($stream) => $call,
+            Self::Tls($stream) => $call,
         }
     };
 }
 
 impl MaybeTls {
-    /// The socket beneath.
+    /// The socket itself.
     pub(super) fn socket(&mut self) -> &mut Socket {
         match self {
             Self::Plain(socket) => socket,
-            Self::Tls(secured) => secured.socket(),
+            Self::Tls(stream) => stream.socket(),
         }
     }
 
-    /// Puts TLS on the socket, with the handshake still to come.
-    pub(super) fn secure(
-        &mut self,
-        config: Arc<ServerConfig>,
-    ) -> Result<&mut TlsStream, rustls::Error> {
-        if let Self::Plain(socket) = self {
-            let mut socket = std::mem::replace(socket, Socket::closed());
-            // TLS has an end of its own.
-            socket.keep_nothing();
-            *self = Self::Tls(Box::new(TlsStream::new(socket, config)?));
-        }
-        match self {
-            Self::Tls(secured) => Ok(secured),
-            Self::Plain(_) => unreachable!("it is TLS by now"),
-        }
-    }
-
-    /// What is known of TLS, where there is some.
+    /// Properties of the TLS session, if there is one.
     pub(super) fn tls(&self) -> Option<&TlsInfo> {
         match self {
             Self::Plain(_) => None,
-            Self::Tls(secured) => secured.info(),
+            Self::Tls(stream) => stream.info(),
         }
     }
 
-    /// Where the client has connected to.
+    /// The address that the client connected to.
     pub(super) fn local_address(&self) -> io::Result<TransportAddress> {
-        either!(self, it => it.local_address())
+        either!(self, stream => stream.local_address())
     }
 
-    /// Where the client has connected from.
+    /// The address of the client.
     pub(super) fn remote_address(&self) -> io::Result<TransportAddress> {
-        either!(self, it => it.remote_address())
-    }
-
-    /// The end is to be one of which nothing is missing.
-    pub(super) fn end_in_order(&mut self) {
-        if let Self::Plain(socket) = self {
-            socket.end_in_order();
-        }
+        either!(self, stream => stream.remote_address())
     }
 
     /// Receives into `buf`.
@@ -84,75 +57,81 @@ impl MaybeTls {
         cx: &mut Context<'_>,
         buf: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        either!(self, it => it.poll_receive(cx, buf))
+        either!(self, stream => stream.poll_receive(cx, buf))
     }
 
-    /// Ready when something can be received.
+    /// Ready when bytes, or the end of the stream, can be received.
     pub(super) fn poll_receivable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(self, it => it.poll_receivable(cx))
+        either!(self, stream => stream.poll_receivable(cx))
     }
 
-    /// Sends some of `bytes`. What TLS makes of them may be on its way to the kernel still, in
-    /// [`Self::poll_push`].
+    /// Sends some of `bytes`. Records of TLS may wait for [`Self::poll_push`] to send them.
     pub(super) fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        either!(self, it => it.poll_send(cx, bytes))
+        either!(self, stream => stream.poll_send(cx, bytes))
     }
 
-    /// Ready when something can be sent.
+    /// Ready when bytes can be sent.
     pub(super) fn poll_sendable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(self, it => it.poll_sendable(cx))
+        either!(self, stream => stream.poll_sendable(cx))
     }
 
-    /// Whether something can be sent right now.
+    /// Whether bytes can be sent now.
     pub(super) fn can_send(&self) -> bool {
-        either!(self, it => it.can_send())
+        either!(self, stream => stream.can_send())
     }
 
-    /// Whether something, or the end, can be received right now.
+    /// Whether bytes, or the end of the stream, can be received now.
     pub(super) fn can_receive(&mut self) -> bool {
-        either!(self, it => it.can_receive())
+        either!(self, stream => stream.can_receive())
     }
 
-    /// What was sent and the client's system has not acknowledged, in bytes, as far as the kernel has
-    /// it.
+    /// Bytes that the kernel holds because the client has not acknowledged them.
     pub(super) fn unsent(&self) -> usize {
-        either!(self, it => it.unsent())
+        either!(self, stream => stream.unsent())
     }
 
-    /// Whether something is on its way to the kernel that [`Self::poll_push`] goes on with.
+    /// Whether data waits for [`Self::poll_push`] to hand it to the kernel.
     pub(super) fn is_pushing(&self) -> bool {
         match self {
             Self::Plain(_) => false,
-            Self::Tls(secured) => secured.is_pushing(),
+            Self::Tls(stream) => stream.is_pushing(),
         }
     }
 
-    /// Sends what is held back. To be called when the guest waits, and until it is ready. Whether
-    /// anything was moved.
+    /// Sends held data. Call it whenever the guest waits, until it is ready. Returns whether the
+    /// kernel took any data, too.
     pub(super) fn poll_push(&mut self, cx: &mut Context<'_>) -> (bool, Poll<io::Result<()>>) {
         match self {
             Self::Plain(socket) => {
                 socket.push();
                 (false, Poll::Ready(Ok(())))
             }
-            Self::Tls(secured) => secured.poll_push(cx),
+            Self::Tls(stream) => stream.poll_push(cx),
         }
     }
 
-    /// Sends all that was written, and the end. With TLS that takes [`Self::poll_push`].
+    /// Sends the end of the stream after all data. With TLS, [`Self::poll_push`] completes that.
     pub(super) fn shutdown_sending(&mut self) {
-        either!(self, it => it.shutdown_sending())
+        either!(self, stream => stream.shutdown_sending())
     }
 
-    /// Whether it is known that what was received is not all that the client has sent, or meant to.
+    /// Whether the client has sent bytes that are not TLS. It was sent an alert for them.
+    pub(super) fn is_broken(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(stream) => stream.is_broken(),
+        }
+    }
+
+    /// Whether the client has closed its side without a close_notify.
     pub(super) fn is_truncated(&self) -> bool {
         match self {
             Self::Plain(_) => false,
-            Self::Tls(secured) => secured.is_truncated(),
+            Self::Tls(stream) => stream.is_truncated(),
         }
     }
 }

@@ -1,7 +1,10 @@
-//! TLS: what the server shows and asks for, and the handshake.
+//! TLS of a listener: its certificates, and the handshake with a client.
 
 mod certificates;
+mod error;
 mod handshake_limit;
+mod outcome;
+mod settings;
 mod stream;
 
 use std::io;
@@ -12,64 +15,20 @@ use arc_swap::ArcSwap;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::{TLS12, TLS13};
-use rustls::{Error as TlsError, ServerConfig};
+use rustls::{ServerConfig, ServerConnection};
 use tracing::info;
 
-use super::handshake::HandshakeOutcome;
-use super::stream::MaybeTls;
-use crate::Error;
+use super::socket::Socket;
 use crate::listener::Source;
 use certificates::Certificates;
+pub use error::{TlsError, TlsFile};
 use handshake_limit::HandshakeLimit;
-use stream::Failed;
+pub(super) use outcome::{HANDSHAKES, HandshakeOutcome};
+pub use settings::{CertificateFiles, ClientAuth, MinVersion, TlsSettings};
+use stream::HandshakeError;
 pub(super) use stream::TlsStream;
 
-/// A certificate with its key.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CertificateFiles {
-    /// The file of the certificate, and of those that lead from it to one that clients know: PEM.
-    pub certificate: PathBuf,
-    /// The file of the private key: PEM, not encrypted.
-    pub key: PathBuf,
-    /// The file of an OCSP answer about the certificate: DER.
-    pub ocsp: Option<PathBuf>,
-}
-
-/// The oldest version of TLS that is spoken.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum MinVersion {
-    /// TLS 1.2 (RFC 5246). What is older is not to be used any more (RFC 8996).
-    Tls12,
-    /// TLS 1.3 (RFC 8446).
-    Tls13,
-}
-
-/// What clients have to show.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ClientAuth {
-    /// The file of the certificates that theirs have to lead to: PEM.
-    pub authorities: PathBuf,
-    /// Whether those that show none are refused.
-    pub required: bool,
-}
-
-/// What is shown to clients, and asked of them.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TlsSettings {
-    /// One or more. The first is for clients that ask for a name that there is none for.
-    pub pairs: Vec<CertificateFiles>,
-    /// The protocols to be agreed on (ALPN, RFC 7301), in the order of preference. Without any, none
-    /// is.
-    pub alpn: Vec<String>,
-    /// The oldest version that is spoken.
-    pub min_version: MinVersion,
-    /// What clients have to show, if anything.
-    pub clients: Option<ClientAuth>,
-    /// Handshakes at once.
-    pub handshakes: usize,
-}
-
-/// TLS as it is spoken with each client: with what is in the files, as they were read last.
+/// TLS of a listener, with the files as they were last read.
 pub struct Tls {
     settings: TlsSettings,
     config: ArcSwap<ServerConfig>,
@@ -81,123 +40,137 @@ impl Tls {
     ///
     /// # Errors
     ///
-    /// [`Error::Tls`] with the file and what is wrong with it.
-    pub fn new(settings: TlsSettings) -> Result<Self, Error> {
+    /// [`TlsError`] with the first file that cannot be used, or the setting that was refused.
+    pub fn new(settings: TlsSettings) -> Result<Self, TlsError> {
         Ok(Self {
-            config: ArcSwap::new(config(&settings)?),
-            handshakes: HandshakeLimit::new(settings.handshakes),
+            config: ArcSwap::new(server_config(&settings)?),
+            handshakes: HandshakeLimit::new(settings.max_handshakes),
             settings,
         })
     }
 
-    /// Reads the files once more, for connections that begin from now on. Those that are open go on with
-    /// what they have. Sessions are not resumed that began before: who was let in by a file that has
-    /// changed is asked again.
+    /// Reads the files again, for new connections.
+    ///
+    /// Open connections keep the certificates that they began with. Older sessions are not resumed:
+    /// the files that authenticated their clients may have changed.
     ///
     /// # Errors
     ///
     /// As for [`Self::new`]. Nothing has changed then.
-    pub fn reload(&self) -> Result<(), Error> {
-        self.config.store(config(&self.settings)?);
+    pub fn reload(&self) -> Result<(), TlsError> {
+        self.config.store(server_config(&self.settings)?);
         Ok(())
     }
 
-    /// The files that it is made of.
+    /// All files of the settings.
     pub fn files(&self) -> Vec<PathBuf> {
-        let of_pair = |pair: &CertificateFiles| {
+        let pairs = self.settings.pairs.iter().flat_map(|pair| {
             [Some(&pair.certificate), Some(&pair.key), pair.ocsp.as_ref()]
                 .map(Option::<&PathBuf>::cloned)
-        };
-        let pairs = self.settings.pairs.iter().flat_map(of_pair);
-        let clients = self.settings.clients.iter();
+        });
+        let client_auth = self.settings.client_auth.iter();
         pairs
             .flatten()
-            .chain(clients.map(|clients| clients.authorities.clone()))
+            .chain(client_auth.map(|client_auth| client_auth.authorities.clone()))
             .collect()
     }
 
-    /// Goes through the handshake with a client of `source`.
-    pub(super) async fn shake_hands(
+    /// Performs the handshake with a client of `source`.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`] with the reason and the socket.
+    pub(super) async fn accept(
         &self,
-        channel: &mut MaybeTls,
+        mut socket: Socket,
         source: Option<Source>,
-    ) -> Result<(), Refused> {
-        let gone = |error: io::Error| {
-            Refused::new(
-                HandshakeOutcome::ClientGone,
-                format!("it was gone: {error}"),
-            )
-        };
-        // A client that is silent takes nothing but its place among all connections.
-        let first = channel.socket().first_byte().await.map_err(gone)?;
-        /// A record with a part of a handshake (RFC 8446, section 5.1).
+    ) -> Result<Box<TlsStream>, Refused> {
+        /// Record type of handshake messages (RFC 8446, section 5.1).
         const HANDSHAKE: u8 = 22;
-        match first {
-            // Whoever looks whether we are there.
-            None => {
+        // A silent client takes neither a permit nor memory for TLS.
+        match socket.first_byte().await {
+            Ok(Some(HANDSHAKE)) => {}
+            Ok(Some(byte)) => return Err(Refused::not_tls(socket, byte)),
+            Ok(None) => {
+                // A port scanner or a health check.
                 return Err(Refused {
-                    said_nothing: true,
-                    ..gone(io::ErrorKind::UnexpectedEof.into())
+                    silent: true,
+                    ..Refused::client_gone(socket, &io::ErrorKind::UnexpectedEof.into())
                 });
             }
-            Some(HANDSHAKE) => {}
-            Some(byte) => {
-                let outcome = match byte.is_ascii_graphic() {
-                    true => HandshakeOutcome::PlainText,
-                    false => HandshakeOutcome::Bad,
-                };
-                return Err(Refused::new(outcome, "it does not speak TLS".into()));
-            }
+            Err(error) => return Err(Refused::client_gone(socket, &error)),
         }
-        let _place = self.handshakes.place(source).await;
-        // What cannot be set up is not the client's fault, and ends its connection alone.
-        let refuse = |error: TlsError| Refused::new(outcome_of(&error), error.to_string());
-        let secured = channel.secure(self.config.load_full()).map_err(refuse)?;
-        match secured.shake_hands().await {
-            Ok(()) => Ok(()),
-            Err(Failed::Gone(error)) => Err(gone(error)),
-            Err(Failed::Refused(error)) => Err(Refused {
-                told: true,
-                ..refuse(error)
+        let _permit = self.handshakes.acquire(source).await;
+        let session = match ServerConnection::new(self.config.load_full()) {
+            Ok(session) => session,
+            Err(error) => return Err(Refused::by_tls(socket, &error)),
+        };
+        let mut stream = Box::new(TlsStream::new(socket, session));
+        match stream.perform_handshake().await {
+            Ok(()) => Ok(stream),
+            Err(HandshakeError::ClientGone(error)) => {
+                Err(Refused::client_gone(stream.into_socket(), &error))
+            }
+            Err(HandshakeError::Refused(error)) => Err(Refused {
+                alerted: true,
+                ..Refused::by_tls(stream.into_socket(), &error)
             }),
         }
     }
 }
 
-/// Why a handshake came to nothing.
+/// A handshake that failed.
 pub(super) struct Refused {
+    /// The socket. The failure is logged before it is dropped.
+    pub(super) socket: Socket,
     pub(super) outcome: HandshakeOutcome,
     pub(super) reason: String,
-    /// The client was told so, and is to have the time to read it.
-    pub(super) told: bool,
-    /// The client closed without a word.
-    pub(super) said_nothing: bool,
+    /// The client was sent an alert, and needs time to read it.
+    pub(super) alerted: bool,
+    /// The client closed the connection without sending anything.
+    pub(super) silent: bool,
 }
 
 impl Refused {
-    fn new(outcome: HandshakeOutcome, reason: String) -> Self {
+    fn new(socket: Socket, outcome: HandshakeOutcome, reason: String) -> Self {
         Self {
+            socket,
             outcome,
             reason,
-            told: false,
-            said_nothing: false,
+            alerted: false,
+            silent: false,
         }
+    }
+
+    fn client_gone(socket: Socket, error: &io::Error) -> Self {
+        let reason = format!("the client is gone: {error}");
+        Self::new(socket, HandshakeOutcome::ClientGone, reason)
+    }
+
+    fn not_tls(socket: Socket, first_byte: u8) -> Self {
+        let outcome = if first_byte.is_ascii_graphic() {
+            HandshakeOutcome::PlainText
+        } else {
+            HandshakeOutcome::Bad
+        };
+        Self::new(socket, outcome, "the client does not speak TLS".into())
+    }
+
+    fn by_tls(socket: Socket, error: &rustls::Error) -> Self {
+        let outcome = match error {
+            rustls::Error::NoCertificatesPresented => HandshakeOutcome::NoClientCertificate,
+            rustls::Error::InvalidCertificate(_) => HandshakeOutcome::BadClientCertificate,
+            rustls::Error::PeerIncompatible(_) | rustls::Error::NoApplicationProtocol => {
+                HandshakeOutcome::Incompatible
+            }
+            rustls::Error::AlertReceived(_) => HandshakeOutcome::RefusedByClient,
+            _ => HandshakeOutcome::Bad,
+        };
+        Self::new(socket, outcome, error.to_string())
     }
 }
 
-fn outcome_of(error: &TlsError) -> HandshakeOutcome {
-    match error {
-        TlsError::NoCertificatesPresented => HandshakeOutcome::NoClientCertificate,
-        TlsError::InvalidCertificate(_) => HandshakeOutcome::BadClientCertificate,
-        TlsError::PeerIncompatible(_) | TlsError::NoApplicationProtocol => {
-            HandshakeOutcome::Incompatible
-        }
-        TlsError::AlertReceived(_) => HandshakeOutcome::RefusedByClient,
-        _ => HandshakeOutcome::Bad,
-    }
-}
-
-fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, Error> {
+fn server_config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, TlsError> {
     let provider: Arc<CryptoProvider> = Arc::new(ring::default_provider());
     let certificates = Certificates::read(&settings.pairs, &provider)?;
     info!(
@@ -208,22 +181,21 @@ fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, Error> {
         MinVersion::Tls12 => &[&TLS13, &TLS12][..],
         MinVersion::Tls13 => &[&TLS13],
     };
-    let internal = |error: TlsError| Error::internal("setting up TLS", error);
+    let setup_error = |error: rustls::Error| TlsError::setup("setting up TLS", error);
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(versions)
-        .map_err(internal)?;
-    let builder = match &settings.clients {
+        .map_err(setup_error)?;
+    let builder = match &settings.client_auth {
         None => builder.with_no_client_auth(),
-        Some(clients) => {
-            let roots = Arc::new(certificates::authorities(&clients.authorities)?);
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider);
-            let verifier = match clients.required {
-                true => verifier,
-                false => verifier.allow_unauthenticated(),
-            };
-            let verifier = verifier.build();
-            let verifier =
-                verifier.map_err(|error| Error::internal("setting up --tls-client-ca", error))?;
+        Some(client_auth) => {
+            let roots = Arc::new(certificates::authorities(&client_auth.authorities)?);
+            let mut verifier = WebPkiClientVerifier::builder_with_provider(roots, provider);
+            if !client_auth.required {
+                verifier = verifier.allow_unauthenticated();
+            }
+            let verifier = verifier
+                .build()
+                .map_err(|error| TlsError::setup("setting up client authentication", error))?;
             builder.with_client_cert_verifier(verifier)
         }
     };
@@ -233,12 +205,11 @@ fn config(settings: &TlsSettings) -> Result<Arc<ServerConfig>, Error> {
         .iter()
         .map(|name| name.as_bytes().into())
         .collect();
-    // Sessions are resumed by what clients keep. There is no store of them that all threads share.
+    // Tickets, which clients store, resume sessions: all threads would share a store on the server.
     config.session_storage = Arc::new(NoServerSessionStorage {});
-    match settings.clients {
-        None => config.ticketer = ring::Ticketer::new().map_err(internal)?,
-        // A certificate is shown and checked each time: whoever resumes would be let in by one that has
-        // expired.
+    match settings.client_auth {
+        None => config.ticketer = ring::Ticketer::new().map_err(setup_error)?,
+        // No resumption: it would admit a client whose certificate has expired meanwhile.
         Some(_) => config.send_tls13_tickets = 0,
     }
     Ok(Arc::new(config))

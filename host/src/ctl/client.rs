@@ -1,4 +1,4 @@
-//! Requests to the admin endpoint.
+//! Requests to the admin API.
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -11,9 +11,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use wasinetd::admin::AdminAddress;
 
-use super::CtlError;
+use super::error::CtlError;
 
-/// Asks one server.
+/// Sends requests to one server.
 pub(super) struct AdminClient {
     address: AdminAddress,
     token: Option<String>,
@@ -25,11 +25,11 @@ impl AdminClient {
     }
 
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, CtlError> {
-        self.ask(Method::GET, path, Vec::new()).await
+        self.request(Method::GET, path, Vec::new()).await
     }
 
     pub(super) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, CtlError> {
-        self.ask(Method::DELETE, path, Vec::new()).await
+        self.request(Method::DELETE, path, Vec::new()).await
     }
 
     pub(super) async fn post<T: DeserializeOwned>(
@@ -37,10 +37,10 @@ impl AdminClient {
         path: &str,
         body: Vec<u8>,
     ) -> Result<T, CtlError> {
-        self.ask(Method::POST, path, body).await
+        self.request(Method::POST, path, body).await
     }
 
-    /// Hands what comes to `take`, until it ends or is not wanted any more.
+    /// Passes the body of a response to `take` as it arrives. Stops when `take` returns false.
     pub(super) async fn stream(
         &self,
         path: &str,
@@ -56,7 +56,7 @@ impl AdminClient {
         Ok(())
     }
 
-    async fn ask<T: DeserializeOwned>(
+    async fn request<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
@@ -68,7 +68,7 @@ impl AdminClient {
         serde_json::from_slice(&body).map_err(|error| self.failed(error))
     }
 
-    /// The response, if it is a success.
+    /// Sends a request and returns its response, if that is a success.
     async fn send(
         &self,
         method: Method,
@@ -84,9 +84,9 @@ impl AdminClient {
         }
         let request = request
             .body(Full::new(Bytes::from(body)))
-            .map_err(|_| CtlError {
-                code: crate::cli::EX_USAGE,
-                message: "a name of a service has letters, digits, - and _".into(),
+            // The path is invalid: the only variable text in it is the name of a service.
+            .map_err(|_| {
+                CtlError::usage("the name of a service consists of letters, digits, - and _")
             })?;
         let response = match &self.address {
             AdminAddress::Unix(path) => match UnixStream::connect(path).await {
@@ -104,7 +104,7 @@ impl AdminClient {
         let status = response.status().as_u16();
         let body = response.into_body().collect().await;
         let body = body.map_err(|error| self.failed(error))?.to_bytes();
-        Err(CtlError::answered(status, &body))
+        Err(CtlError::from_response(status, &body))
     }
 
     async fn send_on<S>(
@@ -118,7 +118,7 @@ impl AdminClient {
         let (mut sender, connection) = handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.failed(error))?;
-        // What becomes of it is known from the response.
+        // If the connection fails, so does the response.
         tokio::spawn(connection);
         let response = sender.send_request(request).await;
         response.map_err(|error| self.failed(error))
@@ -126,7 +126,7 @@ impl AdminClient {
 
     fn failed(&self, error: impl std::fmt::Display) -> CtlError {
         CtlError::unavailable(format!(
-            "cannot ask the server at {}: {error}; is it running, with that --admin?",
+            "cannot reach the server at {}: {error}; is it running with this --admin?",
             self.address
         ))
     }

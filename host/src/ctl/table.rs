@@ -2,8 +2,7 @@
 
 use std::fmt;
 
-/// Rows of columns with their names above them. A name that begins with `>` is of a column of
-/// figures, which are aligned to the right.
+/// A table with a head line. `>` before a column's name aligns the column to the right.
 pub(super) struct Table<const N: usize> {
     names: [&'static str; N],
     rows: Vec<[String; N]>,
@@ -35,9 +34,10 @@ impl<const N: usize> fmt::Display for Table<N> {
         for row in rows() {
             let mut line = String::new();
             for ((cell, width), name) in row.iter().zip(widths).zip(self.names) {
-                line += &match name.starts_with('>') {
-                    true => format!("{cell:>width$}  "),
-                    false => format!("{cell:<width$}  "),
+                line += &if name.starts_with('>') {
+                    format!("{cell:>width$}  ")
+                } else {
+                    format!("{cell:<width$}  ")
                 };
             }
             writeln!(f, "{}", line.trim_end())?;

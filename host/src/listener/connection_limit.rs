@@ -1,92 +1,97 @@
-//! The places for connections: those of all services, and those of each.
+//! Limits of concurrent connections: of all services together, and of each.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::PollSemaphore;
 
-/// The places that a service has, of those that all services share. Clones are the same ones.
+use crate::sync::lock;
+
+/// The connection limit of a service, within the limit of the server. Clones share it.
 #[derive(Clone)]
 pub struct ConnectionLimit {
-    all: Arc<Semaphore>,
-    of_service: Arc<Semaphore>,
-    /// How many the service has.
-    count: Arc<Mutex<usize>>,
+    server: Arc<Semaphore>,
+    service: Arc<Semaphore>,
+    /// Permits of the service, taken or not.
+    size: Arc<Mutex<usize>>,
 }
 
-/// A place, given back when it is dropped.
+/// Permit for one connection. Released when dropped.
 pub(super) struct ConnectionPermit {
-    _of_service: OwnedSemaphorePermit,
-    _of_all: OwnedSemaphorePermit,
+    _service: OwnedSemaphorePermit,
+    _server: OwnedSemaphorePermit,
 }
 
 impl ConnectionLimit {
-    /// So many of `all` places, for one service.
-    pub fn new(all: Arc<Semaphore>, count: usize) -> Self {
+    /// Limits a service to `size` connections, within the permits of `server`.
+    pub fn new(server: Arc<Semaphore>, size: usize) -> Self {
         Self {
-            all,
-            of_service: Arc::new(Semaphore::new(count)),
-            count: Arc::new(Mutex::new(count)),
+            server,
+            service: Arc::new(Semaphore::new(size)),
+            size: Arc::new(Mutex::new(size)),
         }
     }
 
-    /// From now on the service has so many. Where they are fewer, nobody loses a place, and nobody gets one
-    /// until enough have been given back. To be called within a tokio runtime.
-    pub fn resize(&self, to: usize) {
-        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(more) = to.checked_sub(*count) {
-            self.of_service.add_permits(more);
+    /// Changes the limit of the service to `new_size`.
+    ///
+    /// A lower limit ends no connection. It takes effect as connections end. Call this within a
+    /// tokio runtime.
+    pub fn resize(&self, new_size: usize) {
+        let mut size = lock(&self.size);
+        if let Some(added) = new_size.checked_sub(*size) {
+            self.service.add_permits(added);
         } else {
-            let fewer = *count - to;
-            let taken = fewer - self.of_service.forget_permits(fewer);
-            let places = self.of_service.clone();
-            // It stands in line with the clients.
+            let removed = *size - new_size;
+            let in_use = removed - self.service.forget_permits(removed);
+            let service = self.service.clone();
+            // Waits in the queue of the semaphore, among the shards that wait for a permit.
             tokio::spawn(async move {
-                let taken = u32::try_from(taken).unwrap_or(u32::MAX);
-                if let Ok(permits) = places.acquire_many(taken).await {
+                let in_use = u32::try_from(in_use).unwrap_or(u32::MAX);
+                if let Ok(permits) = service.acquire_many(in_use).await {
                     permits.forget();
                 }
             });
         }
-        *count = to;
+        *size = new_size;
     }
 
-    /// A place, if there is one right now.
-    pub(super) fn try_take(&self) -> Option<ConnectionPermit> {
+    /// A permit, if one is free.
+    pub(super) fn try_acquire(&self) -> Option<ConnectionPermit> {
         Some(ConnectionPermit {
-            _of_service: self.of_service.clone().try_acquire_owned().ok()?,
-            _of_all: self.all.clone().try_acquire_owned().ok()?,
+            _service: self.service.clone().try_acquire_owned().ok()?,
+            _server: self.server.clone().try_acquire_owned().ok()?,
         })
     }
 
-    /// A line to stand in for a place.
-    pub(super) fn line(&self) -> PermitQueue {
+    /// A queue to wait for a permit.
+    pub(super) fn queue(&self) -> PermitQueue {
         PermitQueue {
-            of_service: PollSemaphore::new(self.of_service.clone()),
-            of_all: PollSemaphore::new(self.all.clone()),
+            service: PollSemaphore::new(self.service.clone()),
+            server: PollSemaphore::new(self.server.clone()),
         }
     }
 }
 
-/// Stands in line for places.
+/// Waits for permits.
 pub(super) struct PermitQueue {
-    of_service: PollSemaphore,
-    of_all: PollSemaphore,
+    service: PollSemaphore,
+    server: PollSemaphore,
 }
 
 impl PermitQueue {
-    /// Ready with a place. Neither half of one is held by whoever waits for the other.
-    pub(super) fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<ConnectionPermit> {
-        const OPEN: &str = "it is never closed";
-        let Poll::Ready(of_service) = self.of_service.poll_acquire(cx) else {
-            // What it has waited for among all may have come: others have more use for it.
-            self.of_all = self.of_all.clone();
+    /// Ready with a permit. Never holds a permit of one limit while waiting for the other.
+    pub(super) fn poll_acquire(&mut self, cx: &mut Context<'_>) -> Poll<ConnectionPermit> {
+        const OPEN: &str = "the semaphore is never closed";
+        let Poll::Ready(service) = self.service.poll_acquire(cx) else {
+            // A clone waits for no permit. This returns a permit of the server that an earlier poll
+            // may have waited for, so that another service can use it.
+            self.server = self.server.clone();
             return Poll::Pending;
         };
         Poll::Ready(ConnectionPermit {
-            _of_all: ready!(self.of_all.poll_acquire(cx)).expect(OPEN),
-            _of_service: of_service.expect(OPEN),
+            _server: ready!(self.server.poll_acquire(cx)).expect(OPEN),
+            _service: service.expect(OPEN),
         })
     }
 }
@@ -95,56 +100,54 @@ impl PermitQueue {
 mod tests {
     use super::*;
 
-    fn take(line: &mut PermitQueue) -> Option<ConnectionPermit> {
-        match line.poll_take(&mut Context::from_waker(std::task::Waker::noop())) {
-            Poll::Ready(taken) => Some(taken),
+    fn acquire(queue: &mut PermitQueue) -> Option<ConnectionPermit> {
+        match queue.poll_acquire(&mut Context::from_waker(std::task::Waker::noop())) {
+            Poll::Ready(permit) => Some(permit),
             Poll::Pending => None,
         }
     }
 
     #[test]
-    fn who_waits_for_one_half_of_a_place_holds_no_other() {
-        let all = Arc::new(Semaphore::new(2));
-        let (full, other) = (
-            ConnectionLimit::new(all.clone(), 1),
-            ConnectionLimit::new(all.clone(), 2),
-        );
-        let mut lines = [full.line(), full.line()];
-        let elsewhere = [other.try_take(), other.try_take()];
-        // The second stands in line among all, with the half of the service given back.
-        assert!(take(&mut lines[1]).is_none());
-        drop(elsewhere);
-        let first = full.try_take();
+    fn a_waiter_for_one_limit_holds_no_permit_of_the_other() {
+        let server = Arc::new(Semaphore::new(2));
+        let full = ConnectionLimit::new(server.clone(), 1);
+        let other = ConnectionLimit::new(server.clone(), 2);
+        let mut queues = [full.queue(), full.queue()];
+        let others = [other.try_acquire(), other.try_acquire()];
+        // The second queue waits for the server and has returned the permit of the service.
+        assert!(acquire(&mut queues[1]).is_none());
+        drop(others);
+        let first = full.try_acquire();
         assert!(first.is_some());
-        // Now there is one for it among all, and none of the service.
-        assert!(take(&mut lines[1]).is_none());
-        assert!(other.try_take().is_some());
+        // Now the server has a permit for it, and the service has none.
+        assert!(acquire(&mut queues[1]).is_none());
+        assert!(other.try_acquire().is_some());
         drop(first);
-        assert!(take(&mut lines[1]).is_some());
-        assert!(take(&mut lines[0]).is_some());
-        assert_eq!(all.available_permits(), 2);
+        assert!(acquire(&mut queues[1]).is_some());
+        assert!(acquire(&mut queues[0]).is_some());
+        assert_eq!(server.available_permits(), 2);
     }
 
     #[tokio::test]
-    async fn a_service_may_have_more_or_fewer() {
-        let places = ConnectionLimit::new(Arc::new(Semaphore::new(100)), 2);
-        let mut taken: Vec<_> = (0..2).map(|_| places.try_take().unwrap()).collect();
-        assert!(places.try_take().is_none());
-        places.resize(3);
-        taken.extend(places.try_take());
-        assert_eq!(taken.len(), 3);
-        places.resize(1);
+    async fn the_limit_of_a_service_can_be_raised_and_lowered() {
+        let limit = ConnectionLimit::new(Arc::new(Semaphore::new(100)), 2);
+        let mut permits: Vec<_> = (0..2).map(|_| limit.try_acquire().unwrap()).collect();
+        assert!(limit.try_acquire().is_none());
+        limit.resize(3);
+        permits.extend(limit.try_acquire());
+        assert_eq!(permits.len(), 3);
+        limit.resize(1);
         for left in (0..3).rev() {
             tokio::task::yield_now().await;
-            assert!(places.try_take().is_none(), "{left} more are taken");
-            taken.pop();
+            assert!(limit.try_acquire().is_none(), "{left} more are taken");
+            permits.pop();
         }
         tokio::task::yield_now().await;
-        assert!(places.try_take().is_some());
-        let one = places.try_take();
-        assert!(one.is_some() && places.try_take().is_none());
-        places.resize(5);
-        places.resize(2);
-        assert!(places.try_take().is_some());
+        assert!(limit.try_acquire().is_some());
+        let only = limit.try_acquire();
+        assert!(only.is_some() && limit.try_acquire().is_none());
+        limit.resize(5);
+        limit.resize(2);
+        assert!(limit.try_acquire().is_some());
     }
 }

@@ -1,8 +1,8 @@
-//! Closing a listener without losing a client whose handshake is under way.
+//! Closing a listener without losing clients whose handshakes are under way.
 //!
-//! Closing it at once would reset such a client, though it may have seen its connection completed
-//! and sent its request. So new handshakes are ignored first, and those under way are waited for. Unix
-//! sockets have none: who connects is in the backlog at once, or refused.
+//! Closing at once would reset such a client, although it may have seen its connection established
+//! and sent its request. So new TCP handshakes are ignored first, and those under way may complete.
+//! Unix sockets have no handshake: a client is in the backlog at once, or refused.
 
 use std::io;
 use std::net::Shutdown;
@@ -11,22 +11,27 @@ use std::time::Duration;
 use socket2::{SockFilter, SockRef};
 use tracing::debug;
 
-use super::Listener;
+use super::listening::Listener;
 
-/// How often the kernel is asked for handshakes under way. The first time is after one pause too: a
-/// first packet that had passed the filter's place when it came is a handshake by then.
+/// Interval between two looks at the handshakes under way.
+///
+/// There is a pause before the first look too. A SYN that passed just before the filter was set has
+/// become a handshake by then.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// How many pauses there are at most: as long as a lost answer to a first packet takes to be sent
-/// again (one second, RFC 6298, section 2), and a round trip. A client that does not complete its
-/// handshake in that time is not waited for.
-const PAUSES: u32 = 150;
+/// Most pauses. A client that takes longer loses its handshake.
+///
+/// They last as long as a lost SYN-ACK takes to be sent again (one second, RFC 6298, section 2) and
+/// a round trip.
+const MAX_PAUSES: u32 = 150;
 
-/// How many pauses there are where the kernel does not tell.
-const BLIND_PAUSES: u32 = 10;
+/// Most pauses if the kernel does not report the handshakes.
+const MAX_BLIND_PAUSES: u32 = 10;
 
-/// Makes the kernel refuse new clients at `listener`, if it is ours alone: what is done to a socket is
-/// done to it for all who have it open, and stays when we are gone.
+/// Makes the kernel refuse new clients at `listener`.
+///
+/// A shared listener stays as it is: a filter or a shutdown affects every process that has the
+/// socket open, and lasts beyond this one.
 pub(super) fn refuse_clients(listener: &Listener) {
     if listener.is_shared() {
         return;
@@ -34,22 +39,24 @@ pub(super) fn refuse_clients(listener: &Listener) {
     if listener.port().is_some() {
         return refuse_handshakes(listener);
     }
-    // Who comes after this is refused, and who came before can be accepted still.
+    // Later clients are refused. Earlier ones stay in the backlog and can still be accepted.
     if let Err(error) = SockRef::from(listener).shutdown(Shutdown::Read) {
         debug!(%error, "cannot refuse new clients; one that connects now may be reset");
     }
 }
 
-/// Makes the kernel ignore new handshakes on `listener`, while those under way complete.
+/// Makes the kernel ignore new handshakes on `listener`. Those under way can complete.
 ///
-/// A client whose first packet is ignored sends it again after a second: it then meets our
-/// successor, or learns that there is none.
+/// A client sends an ignored SYN again after a second. By then it reaches the next server, or is
+/// refused because there is none.
 fn refuse_handshakes(listener: &Listener) {
-    /// Offset of the flags in a TCP header (RFC 9293, section 3.1), where the filter's view starts.
+    /// Offset of the flags in a TCP header (RFC 9293, section 3.1).
+    ///
+    /// The filter sees a packet from its TCP header on.
     const FLAGS: u32 = 13;
     const SYN: u32 = 0x02;
     const ACK: u32 = 0x10;
-    // Classic BPF: load the flags, keep SYN and ACK, drop the packet if it is SYN alone.
+    // Classic BPF: load the flags, keep SYN and ACK, drop the packet if only SYN is set.
     let program = [
         SockFilter::new(0x30, 0, 0, FLAGS),
         SockFilter::new(0x54, 0, 0, SYN | ACK),
@@ -62,34 +69,35 @@ fn refuse_handshakes(listener: &Listener) {
     }
 }
 
-/// Waits until no handshake is under way on any of `ports`, or has been for too long.
+/// Waits a bounded time until no handshake is under way on `ports`.
 pub(super) async fn handshakes_completed(ports: Vec<u16>) {
-    for pause in 1..=PAUSES {
+    for pause in 1..=MAX_PAUSES {
         tokio::time::sleep(PAUSE).await;
         let ports = ports.clone();
-        // The table is as long as the machine has sockets.
+        // The table has a line for each socket of the machine, so reading it may take long.
         let under_way = tokio::task::spawn_blocking(move || handshakes_under_way(&ports)).await;
         match under_way {
             Ok(Ok(false)) => return,
             Ok(Ok(true)) => {}
-            _ if pause >= BLIND_PAUSES => return,
+            _ if pause >= MAX_BLIND_PAUSES => return,
             _ => {}
         }
     }
 }
 
-/// Whether the kernel has answered the first packet of a client to one of `ports`, and waits for
-/// the client's own answer.
+/// Whether a handshake to one of `ports` waits for its final ACK.
 fn handshakes_under_way(ports: &[u16]) -> io::Result<bool> {
-    Ok(
-        has_half_open(&std::fs::read_to_string("/proc/self/net/tcp")?, ports)
-        // A kernel without IPv6 has no such file.
-        || std::fs::read_to_string("/proc/self/net/tcp6").is_ok_and(|t| has_half_open(&t, ports)),
-    )
+    if has_half_open(&std::fs::read_to_string("/proc/self/net/tcp")?, ports) {
+        return Ok(true);
+    }
+    // A kernel without IPv6 has no such file.
+    let ipv6 = std::fs::read_to_string("/proc/self/net/tcp6");
+    Ok(ipv6.is_ok_and(|table| has_half_open(&table, ports)))
 }
 
-/// Whether `table`, in the format of proc_net_tcp (Linux's documentation), has a socket in the
-/// state SYN_RECV at one of the local `ports`.
+/// Whether `table` has a socket in state SYN_RECV at local `ports`.
+///
+/// The format is that of `/proc/net/tcp` (kernel documentation, "proc_net_tcp").
 fn has_half_open(table: &str, ports: &[u16]) -> bool {
     const SYN_RECV: &str = "03";
     table.lines().skip(1).any(|line| {

@@ -1,4 +1,4 @@
-//! The connections of services that come and go, as one stream.
+//! The connections of services that come and go, merged into one stream.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -7,20 +7,22 @@ use futures::Stream;
 use futures::stream::FusedStream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-/// Several streams as one. It ends when all have, and nobody can add one any more.
+/// Several streams, merged into one.
 ///
-/// All are asked at each turn, which costs little for as many as a server has services. A
-/// [`SelectAll`](futures::stream::SelectAll) would give each a waker, which costs more for the one that
-/// most servers have.
+/// The stream ends when all merged streams have ended and the last [`MergeHandle`] is dropped.
+///
+/// Each poll asks every stream, which is cheap for the number of services a server has. A
+/// [`SelectAll`](futures::stream::SelectAll) has a waker for each stream, which costs more for the
+/// single stream that most servers have.
 pub struct MergedStreams<S> {
     streams: Vec<S>,
-    /// The one to ask first, so that a busy one does not starve the others.
+    /// The stream to ask first. It rotates, so that a busy one does not starve the others.
     next: usize,
-    /// None when nobody can add one any more.
-    joining: Option<UnboundedReceiver<S>>,
+    /// New streams. None if all handles are dropped.
+    added: Option<UnboundedReceiver<S>>,
 }
 
-/// Adds streams to a [`Gathered`].
+/// Adds streams to a [`MergedStreams`].
 pub struct MergeHandle<S>(UnboundedSender<S>);
 
 impl<S> Clone for MergeHandle<S> {
@@ -30,30 +32,30 @@ impl<S> Clone for MergeHandle<S> {
 }
 
 impl<S> MergeHandle<S> {
-    /// Adds a stream. It is dropped if the other end is gone.
+    /// Adds a stream. Drops it if the [`MergedStreams`] is gone.
     pub fn add(&self, stream: S) {
-        // Then nobody is served any more.
+        // The shard has ended in that case, and serves no connection any more.
         let _ = self.0.send(stream);
     }
 }
 
 impl<S> MergedStreams<S> {
-    /// None yet, and where they are added.
+    /// An empty merge, and the handle to add streams to it.
     pub fn new() -> (MergeHandle<S>, Self) {
-        let (joining, joined) = unbounded_channel();
-        let gathered = Self {
+        let (sender, receiver) = unbounded_channel();
+        let merged = Self {
             streams: Vec::new(),
             next: 0,
-            joining: Some(joined),
+            added: Some(receiver),
         };
-        (MergeHandle(joining), gathered)
+        (MergeHandle(sender), merged)
     }
 
-    fn poll_joining(&mut self, cx: &mut Context<'_>) {
-        while let Some(joining) = &mut self.joining {
-            match joining.poll_recv(cx) {
+    fn poll_added(&mut self, cx: &mut Context<'_>) {
+        while let Some(added) = &mut self.added {
+            match added.poll_recv(cx) {
                 Poll::Ready(Some(stream)) => self.streams.push(stream),
-                Poll::Ready(None) => self.joining = None,
+                Poll::Ready(None) => self.added = None,
                 Poll::Pending => return,
             }
         }
@@ -65,10 +67,8 @@ impl<S: Stream + Unpin> Stream for MergedStreams<S> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
         let this = self.get_mut();
-        this.poll_joining(cx);
-        let mut left = this.streams.len();
-        while left > 0 {
-            left -= 1;
+        this.poll_added(cx);
+        for _ in 0..this.streams.len() {
             if this.next >= this.streams.len() {
                 this.next = 0;
             }
@@ -77,21 +77,22 @@ impl<S: Stream + Unpin> Stream for MergedStreams<S> {
                     this.next += 1;
                     return Poll::Ready(Some(item));
                 }
-                // In their order: one that was asked is not to take the turn of one that was not.
+                // Not `swap_remove`: the last stream has not been asked yet in this poll.
                 Poll::Ready(None) => drop(this.streams.remove(this.next)),
                 Poll::Pending => this.next += 1,
             }
         }
-        match this.is_terminated() {
-            true => Poll::Ready(None),
-            false => Poll::Pending,
+        if this.is_terminated() {
+            Poll::Ready(None)
+        } else {
+            Poll::Pending
         }
     }
 }
 
 impl<S: Stream + Unpin> FusedStream for MergedStreams<S> {
     fn is_terminated(&self) -> bool {
-        self.streams.is_empty() && self.joining.is_none()
+        self.streams.is_empty() && self.added.is_none()
     }
 }
 
@@ -103,54 +104,58 @@ mod tests {
 
     use super::*;
 
-    fn endless(of: u32) -> BoxStream<'static, u32> {
-        stream::repeat(of).boxed()
+    fn endless(item: u32) -> BoxStream<'static, u32> {
+        stream::repeat(item).boxed()
     }
 
     #[test]
-    fn none_starves_the_others() {
-        let (joining, gathered) = MergedStreams::new();
+    fn no_stream_starves_the_others() {
+        let (handle, merged) = MergedStreams::new();
         for n in 0..3 {
-            joining.add(endless(n));
+            handle.add(endless(n));
         }
-        let some: Vec<u32> = block_on(gathered.take(6).collect());
-        assert_eq!(some, [0, 1, 2, 0, 1, 2]);
+        let items: Vec<u32> = block_on(merged.take(6).collect());
+        assert_eq!(items, [0, 1, 2, 0, 1, 2]);
     }
 
     #[test]
-    fn all_are_asked_though_one_ends() {
+    fn all_streams_are_polled_even_if_one_ends() {
         let mut cx = Context::from_waker(std::task::Waker::noop());
-        for (first, ends) in (0..4).flat_map(|first| (0..4).map(move |ends| (first, ends))) {
-            let (joining, mut gathered) = MergedStreams::new();
-            let asked = std::rc::Rc::new(std::cell::RefCell::new(Vec::new()));
+        for (first, ending) in (0..4).flat_map(|first| (0..4).map(move |ending| (first, ending))) {
+            let (handle, mut merged) = MergedStreams::new();
+            let polled = std::rc::Rc::new(std::cell::RefCell::new(Vec::new()));
             for n in 0..4 {
-                let asked = asked.clone();
-                joining.add(stream::poll_fn(move |_| {
-                    asked.borrow_mut().push(n);
-                    match n == ends {
+                let polled = polled.clone();
+                handle.add(stream::poll_fn(move |_| {
+                    polled.borrow_mut().push(n);
+                    match n == ending {
                         true => Poll::Ready(None::<()>),
                         false => Poll::Pending,
                     }
                 }));
             }
-            gathered.next = first;
-            assert_eq!(gathered.poll_next_unpin(&mut cx), Poll::Pending);
-            let mut asked = asked.take();
-            asked.sort_unstable();
-            assert_eq!(asked, [0, 1, 2, 3], "{ends} ends, {first} is the first");
+            merged.next = first;
+            assert_eq!(merged.poll_next_unpin(&mut cx), Poll::Pending);
+            let mut polled = polled.take();
+            polled.sort_unstable();
+            assert_eq!(
+                polled,
+                [0, 1, 2, 3],
+                "stream {ending} ends, stream {first} is first"
+            );
         }
     }
 
     #[test]
-    fn it_ends_when_all_have_and_none_can_be_added() {
-        let (joining, mut gathered) = MergedStreams::new();
+    fn the_merge_ends_when_all_streams_ended_and_the_handle_is_dropped() {
+        let (handle, mut merged) = MergedStreams::new();
         let mut cx = Context::from_waker(std::task::Waker::noop());
-        assert_eq!(gathered.poll_next_unpin(&mut cx), Poll::Pending);
-        joining.add(stream::iter([1]).boxed());
-        assert_eq!(gathered.poll_next_unpin(&mut cx), Poll::Ready(Some(1)));
-        assert_eq!(gathered.poll_next_unpin(&mut cx), Poll::Pending);
-        joining.add(stream::iter([2]).boxed());
-        drop(joining);
-        assert_eq!(block_on(gathered.collect::<Vec<_>>()), [2]);
+        assert_eq!(merged.poll_next_unpin(&mut cx), Poll::Pending);
+        handle.add(stream::iter([1]).boxed());
+        assert_eq!(merged.poll_next_unpin(&mut cx), Poll::Ready(Some(1)));
+        assert_eq!(merged.poll_next_unpin(&mut cx), Poll::Pending);
+        handle.add(stream::iter([2]).boxed());
+        drop(handle);
+        assert_eq!(block_on(merged.collect::<Vec<_>>()), [2]);
     }
 }

@@ -1,4 +1,4 @@
-//! Where to listen, as an operator writes it.
+//! Addresses of listeners and of the two ends of a connection.
 
 use std::fmt;
 use std::io;
@@ -7,62 +7,74 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use socket2::SockRef;
+use socket2::{SockAddr, SockRef};
 
-use super::unix_socket_file::{LONGEST_PATH, directory_of};
+use super::unix_path::{LONGEST_PATH, directory_of};
 
-/// Where to listen.
+/// Address of a listener, as the operator writes it.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub enum ListenAddress {
-    /// A TCP port.
+    /// An IP address and a TCP port.
     Ip(SocketAddr),
     /// A Unix socket, `unix:PATH`.
     Unix(PathBuf),
-    /// Sockets that whoever started this process has passed to it (systemd.socket(5)), by the name they
-    /// have there, `fd:NAME`. A name of digits only is the number of a descriptor instead.
+    /// Sockets that the parent process passed (systemd.socket(5)), `fd:NAME`.
+    ///
+    /// NAME is the name that the parent gave them. A name of digits only is a descriptor number.
     Passed(String),
 }
 
 impl ListenAddress {
-    /// Where a socket is.
+    /// The local address of `socket`.
     ///
     /// # Errors
     ///
-    /// Fails when it is no socket, or one with neither an IP address nor a path.
+    /// Fails if `socket` is no socket, or has neither an IP address nor a path.
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
-        let address = SockRef::from(socket).local_addr()?;
-        let ip = address.as_socket().map(Self::Ip);
-        let path = || address.as_pathname().map(|path| Self::Unix(path.into()));
-        ip.or_else(path)
-            .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+        match TransportAddress::local(socket)? {
+            TransportAddress::Ip(address) => Ok(Self::Ip(address)),
+            TransportAddress::Unix(Some(path)) => Ok(Self::Unix(path)),
+            TransportAddress::Unix(None) => Err(io::ErrorKind::AddrNotAvailable.into()),
+        }
     }
 
-    /// Whether it is any port that is free: several can listen there.
+    /// Whether the kernel chooses the port (port 0). Several listeners can have such an address.
     pub fn takes_any_port(&self) -> bool {
         matches!(self, Self::Ip(address) if address.port() == 0)
     }
 
-    /// Whether nobody can listen here who does not share it while somebody does at `other`.
+    /// Whether a listener at `other` keeps this address from being bound exclusively.
     pub fn is_taken_by(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Ip(one), Self::Ip(other)) => {
-                let is_all = one.ip().is_unspecified() || other.ip().is_unspecified();
-                one.port() == other.port()
-                    && one.port() != 0
-                    && one.is_ipv4() == other.is_ipv4()
-                    && (one.ip() == other.ip() || is_all)
+            (Self::Ip(this), Self::Ip(other)) => {
+                let is_wildcard = this.ip().is_unspecified() || other.ip().is_unspecified();
+                this.port() == other.port()
+                    && this.port() != 0
+                    && this.is_ipv4() == other.is_ipv4()
+                    && (this.ip() == other.ip() || is_wildcard)
             }
-            (Self::Unix(one), Self::Unix(other)) => one == other || is_one_file(one, other),
-            (one, other) => one == other,
+            (Self::Unix(this), Self::Unix(other)) => this == other || is_same_file(this, other),
+            (this, other) => this == other,
         }
     }
 }
 
-/// Whether two paths have the same name in the same directory.
-fn is_one_file(one: &Path, other: &Path) -> bool {
+impl ListenAddress {
+    /// Whether `service` takes over the sockets that `holder` has for the address `held`, when it asks for
+    /// this address.
+    ///
+    /// Equal addresses mean the same sockets. But any free port means a port of one's own: only the
+    /// holder itself gets that back.
+    pub fn takes_over(&self, service: &str, held: &Self, holder: &str) -> bool {
+        self == held && (!self.takes_any_port() || service == holder)
+    }
+}
+
+/// Whether two paths have the same file name in the same directory.
+fn is_same_file(a: &Path, b: &Path) -> bool {
     let directory = |path: &Path| directory_of(path).canonicalize();
-    let same_name = one.file_name() == other.file_name();
-    same_name && directory(one).is_ok_and(|one| directory(other).is_ok_and(|other| one == other))
+    let same_name = a.file_name() == b.file_name();
+    same_name && directory(a).is_ok_and(|a| directory(b).is_ok_and(|b| a == b))
 }
 
 impl fmt::Display for ListenAddress {
@@ -75,28 +87,28 @@ impl fmt::Display for ListenAddress {
     }
 }
 
-/// What is wrong with the text of an [`Address`].
+/// Why a text is no [`ListenAddress`].
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 pub enum ListenAddressError {
-    /// It is of no kind.
+    /// The text has none of the known forms.
     #[error(
         "not an IP address and a port, such as 127.0.0.1:7878 or [::1]:7878, nor unix: and a path, such as unix:/run/wasinetd.sock, nor fd: and the name of a socket that systemd passes"
     )]
     Unknown,
-    /// There is no path.
+    /// The path is empty.
     #[error("there is no path; write one, such as unix:/run/wasinetd.sock")]
     NoPath,
-    /// A name that is not in the file system.
+    /// The name is in the abstract namespace (unix(7)).
     #[error(
         "an abstract Unix socket has no permissions: any user could connect to it; name a path, such as unix:/run/wasinetd.sock (or unix:./@NAME for a file whose name begins so)"
     )]
     Abstract,
-    /// The kernel does not take it.
+    /// The path does not fit into a socket address.
     #[error(
         "the path is longer than the {LONGEST_PATH} bytes that the kernel takes; name a shorter one, such as one in /run, or a relative one"
     )]
     LongPath,
-    /// Not a name that a socket can have (systemd.socket(5), `FileDescriptorName=`).
+    /// The name is no valid `FileDescriptorName=` (systemd.socket(5)).
     #[error(
         "the name of a passed socket is one to 255 ASCII characters without colons and control characters, such as fd:http"
     )]
@@ -127,13 +139,33 @@ impl FromStr for ListenAddress {
     }
 }
 
-/// One end of a connection.
+/// Address of one end of a connection.
 #[derive(Clone, Debug, PartialEq)]
 pub enum TransportAddress {
-    /// Of a TCP connection.
+    /// An IP address and a TCP port.
     Ip(SocketAddr),
-    /// Of a Unix socket, with its path unless it has none.
+    /// A Unix socket, with its path unless it is unnamed.
     Unix(Option<PathBuf>),
+}
+
+impl TransportAddress {
+    /// The local address of `socket`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if `socket` is no socket.
+    pub fn local(socket: &impl AsFd) -> io::Result<Self> {
+        Ok(SockRef::from(socket).local_addr()?.into())
+    }
+
+    /// The address of the peer of `socket`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if `socket` is no socket, or is not connected.
+    pub fn remote(socket: &impl AsFd) -> io::Result<Self> {
+        Ok(SockRef::from(socket).peer_addr()?.into())
+    }
 }
 
 impl From<SocketAddr> for TransportAddress {
@@ -142,12 +174,22 @@ impl From<SocketAddr> for TransportAddress {
     }
 }
 
+/// Any address without IP or path counts as an unnamed Unix socket.
+impl From<SockAddr> for TransportAddress {
+    fn from(address: SockAddr) -> Self {
+        match address.as_socket() {
+            Some(address) => Self::Ip(address),
+            None => Self::Unix(address.as_pathname().map(PathBuf::from)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_again() {
+    fn written_addresses_are_parsed_back() {
         for text in [
             "127.0.0.1:7878",
             "[::1]:80",
@@ -164,28 +206,28 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_the_way_of_another_is_known() {
+    fn conflicting_addresses_are_detected() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().display();
-        let [one, two] = ["", "/./"].map(|more| format!("unix:{path}{more}/socket"));
-        for (one, other, taken) in [
+        let [plain, dotted] = ["", "/./"].map(|more| format!("unix:{path}{more}/socket"));
+        for (a, b, conflict) in [
             ("0.0.0.0:7", "127.0.0.1:7", true),
             ("127.0.0.1:7", "127.0.0.2:7", false),
             ("127.0.0.1:7", "[::]:7", false),
             ("127.0.0.1:0", "127.0.0.1:0", false),
             ("fd:a", "fd:a", true),
-            (&one, &two, true),
-            (&one, "unix:socket", false),
+            (&plain, &dotted, true),
+            (&plain, "unix:socket", false),
             ("unix:socket", "unix:./socket", true),
         ] {
-            let [one, other] = [one, other].map(|text| text.parse::<ListenAddress>().unwrap());
-            assert_eq!(one.is_taken_by(&other), taken, "{one} {other}");
-            assert_eq!(other.is_taken_by(&one), taken, "{other} {one}");
+            let [a, b] = [a, b].map(|text| text.parse::<ListenAddress>().unwrap());
+            assert_eq!(a.is_taken_by(&b), conflict, "{a} {b}");
+            assert_eq!(b.is_taken_by(&a), conflict, "{b} {a}");
         }
     }
 
     #[test]
-    fn what_is_no_address_is_told() {
+    fn invalid_addresses_are_refused_with_a_reason() {
         let long = format!("unix:/{}", "a".repeat(LONGEST_PATH));
         let name = format!("fd:{}", "a".repeat(256));
         for (text, error) in [
@@ -201,5 +243,19 @@ mod tests {
         ] {
             assert_eq!(text.parse::<ListenAddress>(), Err(error), "{text}");
         }
+    }
+
+    #[test]
+    fn socket_addresses_are_read_from_the_kernel() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let listening = TransportAddress::local(&listener).unwrap();
+        assert_eq!(listening, listener.local_addr().unwrap().into());
+        assert_eq!(TransportAddress::remote(&client).unwrap(), listening);
+        assert!(TransportAddress::remote(&listener).is_err());
+        let (unnamed, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let unix = TransportAddress::Unix(None);
+        assert_eq!(TransportAddress::local(&unnamed).unwrap(), unix);
+        assert!(ListenAddress::of(&unnamed).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! Networks, as an operator writes them.
+//! Networks in CIDR notation.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -6,17 +6,19 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 
-/// A network of IP addresses in CIDR notation (RFC 4632). An address is a network of one.
+/// A network of IP addresses in CIDR notation (RFC 4632).
+///
+/// A single address is a network of one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cidr(IpNet);
 
 impl Cidr {
-    /// Whether it has this address in it. IPv4 addresses in the form of IPv6 ones are IPv4 addresses.
+    /// Whether the network contains `address`. An IPv4-mapped IPv6 address counts as IPv4.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address.to_canonical())
     }
 
-    /// Whether its addresses are of IPv6.
+    /// Whether this is an IPv6 network.
     pub fn is_ipv6(&self) -> bool {
         matches!(self.0, IpNet::V6(_))
     }
@@ -32,13 +34,13 @@ impl fmt::Display for Cidr {
     }
 }
 
-/// What is wrong with the text of a [`Network`].
+/// Why a text is no [`Cidr`].
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 pub enum CidrError {
-    /// It is of no known form.
+    /// The text has none of the known forms.
     #[error("not a network or an address, such as 192.0.2.0/24, 2001:db8::/32 or 192.0.2.1")]
     Form,
-    /// Addresses are compared as IPv4 ones where they are: it would have none in it.
+    /// An IPv4-mapped IPv6 network. Clients are compared as IPv4, so none would match.
     #[error("an IPv4 address written as IPv6; write it as IPv4, such as 192.0.2.0/24")]
     Mapped,
 }
@@ -61,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_form_is_read_and_written() {
+    fn each_form_is_parsed_and_written() {
         for (text, written) in [
             ("192.0.2.0/24", "192.0.2.0/24"),
             ("192.0.2.7/24", "192.0.2.0/24"),
@@ -89,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_read_is_written_so_that_it_is_read_again() {
+    fn any_parsed_network_is_parsed_back_from_its_text() {
         bolero::check!().for_each(|bytes: &[u8]| {
             let text = String::from_utf8_lossy(bytes);
             if let Ok(network) = text.parse::<Cidr>() {
@@ -99,10 +101,10 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_in_its_networks_and_in_no_others() {
-        let given = bolero::generator::produce::<(u32, u32, u8)>();
+    fn a_network_contains_exactly_its_addresses() {
+        let cases = bolero::generator::produce::<(u32, u32, u8)>();
         bolero::check!()
-            .with_generator(given)
+            .with_generator(cases)
             .for_each(|&(a, b, bits)| {
                 let bits = u32::from(bits % 33);
                 let [a, b] = [a, b].map(std::net::Ipv4Addr::from);

@@ -1,21 +1,43 @@
-//! Who has connected.
+//! Identities of clients.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 
-/// A client, as its socket tells.
+use nix::sys::socket::{getsockopt, sockopt};
+use rustix::io::Errno;
+use rustix::net::SocketAddrAny;
+
+/// A client, as the kernel reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
-    /// One that has connected over IP.
+    /// A TCP client.
     Ip(SocketAddr),
-    /// One that has connected to a Unix socket: a user of this machine. It is the one that the process
-    /// had when it connected.
+    /// A client of a Unix socket, with its credentials at connect time.
+    ///
+    /// See `SO_PEERCRED` in unix(7).
     Unix {
-        /// The user.
+        /// Effective user.
         uid: u32,
-        /// The process. Zero: it is in a PID namespace that is not within ours.
+        /// Process. Zero if the process is in a PID namespace that this one cannot see.
         pid: i32,
     },
+}
+
+impl Peer {
+    /// The client at the other end of an accepted Unix socket.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel does not report its credentials.
+    pub fn of_unix_socket(socket: &UnixStream) -> io::Result<Self> {
+        let credentials = getsockopt(socket, sockopt::PeerCredentials)?;
+        Ok(Self::Unix {
+            uid: credentials.uid(),
+            pid: credentials.pid(),
+        })
+    }
 }
 
 impl From<SocketAddr> for Peer {
@@ -24,7 +46,16 @@ impl From<SocketAddr> for Peer {
     }
 }
 
-/// As the log has it: an address and a port, or `unix:uid=1000,pid=42`.
+/// Converts the address that `accept` returned. Fails if it is no IP address.
+impl TryFrom<SocketAddrAny> for Peer {
+    type Error = Errno;
+
+    fn try_from(address: SocketAddrAny) -> Result<Self, Errno> {
+        SocketAddr::try_from(address).map(Self::Ip)
+    }
+}
+
+/// Writes an address and a port, or `unix:uid=1000,pid=42`, for the log.
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -40,11 +71,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_peer_is_written_as_it_is_known() {
+    fn a_peer_is_written_with_what_the_kernel_reports() {
         let ip: SocketAddr = "192.0.2.1:80".parse().unwrap();
         assert_eq!(Peer::from(ip).to_string(), "192.0.2.1:80");
-        let of = |pid| Peer::Unix { uid: 1000, pid }.to_string();
-        assert_eq!(of(42), "unix:uid=1000,pid=42");
-        assert_eq!(of(0), "unix:uid=1000");
+        let unix = |pid| Peer::Unix { uid: 1000, pid }.to_string();
+        assert_eq!(unix(42), "unix:uid=1000,pid=42");
+        assert_eq!(unix(0), "unix:uid=1000");
+    }
+
+    #[test]
+    fn a_unix_client_is_known_by_its_credentials() {
+        let (client, _server) = UnixStream::pair().unwrap();
+        let peer = Peer::of_unix_socket(&client).unwrap();
+        let pid = std::process::id().try_into().unwrap();
+        let uid = nix::unistd::geteuid().as_raw();
+        assert_eq!(peer, Peer::Unix { uid, pid });
     }
 }

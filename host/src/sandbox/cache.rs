@@ -1,8 +1,9 @@
-//! Compiled guests, kept on disk.
+//! Compiled guests on disk.
 //!
-//! What is in there is native code that this process will run. So it is believed only when nobody
-//! else can have put it there, and when it is what was written.
+//! The cache holds native code that this process runs. So a file counts only if no other user can
+//! have written it, and if its digest shows that it is unchanged.
 
+use std::ffi::CString;
 use std::fs::{DirBuilder, File};
 use std::hash::{Hash, Hasher};
 use std::io::{self, Read, Write};
@@ -10,65 +11,68 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, Timestamps, UTIME_NOW};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Timespec, Timestamps, UTIME_NOW};
 use rustix::fs::{futimens, openat, renameat, statat, unlinkat};
+use rustix::io::Errno;
 use rustix::process::geteuid;
 use sha2::{Digest as _, Sha256};
 use tracing::{debug, warn};
 
-use super::Digest;
+use super::digest::Digest;
 
-/// How many are kept; those that were not used for longest go. Arbitrary: some hundred MB at most.
-const KEPT: usize = 64;
+/// The most files in the cache. The least recently used ones are removed.
+///
+/// Arbitrary: a few hundred MB at most.
+const MAX_FILES: usize = 64;
 
-/// The digest that comes before the code in a file.
+/// The length of the digest (SHA-256) before the code in a file.
 const DIGEST_BYTES: usize = 32;
 
-/// A directory of compiled guests, which nobody else may enter.
+/// A directory of compiled guests that no other user may enter.
 pub struct Cache {
     path: PathBuf,
     directory: OwnedFd,
 }
 
-/// Why a directory is not to be trusted, or cannot be had.
+/// Why a directory cannot be the cache.
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
-    /// It is somebody else's, and what is in it would be run.
+    /// The directory belongs to another user.
     #[error("it belongs to user {owner}, and wasinetd runs as {own}; name a directory of its own")]
     Owner {
-        /// Whose it is.
+        /// The user ID of the directory's owner.
         owner: u32,
-        /// Who we are.
+        /// The user ID of this process.
         own: u32,
     },
-    /// Others may enter it.
+    /// Other users may enter the directory.
     #[error(
-        "others may enter it (its mode is {mode:03o}), and what is in it is run as native code; look who wrote to it, and then: chmod 700"
+        "other users may enter it (its mode is {mode:03o}), and its files run as native code; check who wrote to it, and then run chmod 700"
     )]
     Mode {
-        /// The mode that it has.
+        /// The mode of the directory.
         mode: u32,
     },
-    /// It is not there and cannot be made, or it is no directory.
+    /// The path cannot be opened or created as a directory.
     #[error("{0}; name a directory that wasinetd may create or write to")]
     Unusable(#[from] io::Error),
 }
 
 impl Cache {
-    /// Opens the directory at `path`, and creates it if it is not there.
+    /// Opens the directory at `path`, and creates it if necessary.
     ///
     /// # Errors
     ///
-    /// Says why it is not to be trusted, or cannot be had.
+    /// Fails if the directory cannot be opened, or if other users could write to it.
     pub fn open(path: &Path) -> Result<Self, CacheError> {
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+        let created = DirBuilder::new().recursive(true).mode(0o700).create(path);
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let directory = made
+        let directory = created
             .and_then(|()| Ok(rustix::fs::open(path, flags, Mode::empty())?))
             .map(File::from)?;
-        // Of what was opened, not of what is at the path by now.
+        // The metadata of the open directory: another one may have taken over the path.
         let metadata = directory.metadata()?;
         let own = geteuid().as_raw();
         if metadata.uid() != own {
@@ -85,14 +89,14 @@ impl Cache {
         })
     }
 
-    /// What was kept of the component with this digest, for engines of this key.
-    pub(super) fn get(&self, component: &Digest, engine: &str) -> Option<Vec<u8>> {
-        let name = name(component, engine);
+    /// The compiled code of a component for engines with this key. None if there is no usable file.
+    pub(super) fn get(&self, component: &Digest, engine_key: &str) -> Option<Vec<u8>> {
+        let name = file_name(component, engine_key);
         match self.read(&name) {
             Ok(code) => code,
             Err(error) => {
                 let path = self.path.join(name);
-                warn!(?path, %error, "what is kept of a guest is not usable; it is compiled again");
+                warn!(?path, %error, "the cached code of a guest is not usable; it is compiled again");
                 None
             }
         }
@@ -102,23 +106,25 @@ impl Cache {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut file = match openat(&self.directory, name, flags, Mode::empty()) {
             Ok(file) => File::from(file),
-            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(Errno::NOENT) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         let metadata = file.metadata()?;
-        let ours = metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0;
-        if !metadata.is_file() || !ours {
-            return Err(io::Error::other("it is not a file that only we can write"));
+        let is_own = metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0;
+        if !metadata.is_file() || !is_own {
+            return Err(io::Error::other(
+                "it is not a file that only this user can write",
+            ));
         }
         let mut digest = [0; DIGEST_BYTES];
         file.read_exact(&mut digest)?;
         let mut code = Vec::with_capacity(metadata.len() as usize);
         file.read_to_end(&mut code)?;
         if Sha256::digest(&code)[..] != digest {
-            return Err(io::Error::other("it is not what was written"));
+            return Err(io::Error::other("its content does not match its digest"));
         }
-        // Whatever is used stays. Where that cannot be noted, it goes earlier.
-        let now = rustix::fs::Timespec {
+        // Marks the file as recently used. If that fails, the file is removed earlier: no harm.
+        let now = Timespec {
             tv_sec: 0,
             tv_nsec: UTIME_NOW as _,
         };
@@ -132,13 +138,13 @@ impl Cache {
         Ok(Some(code))
     }
 
-    /// Keeps compiled code. Where it cannot be kept, it is compiled again the next time.
-    pub(super) fn put(&self, component: &Digest, engine: &str, code: &[u8]) {
-        let name = name(component, engine);
+    /// Writes compiled code. If that fails, the component is compiled again the next time.
+    pub(super) fn put(&self, component: &Digest, engine_key: &str, code: &[u8]) {
+        let name = file_name(component, engine_key);
         let written = self.write(&name, code).and_then(|()| self.prune());
         if let Err(error) = written {
             let path = self.path.join(name);
-            warn!(?path, %error, "a compiled guest cannot be kept");
+            warn!(?path, %error, "cannot write a compiled guest to the cache");
         }
     }
 
@@ -154,37 +160,34 @@ impl Cache {
             .and_then(|()| file.write_all(code))
             .and_then(|()| Ok(renameat(&self.directory, &partial, &self.directory, name)?));
         if written.is_err() {
-            // It is of no use, and what is left of it would be taken for an old one some time.
+            // Otherwise the partial file would stay until its turn as the least recently used one.
             let _ = unlinkat(&self.directory, &partial, AtFlags::empty());
         }
         written
     }
 
-    /// Removes those that were not used for longest. Whatever else is in the directory is not ours.
+    /// Removes the least recently used files. Files with other names are left alone.
     fn prune(&self) -> io::Result<()> {
-        let mut files: Vec<(SystemTime, std::ffi::CString)> = Vec::new();
+        let mut files: Vec<(SystemTime, CString)> = Vec::new();
         for entry in Dir::read_from(&self.directory)? {
             let name = entry?.file_name().to_owned();
             let Ok(stat) = statat(&self.directory, &name, AtFlags::SYMLINK_NOFOLLOW) else {
                 continue;
             };
-            let is_file = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
-            if is_file && is_ours(name.to_bytes()) {
+            let is_file = FileType::from_raw_mode(stat.st_mode).is_file();
+            if is_file && is_cache_file(name.to_bytes()) {
                 let seconds = u64::try_from(stat.st_mtime).unwrap_or(0);
                 let nanos = stat.st_mtime_nsec as u32;
-                let used = SystemTime::UNIX_EPOCH + std::time::Duration::new(seconds, nanos);
-                files.push((used, name));
+                let last_used = SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos);
+                files.push((last_used, name));
             }
         }
         files.sort();
-        for (_, name) in files.iter().rev().skip(KEPT) {
-            debug!(
-                ?name,
-                "a compiled guest that was not used for long is removed"
-            );
+        for (_, name) in files.iter().rev().skip(MAX_FILES) {
+            debug!(?name, "removing the least recently used compiled guest");
             match unlinkat(&self.directory, name, AtFlags::empty()) {
-                // Another process has removed it as well.
-                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+                // Another process may have removed the file.
+                Ok(()) | Err(Errno::NOENT) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -192,15 +195,17 @@ impl Cache {
     }
 }
 
-fn name(component: &Digest, engine: &str) -> String {
-    format!("{component}-{engine}.cwasm")
+fn file_name(component: &Digest, engine_key: &str) -> String {
+    format!("{component}-{engine_key}.cwasm")
 }
 
-/// Whether a file of this name is one that we keep, or one that we did not finish writing.
-fn is_ours(name: &[u8]) -> bool {
+/// Whether a file of this name belongs to the cache.
+///
+/// True for complete and for partial files.
+fn is_cache_file(name: &[u8]) -> bool {
     let name = name.strip_prefix(b".").unwrap_or(name);
     let is_hex = |bytes: &[u8]| bytes.iter().all(u8::is_ascii_hexdigit);
-    let Some((digest, rest)) = name.split_at_checked(64) else {
+    let Some((digest, rest)) = name.split_at_checked(2 * DIGEST_BYTES) else {
         return false;
     };
     let Some((key, rest)) = rest.split_at_checked(1 + KEY_DIGITS) else {
@@ -209,26 +214,28 @@ fn is_ours(name: &[u8]) -> bool {
     is_hex(digest) && key[0] == b'-' && is_hex(&key[1..]) && rest.starts_with(b".cwasm")
 }
 
-/// The digits that tell engines apart.
+/// The hexadecimal digits of an engine's key.
 const KEY_DIGITS: usize = 16;
 
-/// What tells engines apart whose code is not each other's.
+/// The key of an engine. Engines with the same key can run each other's code.
 pub(super) fn key(engine: &wasmtime::Engine) -> String {
-    let mut hasher = Bytes(Sha256::new());
+    let mut hasher = Sha256Hasher(Sha256::new());
     engine.precompile_compatibility_hash().hash(&mut hasher);
     format!("{:x}", hasher.0.finalize())[..KEY_DIGITS].into()
 }
 
-/// The standard library's hashers may change from one release to the next.
-struct Bytes(Sha256);
+/// A stable hasher.
+///
+/// The hashers of the standard library may change with any release.
+struct Sha256Hasher(Sha256);
 
-impl Hasher for Bytes {
+impl Hasher for Sha256Hasher {
     fn write(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
     fn finish(&self) -> u64 {
-        unreachable!("the digest is taken instead")
+        unreachable!("`key` finalizes the digest itself")
     }
 }
 
@@ -246,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_kept_is_found_by_both_its_names() {
+    fn code_is_found_by_component_and_engine() {
         let (_directory, cache) = cache();
         let (one, other) = (Digest::of(b"one"), Digest::of(b"other"));
         assert_eq!(cache.get(&one, ENGINE), None);
@@ -257,11 +264,11 @@ mod tests {
     }
 
     #[test]
-    fn what_was_changed_is_not_trusted() {
+    fn a_changed_file_is_not_used() {
         let (_directory, cache) = cache();
         let one = Digest::of(b"one");
         cache.put(&one, ENGINE, b"code");
-        let path = cache.path.join(name(&one, ENGINE));
+        let path = cache.path.join(file_name(&one, ENGINE));
         let mut bytes = std::fs::read(&path).unwrap();
         for changed in 0..bytes.len() {
             bytes[changed] ^= 1;
@@ -281,32 +288,32 @@ mod tests {
     }
 
     #[test]
-    fn those_that_were_not_used_go() {
+    fn the_least_recently_used_files_are_removed() {
         let (_directory, cache) = cache();
         let digest = |n: usize| Digest::of(&n.to_le_bytes());
         cache.put(&digest(0), ENGINE, b"first");
-        for n in 1..KEPT {
+        for n in 1..MAX_FILES {
             cache.put(&digest(n), ENGINE, b"code");
         }
         assert!(cache.get(&digest(0), ENGINE).is_some());
-        for n in KEPT..2 * KEPT - 1 {
+        for n in MAX_FILES..2 * MAX_FILES - 1 {
             cache.put(&digest(n), ENGINE, b"code");
         }
         assert!(cache.get(&digest(0), ENGINE).is_some());
         assert!(cache.get(&digest(1), ENGINE).is_none());
         let files = std::fs::read_dir(&cache.path).unwrap().count();
-        assert_eq!(files, KEPT);
-        // What somebody else has put there stays.
+        assert_eq!(files, MAX_FILES);
+        // Files with other names stay.
         for n in 0..100 {
             std::fs::write(cache.path.join(format!("letter-{n}")), "dear").unwrap();
         }
         cache.put(&digest(1), ENGINE, b"code");
         let files = std::fs::read_dir(&cache.path).unwrap().count();
-        assert_eq!(files, KEPT + 100);
+        assert_eq!(files, MAX_FILES + 100);
     }
 
     #[test]
-    fn a_directory_that_others_may_enter_is_refused() {
+    fn a_directory_open_to_other_users_is_refused() {
         let (_directory, cache) = cache();
         for mode in [0o777, 0o750, 0o701] {
             std::fs::set_permissions(&cache.path, PermissionsExt::from_mode(mode)).unwrap();

@@ -1,4 +1,4 @@
-//! What a component is known by.
+//! The identity of a component.
 
 use std::fmt;
 
@@ -14,7 +14,9 @@ impl Digest {
         Self(format!("{:x}", Sha256::digest(bytes)))
     }
 
-    /// Enough of it to tell versions apart: as many digits as other tools show.
+    /// The first twelve digits, as other tools show them.
+    ///
+    /// Enough to tell versions apart.
     pub fn short(&self) -> &str {
         &self.0[..12]
     }

@@ -1,14 +1,22 @@
-//! How guests that compute without end make way for the others.
+//! Fair sharing of a thread between the guests that run on it.
 //!
-//! Whoever has something to do gets a turn, and computes in it until the clock has ticked twice: for
-//! one tick at least. A guest that then wants more waits for a lane, of which each thread has one,
-//! and goes on for a tick at a time: so between the ticks of any such guests everyone else on that
-//! thread has a turn, and waits for one tick, however many of them there are. Who has computed little
-//! so far is let go first there: a request that takes some milliseconds is not to wait for a hundred
-//! that never end.
+//! Many guests share one thread. A guest computes while tokio polls its task: that is its *turn*.
+//! The rules that keep a busy guest from delaying the others:
 //!
-//! Ticks are long as long as nobody wants more than a turn, which is mostly, and short while someone
-//! does: a hundred such guests that come together have a hundred turns before anyone else's.
+//! 1. A thread of the engine advances its epoch in *ticks*. A guest that computes notices each tick
+//!    and checks whether its turn is over.
+//! 2. A turn ends at the second tick after its beginning, so it lasts for one whole tick at least.
+//!    Most requests need less.
+//! 3. A guest that needs more joins the [`RunQueue`] of its thread. The queue has one [`RunToken`],
+//!    and the guest that holds the token computes for one tick. Before that, all other ready tasks
+//!    of the thread have their turn. So a request waits for one tick, however many busy guests
+//!    there are.
+//! 4. The queue prefers guests in a short *CPU burst*: the CPU time since the guest last waited for
+//!    something. A request of some milliseconds does not queue behind a hundred endless loops.
+//!    Every eighth token goes to a guest in a long burst, so that none starves.
+//! 5. Ticks are long while no guest needs more than one turn, so that an idle server seldom wakes.
+//!    Ticks are short under *contention*, while some guest does: a hundred busy guests that arrive
+//!    together all have a first turn, and that turn is short then.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -21,286 +29,325 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::lock;
+use crate::sync::lock;
 
-/// How long a tick is while nobody wants more than a turn. Shorter, and an idle server would wake
-/// up more often.
-const CALM: Duration = Duration::from_millis(5);
+/// The length of a tick without contention. A shorter tick would wake an idle server more often.
+const LONG_TICK: Duration = Duration::from_millis(5);
 
-/// How long it is while someone does. Shorter, and going from one to the next would cost more than
-/// the some percent that it does; longer, and a request beside a busy guest would wait longer.
-const CROWDED: Duration = Duration::from_micros(250);
+/// The length of a tick under contention.
+///
+/// A switch between guests costs a few percent of this. A shorter tick would raise that share; a
+/// longer tick would delay requests beside a busy guest.
+const SHORT_TICK: Duration = Duration::from_micros(250);
 
-/// For how long ticks stay short after someone wanted more than a turn, in microseconds. Guests of
-/// that kind come in numbers, and the first of them has a long turn.
-const STAYS_CROWDED: u64 = 1_000_000;
+/// How long contention lasts after its last sign, in microseconds.
+///
+/// Busy guests come in groups, and the first one of a group has a long turn.
+const CONTENTION_MICROS: u64 = 1_000_000;
 
-/// Counts the ticks of an engine's epoch, and the time between them.
+/// The longest short CPU burst, in microseconds. Most requests need less.
+const SHORT_BURST_MICROS: u64 = 10_000;
+
+/// One of this many tokens goes to a long CPU burst.
+const TOKENS_PER_LONG_BURST: u32 = 8;
+
+/// Consecutive turns of at least [`LONG_TICK`] that show contention.
+///
+/// One such turn may be chance: a tick falls into a short turn. A guest with several in a row
+/// computes for about a tick each time, and many such guests delay the others as one endless loop
+/// does.
+const CONTENDING_TURNS: u32 = 3;
+
+/// Counts the ticks of an engine's epoch, and their time.
 #[derive(Clone, Default)]
 pub(super) struct EpochClock(Arc<ClockCounters>);
 
 #[derive(Default)]
 struct ClockCounters {
     ticks: AtomicU64,
-    /// The time of all ticks, in microseconds.
-    time: AtomicU64,
-    /// Until when ticks are short, by that time.
-    crowded: AtomicU64,
+    /// The length of all ticks together: the time of this clock.
+    micros: AtomicU64,
+    /// The time of this clock at which contention ends.
+    contended_until: AtomicU64,
 }
 
 impl EpochClock {
-    /// Counts a tick so long after the last one.
-    pub(super) fn tick(&self, after: Duration) {
-        let after = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
-        self.0.time.fetch_add(after, Ordering::Relaxed);
+    /// Counts a tick of this length.
+    pub(super) fn tick(&self, length: Duration) {
+        let micros = u64::try_from(length.as_micros()).unwrap_or(u64::MAX);
+        self.0.micros.fetch_add(micros, Ordering::Relaxed);
         self.0.ticks.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How long after the last tick the next one is due.
-    pub(super) fn due(&self) -> Duration {
-        if self.time() < self.0.crowded.load(Ordering::Relaxed) {
-            CROWDED
+    /// The length that the next tick should have.
+    pub(super) fn next_tick(&self) -> Duration {
+        if self.micros() < self.0.contended_until.load(Ordering::Relaxed) {
+            SHORT_TICK
         } else {
-            CALM
+            LONG_TICK
         }
     }
 
-    fn now(&self) -> u64 {
+    fn ticks(&self) -> u64 {
         self.0.ticks.load(Ordering::Relaxed)
     }
 
-    /// The time of all ticks, in microseconds.
-    fn time(&self) -> u64 {
-        self.0.time.load(Ordering::Relaxed)
+    fn micros(&self) -> u64 {
+        self.0.micros.load(Ordering::Relaxed)
     }
 
-    /// Someone wants more than a turn.
-    fn crowd(&self) {
-        let until = self.time() + STAYS_CROWDED;
-        self.0.crowded.store(until, Ordering::Relaxed);
+    /// Records a sign of contention: a guest needs more than one turn.
+    fn note_contention(&self) {
+        let until = self.micros() + CONTENTION_MICROS;
+        self.0.contended_until.store(until, Ordering::Relaxed);
+    }
+}
+
+/// The CPU time of a guest, in microseconds.
+///
+/// This is the length of all ticks that fell into a turn of the guest. One short turn may see no
+/// tick, and the next one may see one: the sum approaches the time that the guest used.
+#[derive(Clone, Copy, Default)]
+pub(super) struct CpuTime {
+    total: u64,
+    /// The value of `total` when the guest last waited for something. The current CPU burst began
+    /// there.
+    burst_began: u64,
+    /// The number of consecutive turns of at least [`LONG_TICK`].
+    long_turns: u32,
+}
+
+impl CpuTime {
+    pub(super) fn total(self) -> Duration {
+        Duration::from_micros(self.total)
     }
 }
 
 thread_local! {
-    static LANE: Arc<RunQueue> = Arc::default();
+    static RUN_QUEUE: Arc<RunQueue> = Arc::default();
 
-    /// What the guest that computes on this thread may, if it came by the lane.
-    static HELD: Cell<Option<RunToken>> = const { Cell::new(None) };
+    /// The token of the guest that computes on this thread.
+    ///
+    /// None in a first turn, which needs no token.
+    static HELD_TOKEN: Cell<Option<RunToken>> = const { Cell::new(None) };
 
     /// The turn of the guest that computes on this thread.
     static TURN: Cell<Turn> = const { Cell::new(Turn::NONE) };
 
-    /// Whether the guest that was polled last on this thread waits to go on, and for nothing else.
-    static MAKES_WAY: Cell<bool> = const { Cell::new(false) };
+    /// Whether the guest polled last waits for nothing but its next turn.
+    static IS_YIELDING: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A turn of a guest.
 #[derive(Clone, Copy)]
 struct Turn {
-    /// By the clock's time, in microseconds.
+    /// The time of the clock when the turn began, in microseconds.
     began: u64,
-    /// The tick at which the guest is to make way.
-    ends: u64,
-    /// What the guest had computed when it began.
-    before: CpuTime,
+    /// The tick at which the turn is over.
+    ends_at_tick: u64,
+    /// The CPU time of the guest when the turn began.
+    cpu_time_before: CpuTime,
 }
 
 impl Turn {
     const NONE: Self = Self {
         began: 0,
-        ends: 0,
-        before: CpuTime {
-            time: 0,
-            waited: 0,
+        ends_at_tick: 0,
+        cpu_time_before: CpuTime {
+            total: 0,
+            burst_began: 0,
             long_turns: 0,
         },
     };
 }
 
-/// For how long a guest has computed, in microseconds.
-///
-/// What is counted is the ticks that fall into its turns. A short turn may see none, and another one
-/// as short may see one: together they come to the time that was used.
-#[derive(Clone, Copy, Default)]
-pub(super) struct CpuTime {
-    time: u64,
-    /// The same, when it last waited for something.
-    waited: u64,
-    /// Its turns in a row until now into which a long tick fell.
-    long_turns: u32,
-}
-
-impl CpuTime {
-    pub(super) fn time(self) -> Duration {
-        Duration::from_micros(self.time)
-    }
-}
-
-/// So many turns in a row that meet a long tick are no chance: the guest computes for about as long
-/// each time, and many of its kind would hold others up as one that never ends does.
-const LONG_TURNS: u32 = 3;
-
-/// Begins a turn of a guest that has computed for so long before. To be called before a guest is
-/// polled.
-pub(super) fn begin(clock: &EpochClock, before: CpuTime) {
-    MAKES_WAY.set(false);
+/// Begins a turn of a guest with this CPU time so far. Call it before each poll of a guest.
+pub(super) fn begin_turn(clock: &EpochClock, cpu_time: CpuTime) {
+    IS_YIELDING.set(false);
     TURN.set(Turn {
-        began: clock.time(),
-        ends: clock.now() + 2,
-        before,
+        began: clock.micros(),
+        ends_at_tick: clock.ticks() + 2,
+        cpu_time_before: cpu_time,
     });
 }
 
-/// Ends a turn, and leaves the lane if the guest came by it. Returns for how long the guest has
-/// computed now.
-pub(super) fn end(clock: &EpochClock) -> CpuTime {
-    HELD.take();
-    let time = used(clock);
-    let before = TURN.get().before;
-    let waited = match MAKES_WAY.get() {
-        true => before.waited,
-        false => time,
+/// Ends the turn, and returns the CPU time of the guest.
+///
+/// Hands the token on if the guest holds it.
+pub(super) fn end_turn(clock: &EpochClock) -> CpuTime {
+    HELD_TOKEN.take();
+    let total = cpu_time_micros(clock);
+    let before = TURN.get().cpu_time_before;
+    let burst_began = if IS_YIELDING.get() {
+        before.burst_began
+    } else {
+        total
     };
-    let long_turns = match time - before.time < CALM.as_micros() as u64 {
-        true => 0,
-        false => before.long_turns.saturating_add(1),
+    let long_turns = if total - before.total < LONG_TICK.as_micros() as u64 {
+        0
+    } else {
+        before.long_turns.saturating_add(1)
     };
-    if long_turns >= LONG_TURNS {
-        clock.crowd();
+    if long_turns >= CONTENDING_TURNS {
+        clock.note_contention();
     }
     CpuTime {
-        time,
-        waited,
+        total,
+        burst_began,
         long_turns,
     }
 }
 
-/// For how long the guest that computes on this thread has done so, in microseconds.
-pub(super) fn used(clock: &EpochClock) -> u64 {
+/// The CPU time of the guest on this thread, in microseconds.
+pub(super) fn cpu_time_micros(clock: &EpochClock) -> u64 {
     let turn = TURN.get();
-    turn.before.time + clock.time().saturating_sub(turn.began)
+    turn.cpu_time_before.total + clock.micros().saturating_sub(turn.began)
 }
 
-/// Whether the turn has been long enough. A store that has waited for long finds its deadline
-/// passed when its turn has only begun.
-pub(super) fn is_over(clock: &EpochClock) -> bool {
-    let over = clock.now() >= TURN.get().ends;
-    if over {
-        clock.crowd();
+/// Whether the turn on this thread is over.
+///
+/// The epoch deadline of a store cannot tell: the deadline may pass while the guest waits, before
+/// its turn has begun.
+pub(super) fn turn_is_over(clock: &EpochClock) -> bool {
+    let is_over = clock.ticks() >= TURN.get().ends_at_tick;
+    if is_over {
+        clock.note_contention();
     }
-    over
+    is_over
 }
 
-/// Ready while the turn lasts. For what the host does for a guest without a word from it, such as
-/// moving bytes from one stream to another: no tick is seen there.
-pub(super) fn poll_lasts(clock: &EpochClock, cx: &mut Context<'_>) -> Poll<()> {
-    if is_over(clock) {
+/// Ready while the turn on this thread lasts.
+///
+/// Wakes the task if the turn is over.
+///
+/// For work of the host that runs no code of the guest, such as moving bytes between two streams:
+/// no epoch deadline interrupts that work.
+pub(super) fn poll_turn(clock: &EpochClock, cx: &mut Context<'_>) -> Poll<()> {
+    if turn_is_over(clock) {
         cx.waker().wake_by_ref();
         return Poll::Pending;
     }
     Poll::Ready(())
 }
 
-/// How long a guest may compute without waiting for anything, and be let go before others, in
-/// microseconds: more than most requests take.
-const LITTLE: u64 = 10_000;
-
-/// Waits for the lane, and for everyone else to have had a turn.
+/// Lets all other ready tasks have a turn.
+///
+/// The guest then holds the token, and computes for one tick.
 pub(super) async fn yield_to_others(clock: EpochClock) {
-    let computed_little = used(&clock).saturating_sub(TURN.get().before.waited) < LITTLE;
-    let mut waiting = pin!(wait(computed_little));
-    let pass = poll_fn(|cx| {
-        let pass = waiting.as_mut().poll(cx);
-        MAKES_WAY.set(pass.is_pending());
-        pass
+    let burst_micros =
+        cpu_time_micros(&clock).saturating_sub(TURN.get().cpu_time_before.burst_began);
+    let mut waiting = pin!(wait_for_token(Burst::of(burst_micros)));
+    let token = poll_fn(|cx| {
+        let token = waiting.as_mut().poll(cx);
+        IS_YIELDING.set(token.is_pending());
+        token
     })
     .await;
-    HELD.set(Some(pass));
+    HELD_TOKEN.set(Some(token));
     TURN.set(Turn {
-        ends: clock.now() + 1,
+        ends_at_tick: clock.ticks() + 1,
         ..TURN.get()
     });
 }
 
-async fn wait(computed_little: bool) -> RunToken {
-    let pass = LANE.with(Arc::clone).enter(computed_little).await;
-    // The first turn is theirs who are known to be ready, the second theirs who come to be known of
-    // only in the first: a connection is accepted in the one, and answered in the other.
+async fn wait_for_token(burst: Burst) -> RunToken {
+    let token = RUN_QUEUE.with(Arc::clone).enter(burst).await;
+    // The first yield lets the tasks run that are ready now. The second one lets the tasks run that
+    // become ready meanwhile: a connection is accepted in the first round, and answered in the
+    // second.
     tokio::task::yield_now().await;
     tokio::task::yield_now().await;
-    pass
+    token
 }
 
-/// Of so many who are let go, one is of those who have computed much, if there is any.
-const ONE_IN: u32 = 8;
+/// The length of a guest's current CPU burst.
+#[derive(Clone, Copy)]
+enum Burst {
+    Short,
+    Long,
+}
 
-/// Lets one go at a time.
+impl Burst {
+    fn of(micros: u64) -> Self {
+        if micros < SHORT_BURST_MICROS {
+            Self::Short
+        } else {
+            Self::Long
+        }
+    }
+}
+
+/// The guests of one thread that need more than one turn. One of them computes at a time.
 #[derive(Default)]
 struct RunQueue(Mutex<QueueState>);
 
 #[derive(Default)]
 struct QueueState {
-    taken: bool,
-    /// Those who have computed little, and those who have computed much.
-    little: VecDeque<oneshot::Sender<RunToken>>,
-    much: VecDeque<oneshot::Sender<RunToken>>,
-    let_go: u32,
+    /// Whether a guest holds the token.
+    token_is_held: bool,
+    short_bursts: VecDeque<oneshot::Sender<RunToken>>,
+    long_bursts: VecDeque<oneshot::Sender<RunToken>>,
+    /// The number of tokens handed on so far.
+    handed_on: u32,
 }
 
-/// Held by the one who goes. The next one goes when it is dropped.
+/// The right to compute for one tick. Its drop hands the right on to the next guest of the queue.
+///
+/// None hands nothing on.
 struct RunToken(Option<Arc<RunQueue>>);
 
 impl RunQueue {
-    async fn enter(self: Arc<Self>, computed_little: bool) -> RunToken {
-        let turn = {
-            let mut waiting = lock(&self.0);
-            if std::mem::replace(&mut waiting.taken, true) {
-                let (pass, turn) = oneshot::channel();
-                match computed_little {
-                    true => waiting.little.push_back(pass),
-                    false => waiting.much.push_back(pass),
+    async fn enter(self: Arc<Self>, burst: Burst) -> RunToken {
+        let waiter = {
+            let mut state = lock(&self.0);
+            if std::mem::replace(&mut state.token_is_held, true) {
+                let (sender, waiter) = oneshot::channel();
+                match burst {
+                    Burst::Short => state.short_bursts.push_back(sender),
+                    Burst::Long => state.long_bursts.push_back(sender),
                 }
-                Some(turn)
+                Some(waiter)
             } else {
                 None
             }
         };
-        match turn {
-            // Nobody forgets who waits as long as the lane is there, and it is held here.
-            Some(turn) => turn.await.unwrap_or(RunToken(None)),
+        match waiter {
+            // The queue drops no sender while it exists, and this function holds the queue.
+            Some(waiter) => waiter.await.unwrap_or(RunToken(None)),
             None => RunToken(Some(self)),
         }
     }
 
-    /// Who goes next. None leaves the lane free.
+    /// The next guest to hold the token. None leaves the token free.
     fn next(&self) -> Option<oneshot::Sender<RunToken>> {
-        let mut waiting = lock(&self.0);
+        let mut state = lock(&self.0);
         let QueueState {
-            taken,
-            little,
-            much,
-            let_go,
-        } = &mut *waiting;
-        *let_go = let_go.wrapping_add(1);
-        let (first, second) = match *let_go % ONE_IN {
-            0 => (much, little),
-            _ => (little, much),
+            token_is_held,
+            short_bursts,
+            long_bursts,
+            handed_on,
+        } = &mut *state;
+        *handed_on = handed_on.wrapping_add(1);
+        let (first, second) = if (*handed_on).is_multiple_of(TOKENS_PER_LONG_BURST) {
+            (long_bursts, short_bursts)
+        } else {
+            (short_bursts, long_bursts)
         };
         let next = first.pop_front().or_else(|| second.pop_front());
-        *taken = next.is_some();
+        *token_is_held = next.is_some();
         next
     }
 }
 
 impl Drop for RunToken {
     fn drop(&mut self) {
-        let Some(lane) = self.0.take() else {
+        let Some(queue) = self.0.take() else {
             return;
         };
-        while let Some(next) = lane.next() {
-            match next.send(Self(Some(lane.clone()))) {
+        while let Some(next) = queue.next() {
+            match next.send(Self(Some(queue.clone()))) {
                 Ok(()) => return,
-                // It is gone: what it was given is not to let the next one go as well.
+                // That guest is gone. Its token must not hand the right on as well.
                 Err(mut unused) => unused.0 = None,
             }
         }
@@ -313,56 +360,57 @@ mod tests {
 
     use super::*;
 
-    /// Whether it goes now.
-    fn goes(waiting: &mut (impl Future<Output = RunToken> + Unpin)) -> Option<RunToken> {
+    /// The token, if the guest holds it now.
+    fn token(waiting: &mut (impl Future<Output = RunToken> + Unpin)) -> Option<RunToken> {
         waiting.now_or_never()
     }
 
     #[test]
-    fn one_goes_at_a_time_and_who_computed_little_goes_first() {
-        let lane: Arc<RunQueue> = Arc::default();
-        let enter = |little| Box::pin(lane.clone().enter(little));
-        let first = goes(&mut enter(false)).expect("nobody is there");
-        let (mut much, mut gone, mut little) = (enter(false), enter(true), enter(true));
-        assert!(goes(&mut much).is_none());
-        assert!(goes(&mut gone).is_none());
-        assert!(goes(&mut little).is_none());
-        drop(gone);
+    fn one_guest_computes_at_a_time_and_short_bursts_go_first() {
+        let queue: Arc<RunQueue> = Arc::default();
+        let enter = |burst| Box::pin(queue.clone().enter(burst));
+        let first = token(&mut enter(Burst::Long)).expect("the queue is empty");
+        let mut long = enter(Burst::Long);
+        let (mut cancelled, mut short) = (enter(Burst::Short), enter(Burst::Short));
+        assert!(token(&mut long).is_none());
+        assert!(token(&mut cancelled).is_none());
+        assert!(token(&mut short).is_none());
+        drop(cancelled);
         drop(first);
-        assert!(goes(&mut much).is_none());
-        let second = goes(&mut little).expect("it is its turn");
-        assert!(goes(&mut much).is_none());
+        assert!(token(&mut long).is_none());
+        let second = token(&mut short).expect("short bursts go first");
+        assert!(token(&mut long).is_none());
         drop(second);
-        drop(goes(&mut much).expect("nobody else is left"));
-        assert!(goes(&mut enter(true)).is_some());
+        drop(token(&mut long).expect("no other guest waits"));
+        assert!(token(&mut enter(Burst::Short)).is_some());
     }
 
     #[test]
-    fn who_is_let_go_and_does_not_come_leaves_the_lane_free() {
-        let lane: Arc<RunQueue> = Arc::default();
-        let first = goes(&mut Box::pin(lane.clone().enter(true)));
-        let mut second = Box::pin(lane.clone().enter(true));
-        assert!(goes(&mut second).is_none());
+    fn a_guest_that_ends_while_it_waits_leaves_the_token_free() {
+        let queue: Arc<RunQueue> = Arc::default();
+        let first = token(&mut Box::pin(queue.clone().enter(Burst::Short)));
+        let mut second = Box::pin(queue.clone().enter(Burst::Short));
+        assert!(token(&mut second).is_none());
         drop(first);
         drop(second);
-        assert!(goes(&mut Box::pin(lane.enter(true))).is_some());
+        assert!(token(&mut Box::pin(queue.enter(Burst::Short))).is_some());
     }
 
     #[test]
-    fn who_computed_much_goes_some_time() {
-        let lane: Arc<RunQueue> = Arc::default();
-        let mut going = goes(&mut Box::pin(lane.clone().enter(true)));
-        let mut much = Box::pin(lane.clone().enter(false));
-        assert!(goes(&mut much).is_none());
-        for _ in 0..ONE_IN {
-            let mut little = Box::pin(lane.clone().enter(true));
-            assert!(goes(&mut little).is_none());
-            drop(going);
-            if goes(&mut much).is_some() {
+    fn a_long_burst_does_not_starve() {
+        let queue: Arc<RunQueue> = Arc::default();
+        let mut held = token(&mut Box::pin(queue.clone().enter(Burst::Short)));
+        let mut long = Box::pin(queue.clone().enter(Burst::Long));
+        assert!(token(&mut long).is_none());
+        for _ in 0..TOKENS_PER_LONG_BURST {
+            let mut short = Box::pin(queue.clone().enter(Burst::Short));
+            assert!(token(&mut short).is_none());
+            drop(held);
+            if token(&mut long).is_some() {
                 return;
             }
-            going = goes(&mut little);
+            held = token(&mut short);
         }
-        panic!("it never goes");
+        panic!("the long burst never gets the token");
     }
 }

@@ -1,4 +1,4 @@
-//! What the operator lets guests see beside their connection.
+//! Grants of the operator: what guests may see beside their connection.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -7,64 +7,71 @@ use std::sync::Arc;
 use wasmtime_wasi::filesystem::WasiFilesystemCtx;
 use wasmtime_wasi::{FsPerms, WasiCtx};
 
-use super::host_network::{Destination, Destinations};
+use super::host_network::destination::Destination;
+use super::host_network::outbound::Destinations;
+
+/// All grants of a guest. The default grants nothing.
+///
+/// Directories are opened once, here, and shared by all sandboxes. A path may name another
+/// directory later: the grant stays with the open one.
+#[derive(Clone, Default)]
+pub struct Grants(Arc<GrantSet>);
+
+#[derive(Default)]
+struct GrantSet {
+    filesystem: WasiFilesystemCtx,
+    directories: Vec<DirectoryId>,
+    environment: Vec<(String, String)>,
+    destinations: Arc<Destinations>,
+}
+
+/// A directory of the host that guests see.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DirGrant {
+    /// The path on the host.
+    pub host: PathBuf,
+    /// The path that a guest sees.
+    pub guest: String,
+    /// What a guest may do in the directory.
+    pub access: Access,
+}
 
 /// What a guest may do in a directory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Access {
     /// Read files and list directories.
     ReadOnly,
-    /// Also create, change and remove them.
+    /// Also create, change and remove files and directories.
     ReadWrite,
 }
 
-/// A directory of the host that guests see.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DirGrant {
-    /// Where it is on the host.
-    pub host: PathBuf,
-    /// Where a guest finds it.
-    pub guest: String,
-    /// What a guest may do in it.
-    pub access: Access,
-}
-
-/// Everything that is granted. Nothing is unless it is added.
-///
-/// Directories are opened once, here, and shared by all sandboxes: what a path refers to later
-/// does not matter.
-#[derive(Clone, Default)]
-pub struct Grants(Arc<Granted>);
-
-#[derive(Default)]
-struct Granted {
-    filesystem: WasiFilesystemCtx,
-    /// Which directories those are: device and inode of each.
-    directories: Vec<(u64, u64)>,
-    environment: Vec<(String, String)>,
-    destinations: Arc<Destinations>,
+/// Identifies an open directory, whatever its path.
+#[derive(Clone, Copy, PartialEq)]
+struct DirectoryId {
+    device: u64,
+    inode: u64,
 }
 
 impl Grants {
-    /// Grants the environment variables and directories.
+    /// Grants directories and environment variables.
     ///
     /// # Errors
     ///
-    /// Fails with the first directory that cannot be opened, and the reason.
+    /// Returns the first directory that cannot be granted, and the reason.
     pub fn new(
         directories: &[DirGrant],
         environment: Vec<(String, String)>,
     ) -> Result<Self, (DirGrant, String)> {
         let mut context = WasiCtx::builder();
-        // File operations run on the thread of the connection, as they do in a native server that
-        // uses `std::fs`: handing each to another thread costs more than most take.
+        // File operations run on the thread of the connection, as in a native server that uses
+        // `std::fs`. Handing each one to another thread costs more than most of them take.
         context.allow_blocking_current_thread(true);
-        let mut opened = Vec::new();
+        let mut ids = Vec::new();
         for (n, grant) in directories.iter().enumerate() {
-            let name = |grant: &DirGrant| grant.guest.trim_end_matches('/').to_string();
+            let guest_path = |grant: &DirGrant| grant.guest.trim_end_matches('/').to_string();
             if directories[..n]
                 .iter()
-                .any(|other| name(other) == name(grant))
+                .any(|earlier| guest_path(earlier) == guest_path(grant))
             {
                 let reason = format!("another directory is granted as {:?} already", grant.guest);
                 return Err((grant.clone(), reason));
@@ -73,25 +80,25 @@ impl Grants {
                 Access::ReadOnly => FsPerms::ReadOnly,
                 Access::ReadWrite => FsPerms::ReadWrite,
             };
-            let identity = open_directory(&grant.host).and_then(|identity| {
+            let id = directory_id(&grant.host).and_then(|id| {
                 context
                     .preopened_dir(&grant.host, &grant.guest, permissions)
-                    .map(|_| identity)
+                    .map(|_| id)
                     .map_err(|error| format!("{error:#}"))
             });
-            opened.push(identity.map_err(|reason| (grant.clone(), reason))?);
+            ids.push(id.map_err(|reason| (grant.clone(), reason))?);
         }
-        Ok(Self(Arc::new(Granted {
+        Ok(Self(Arc::new(GrantSet {
             filesystem: context.build().filesystem().clone(),
-            directories: opened,
-            environment: last_of_each(environment),
+            directories: ids,
+            environment: last_values(environment),
             destinations: Arc::default(),
         })))
     }
 
-    /// Grants TCP connections to `destinations` as well.
+    /// Adds TCP connections to `destinations`.
     pub fn with_destinations(self, destinations: Vec<Destination>) -> Self {
-        Self(Arc::new(Granted {
+        Self(Arc::new(GrantSet {
             filesystem: self.filesystem(),
             directories: self.0.directories.clone(),
             environment: self.environment().to_vec(),
@@ -99,42 +106,46 @@ impl Grants {
         }))
     }
 
-    /// Whether the very same directories are granted, and not others that have taken their names.
+    /// Whether both grant the same directories.
+    ///
+    /// Compares the open directories, not their paths: a path may name another directory by now.
     pub fn has_directories_of(&self, other: &Self) -> bool {
         self.0.directories == other.0.directories
     }
 
-    /// The directories.
     pub(super) fn filesystem(&self) -> WasiFilesystemCtx {
         self.0.filesystem.clone()
     }
 
-    /// The environment variables.
     pub(super) fn environment(&self) -> &[(String, String)] {
         &self.0.environment
     }
 
-    /// Where to connect to.
-    pub(super) fn destinations(&self) -> Arc<Destinations> {
-        self.0.destinations.clone()
+    pub(super) fn destinations(&self) -> &Arc<Destinations> {
+        &self.0.destinations
     }
 }
 
-/// A variable that is granted twice has its last value, as on a shell's command line.
-fn last_of_each(variables: Vec<(String, String)>) -> Vec<(String, String)> {
+/// Keeps the last value of each variable, as a shell does.
+fn last_values(variables: Vec<(String, String)>) -> Vec<(String, String)> {
     let mut last: Vec<(String, String)> = Vec::new();
     for (name, value) in variables {
-        last.retain(|(other, _)| *other != name);
+        last.retain(|(earlier, _)| *earlier != name);
         last.push((name, value));
     }
     last
 }
 
-/// Tells a missing directory from a file in its place, which opening it alone does not everywhere. And
-/// which one it is.
-fn open_directory(path: &Path) -> Result<(u64, u64), String> {
+/// Identifies the directory at `path`.
+///
+/// Checks that a directory is there. Opening the path is not enough: on some systems that succeeds
+/// for a file too.
+fn directory_id(path: &Path) -> Result<DirectoryId, String> {
     match std::fs::metadata(path) {
-        Ok(metadata) if metadata.is_dir() => Ok((metadata.dev(), metadata.ino())),
+        Ok(metadata) if metadata.is_dir() => Ok(DirectoryId {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        }),
         Ok(_) => Err("it is not a directory".into()),
         Err(error) => Err(error.to_string()),
     }

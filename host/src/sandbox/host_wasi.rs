@@ -1,85 +1,68 @@
-//! The WASI contexts of one connection, each made when the guest first asks for something of it.
+//! WASI 0.2 and 0.3 for guests.
 //!
-//! A whole context costs some microseconds, mostly for random seeds that few guests ask for.
+//! Standard streams, environment, clocks, granted directories and random numbers.
+//! wasmtime-wasi implements the interfaces. This module links them to the contexts of a store.
 
-use wasmtime_wasi::WasiCtx;
-use wasmtime_wasi::cli::{WasiCliCtx, WasiCliCtxView, WasiCliView};
-use wasmtime_wasi::clocks::{WasiClocksCtx, WasiClocksCtxView, WasiClocksView};
-use wasmtime_wasi::filesystem::{WasiFilesystemCtx, WasiFilesystemCtxView, WasiFilesystemView};
-use wasmtime_wasi::random::{WasiRandomCtx, WasiRandomView};
-use wasmtime_wasi::sockets::WasiSocketsCtx;
+pub(super) mod contexts;
 
-use super::host_network::Outbound;
-use super::output::{GuestOutput, OutputLimit};
-use super::{Grants, SharedTransport, StoreState};
+use wasmtime::component::{HasData, Linker, ResourceTable};
+use wasmtime_wasi::cli::{WasiCli, WasiCliCtxView, WasiCliView};
+use wasmtime_wasi::clocks::{WasiClocks, WasiClocksCtxView, WasiClocksView};
+use wasmtime_wasi::filesystem::{WasiFilesystem, WasiFilesystemCtxView, WasiFilesystemView};
+use wasmtime_wasi::random::{WasiRandom, WasiRandomCtx, WasiRandomView};
+use wasmtime_wasi::{p2, p3};
 
-/// What a guest has of WASI.
-pub(super) struct Wasi {
-    id: u64,
-    grants: Grants,
-    output: OutputLimit,
-    cli: Option<WasiCliCtx>,
-    clocks: Option<WasiClocksCtx>,
-    filesystem: Option<WasiFilesystemCtx>,
-    random: Option<WasiRandomCtx>,
-    outbound: Option<Outbound>,
-    sockets: Option<WasiSocketsCtx>,
+use super::store::StoreState;
+
+/// Adds `wasi:cli`, `wasi:clocks`, `wasi:filesystem`, `wasi:io` and `wasi:random` to `linker`.
+pub(super) fn add_to_linker(linker: &mut Linker<StoreState>) -> wasmtime::Result<()> {
+    add_p2_to_linker(linker)?;
+    p3::cli::add_to_linker(linker)?;
+    p3::clocks::add_to_linker(linker)?;
+    p3::filesystem::add_to_linker(linker)?;
+    p3::random::add_to_linker(linker)
 }
 
-impl Wasi {
-    /// For the guest of connection `id`.
-    pub(super) fn new(grants: &Grants, id: u64, output: OutputLimit) -> Self {
-        Self {
-            id,
-            grants: grants.clone(),
-            output,
-            cli: None,
-            clocks: None,
-            filesystem: None,
-            random: None,
-            outbound: None,
-            sockets: None,
-        }
-    }
+fn add_p2_to_linker(linker: &mut Linker<StoreState>) -> wasmtime::Result<()> {
+    use p2::bindings::{cli, clocks, filesystem, io, random};
 
-    /// The network, and what `wasi:sockets` has of it.
-    pub(super) fn network(
-        &mut self,
-        transport: &SharedTransport,
-    ) -> (&Outbound, &mut Option<WasiSocketsCtx>) {
-        let Self {
-            grants,
-            outbound,
-            sockets,
-            ..
-        } = self;
-        let outbound =
-            outbound.get_or_insert_with(|| Outbound::new(grants.destinations(), transport.clone()));
-        (outbound, sockets)
-    }
+    io::error::add_to_linker::<StoreState, Table>(linker, |state| &mut state.table)?;
+    io::poll::add_to_linker::<StoreState, Table>(linker, |state| &mut state.table)?;
+    io::streams::add_to_linker::<StoreState, Table>(linker, |state| &mut state.table)?;
+    cli::environment::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::exit::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::stdin::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::stdout::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::stderr::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::terminal_input::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::terminal_output::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::terminal_stdin::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::terminal_stdout::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    cli::terminal_stderr::add_to_linker::<StoreState, WasiCli>(linker, StoreState::cli)?;
+    clocks::monotonic_clock::add_to_linker::<StoreState, WasiClocks>(linker, StoreState::clocks)?;
+    clocks::wall_clock::add_to_linker::<StoreState, WasiClocks>(linker, StoreState::clocks)?;
+    filesystem::types::add_to_linker::<StoreState, WasiFilesystem>(linker, StoreState::filesystem)?;
+    filesystem::preopens::add_to_linker::<StoreState, WasiFilesystem>(
+        linker,
+        StoreState::filesystem,
+    )?;
+    random::random::add_to_linker::<StoreState, WasiRandom>(linker, StoreState::random)?;
+    random::insecure::add_to_linker::<StoreState, WasiRandom>(linker, StoreState::random)?;
+    random::insecure_seed::add_to_linker::<StoreState, WasiRandom>(linker, StoreState::random)?;
+    Ok(())
 }
 
-/// Standard streams and environment. Standard input is at its end.
-fn cli(grants: &Grants, id: u64, output: &OutputLimit) -> WasiCliCtx {
-    let mut context = WasiCtx::builder()
-        .stdout(GuestOutput::new(id, "stdout", output))
-        .stderr(GuestOutput::new(id, "stderr", output))
-        .envs(grants.environment())
-        .build();
-    std::mem::take(context.cli())
+/// Gives `wasi:io` access to the resource table of a store.
+struct Table;
+
+impl HasData for Table {
+    type Data<'a> = &'a mut ResourceTable;
 }
 
 impl WasiCliView for StoreState {
     fn cli(&mut self) -> WasiCliCtxView<'_> {
-        let Wasi {
-            id,
-            grants,
-            output,
-            cli,
-            ..
-        } = &mut self.wasi;
         WasiCliCtxView {
-            ctx: cli.get_or_insert_with(|| self::cli(grants, *id, output)),
+            ctx: self.wasi.cli(),
             table: &mut self.table,
         }
     }
@@ -88,7 +71,7 @@ impl WasiCliView for StoreState {
 impl WasiClocksView for StoreState {
     fn clocks(&mut self) -> WasiClocksCtxView<'_> {
         WasiClocksCtxView {
-            ctx: self.wasi.clocks.get_or_insert_default(),
+            ctx: self.wasi.clocks(),
             table: &mut self.table,
         }
     }
@@ -96,26 +79,15 @@ impl WasiClocksView for StoreState {
 
 impl WasiFilesystemView for StoreState {
     fn filesystem(&mut self) -> WasiFilesystemCtxView<'_> {
-        let Wasi {
-            grants, filesystem, ..
-        } = &mut self.wasi;
         WasiFilesystemCtxView {
-            ctx: filesystem.get_or_insert_with(|| grants.filesystem()),
+            ctx: self.wasi.filesystem(),
             table: &mut self.table,
         }
     }
 }
 
-/// Randomness that a guest may ask for in one call, in bytes: no more than takes the host a moment.
-const MAX_RANDOM_BYTES: u64 = 64 << 10;
-
-fn random() -> WasiRandomCtx {
-    let mut context = WasiCtx::builder().max_random_size(MAX_RANDOM_BYTES).build();
-    std::mem::take(context.random())
-}
-
 impl WasiRandomView for StoreState {
     fn random(&mut self) -> &mut WasiRandomCtx {
-        self.wasi.random.get_or_insert_with(random)
+        self.wasi.random()
     }
 }

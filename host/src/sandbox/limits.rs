@@ -1,4 +1,4 @@
-//! What one sandbox may use, and all of them together.
+//! Limits of one sandbox, and of all sandboxes together.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,23 +12,24 @@ use prometheus_client::registry::{Registry, Unit};
 use wasmtime::ResourceLimiter;
 use wasmtime::component::ResourceTableError;
 
-use super::{SharedTransport, lock};
+use super::transport::SharedTransport;
 use crate::limit::Limit;
+use crate::sync::lock;
 
-/// What a sandbox may use. The defaults are those of the command line, where each has its reason.
+/// Limits of one sandbox. The command line has the same defaults and the reason for each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GuestLimits {
-    /// Its linear memories and tables together, in bytes.
+    /// The linear memories and tables together, in bytes.
     pub memory: usize,
-    /// For how long it may compute. Waiting does not count.
+    /// The CPU time. Waiting does not count.
     pub cpu_time: Duration,
-    /// Its handles of resources, streams, futures and tasks that are live at once.
+    /// Live handles: resources, streams, futures and tasks.
     pub handles: usize,
-    /// What it has open of the host at once: files, directories, streams of them.
+    /// Open resources of the host: files, directories, sockets, and streams of them.
     pub open_files: usize,
-    /// What it may hand to the host in one call, in bytes.
+    /// The data passed to the host in one call, in bytes.
     pub call_size: usize,
-    /// What is logged of its standard output, and of its standard error, in bytes.
+    /// The logged part of standard output, and of standard error, in bytes.
     pub output: usize,
 }
 
@@ -45,14 +46,14 @@ impl Default for GuestLimits {
     }
 }
 
-/// What all sandboxes of an engine may use, whatever each may.
+/// Limits of all sandboxes of an engine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SharedLimits {
-    /// The most that any of them may have of memory ([`Limits::memory`]), in bytes.
+    /// The highest [`GuestLimits::memory`] that any sandbox may have, in bytes.
     pub memory: usize,
-    /// What they may take together beyond [`FREE_MEMORY`] each, in bytes.
+    /// The memory of all sandboxes beyond [`FREE_MEMORY`] each, in bytes.
     pub total_memory: usize,
-    /// The call stack of each, in bytes.
+    /// The call stack of each sandbox, in bytes.
     pub stack: usize,
 }
 
@@ -66,12 +67,13 @@ impl Default for SharedLimits {
     }
 }
 
-/// What a sandbox may take of memory, in bytes, without its being counted among that of all.
+/// The memory of each sandbox that the shared limit ignores, in bytes.
 ///
-/// Most guests never ask for more than they start with, and touch little of that.
+/// Only memory beyond this counts towards [`SharedLimits::total_memory`]. Most guests never grow
+/// beyond their initial memory, and touch little of that.
 pub const FREE_MEMORY: usize = 1 << 20;
 
-/// The memory that all sandboxes may take beyond what is free to each.
+/// The memory that all sandboxes share, beyond [`FREE_MEMORY`] each.
 pub(super) struct MemoryBudget {
     bytes: usize,
     left: AtomicUsize,
@@ -85,12 +87,13 @@ impl MemoryBudget {
         }
     }
 
-    /// What is taken of it, in bytes.
-    fn taken(&self) -> usize {
+    /// The part in use, in bytes.
+    fn used(&self) -> usize {
         self.bytes - self.left.load(Ordering::Relaxed)
     }
 
-    fn take(&self, bytes: usize) -> bool {
+    /// Takes `bytes` if they are left.
+    fn try_take(&self, bytes: usize) -> bool {
         self.left
             .try_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
                 left.checked_sub(bytes)
@@ -103,7 +106,7 @@ impl MemoryBudget {
     }
 }
 
-/// Adds to `registry` what is taken of `budget`.
+/// Adds a gauge of the used part of `budget` to `registry`.
 pub(super) fn register(budget: Arc<MemoryBudget>, registry: &mut Registry) {
     registry.register_collector(Box::new(BudgetCollector(budget)));
 }
@@ -112,13 +115,13 @@ struct BudgetCollector(Arc<MemoryBudget>);
 
 impl fmt::Debug for BudgetCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Taken").finish_non_exhaustive()
+        f.debug_tuple("BudgetCollector").finish_non_exhaustive()
     }
 }
 
 impl Collector for BudgetCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
-        let gauge = ConstGauge::new(self.0.taken() as i64);
+        let gauge = ConstGauge::new(self.0.used() as i64);
         let metric = encoder.encode_descriptor(
             "guests_memory",
             "Memory of all guests, beyond the first MiB of each",
@@ -129,65 +132,66 @@ impl Collector for BudgetCollector {
     }
 }
 
-/// Counts the memory of one sandbox.
+/// Counts and limits the memory of one sandbox.
 pub(super) struct MemoryLimiter {
     used: usize,
-    most: usize,
-    /// What was taken from the budget of all.
-    taken: usize,
+    max: usize,
+    /// The part of `used` that was taken from the budget.
+    from_budget: usize,
     budget: Arc<MemoryBudget>,
     transport: SharedTransport,
 }
 
 impl MemoryLimiter {
-    pub(super) fn new(most: usize, budget: Arc<MemoryBudget>, transport: SharedTransport) -> Self {
+    pub(super) fn new(max: usize, budget: Arc<MemoryBudget>, transport: SharedTransport) -> Self {
         Self {
             used: 0,
-            most,
-            taken: 0,
+            max,
+            from_budget: 0,
             budget,
             transport,
         }
     }
 
-    /// Whether the sandbox may have so many bytes more.
+    /// Grants the sandbox `bytes` more, unless a limit forbids them.
     fn grow(&mut self, bytes: usize) -> bool {
-        match self.refusal(bytes) {
-            None => {
+        match self.try_grow(bytes) {
+            Ok(()) => {
                 lock(&self.transport).has_memory(self.used);
                 true
             }
-            Some(limit) => {
+            Err(limit) => {
                 lock(&self.transport).limit_hit(limit);
                 false
             }
         }
     }
 
-    fn refusal(&mut self, bytes: usize) -> Option<Limit> {
+    fn try_grow(&mut self, bytes: usize) -> Result<(), Limit> {
         let used = self.used.saturating_add(bytes);
-        if used > self.most {
-            return Some(Limit::MaxMemory);
+        if used > self.max {
+            return Err(Limit::MaxMemory);
         }
-        let counted = used.saturating_sub(FREE_MEMORY);
-        if !self.budget.take(counted - self.taken) {
-            return Some(Limit::MaxTotalMemory);
+        let from_budget = used.saturating_sub(FREE_MEMORY);
+        if !self.budget.try_take(from_budget - self.from_budget) {
+            return Err(Limit::MaxTotalMemory);
         }
         self.used = used;
-        self.taken = counted;
-        None
+        self.from_budget = from_budget;
+        Ok(())
     }
 }
 
 impl Drop for MemoryLimiter {
     fn drop(&mut self) {
-        self.budget.give_back(self.taken);
+        self.budget.give_back(self.from_budget);
     }
 }
 
-/// Whether a memory or table may have this size by its own declaration. It is refused if not, and
-/// nothing is to be counted.
-fn may_be(desired: usize, maximum: Option<usize>) -> bool {
+/// Whether a memory or table stays within its own maximum.
+///
+/// wasmtime refuses a growth beyond that maximum later, so the growth must not be counted.
+fn within_type(desired: usize, maximum: Option<usize>) -> bool {
     maximum.is_none_or(|maximum| desired <= maximum)
 }
 
@@ -198,7 +202,7 @@ impl ResourceLimiter for MemoryLimiter {
         desired: usize,
         maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        Ok(may_be(desired, maximum) && self.grow(desired - current))
+        Ok(within_type(desired, maximum) && self.grow(desired - current))
     }
 
     fn table_growing(
@@ -207,37 +211,39 @@ impl ResourceLimiter for MemoryLimiter {
         desired: usize,
         maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        // An element is a pointer.
+        // An element of a table is a pointer.
         let bytes = (desired - current).saturating_mul(size_of::<usize>());
-        Ok(may_be(desired, maximum) && self.grow(bytes))
+        Ok(within_type(desired, maximum) && self.grow(bytes))
     }
 }
 
-/// Why a guest was stopped, when it was for a limit.
+/// The error that stops a guest at a limit.
 #[derive(Debug)]
 pub(super) struct LimitExceeded(pub(super) Limit);
 
 impl fmt::Display for LimitExceeded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the limit {} was met", self.0)
+        write!(f, "the guest exceeded the limit {}", self.0)
     }
 }
 
 impl std::error::Error for LimitExceeded {}
 
-/// The limit that a call of a guest ended for.
-pub(super) fn of_error(error: &wasmtime::Error) -> Option<Limit> {
+/// The limit that ended a call of a guest with this error. None if the error has another cause.
+pub(super) fn limit_of_error(error: &wasmtime::Error) -> Option<Limit> {
     if let Some(LimitExceeded(limit)) = error.downcast_ref() {
         return Some(*limit);
     }
     if let Some(wasmtime::Trap::StackOverflow) = error.downcast_ref() {
         return Some(Limit::Stack);
     }
-    // The host's things: what wasmtime keeps of a guest's own is bounded by its handles first.
+    // Our own resource table is full. wasmtime's table of a guest's own handles never fills up: the
+    // limit on handles comes first.
     if let Some(ResourceTableError::Full) = error.downcast_ref() {
         return Some(Limit::MaxOpenFiles);
     }
-    // These have no type that is public. Tests meet both.
+    // wasmtime has no public type for these two errors. Integration tests cause both, and fail if a
+    // new version of wasmtime words them differently.
     let text = error.root_cause().to_string();
     if text.contains("store handle limit exceeded") {
         return Some(Limit::MaxHandles);

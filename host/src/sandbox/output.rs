@@ -1,4 +1,4 @@
-//! What guests print, as lines of the host's log.
+//! Output of guests, as lines of the host's log.
 
 use std::io;
 use std::pin::Pin;
@@ -12,21 +12,34 @@ use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 
 use super::fairness::{self, EpochClock};
-use super::{SharedTransport, lock};
+use super::transport::SharedTransport;
 use crate::limit::Limit;
+use crate::sync::lock;
 
-/// The longest line that is logged as one, in bytes. A longer one is broken.
-const MAX_LINE: usize = 4 * 1024;
+/// The longest line of the log, in bytes. A longer line of a guest is split.
+const MAX_LINE_BYTES: usize = 4 * 1024;
 
-/// What a line takes in the log beside what it says, in bytes, about: time, target, connection.
+/// The size of a log line without its text, in bytes.
+///
+/// Roughly: time, target, connection.
 const LINE_OVERHEAD: usize = 100;
 
-/// What may be logged of one connection's standard output, and as much of its standard error, and
-/// who is to be told when that was reached.
+/// The standard output or the standard error of one connection's guest.
+///
+/// Made for every connection, and used by few: nothing is allocated before the first use.
+pub(super) struct GuestOutput {
+    id: u64,
+    name: &'static str,
+    limit: OutputLimit,
+    lines: OnceLock<Lines>,
+}
+
+/// The limit on each of the two output streams of one connection.
 #[derive(Clone)]
 pub(super) struct OutputLimit {
     bytes: usize,
     clock: EpochClock,
+    /// Learns when the guest hits the limit.
     transport: SharedTransport,
 }
 
@@ -40,18 +53,8 @@ impl OutputLimit {
     }
 }
 
-/// The standard output or the standard error of one connection's guest.
-///
-/// Made for every connection, and used by few: nothing is allocated before it is asked for.
-pub(super) struct GuestOutput {
-    id: u64,
-    name: &'static str,
-    limit: OutputLimit,
-    lines: OnceLock<Lines>,
-}
-
 impl GuestOutput {
-    /// For the connection `id`; `name` says which of its two streams it is.
+    /// An output stream of the connection `id`. `name` is `stdout` or `stderr`.
     pub(super) fn new(id: u64, name: &'static str, limit: &OutputLimit) -> Self {
         Self {
             id,
@@ -94,7 +97,7 @@ impl StdoutStream for GuestOutput {
     }
 }
 
-/// Bytes in, lines out.
+/// A stream of bytes that become lines of the log.
 #[derive(Clone)]
 struct Lines {
     line: Arc<Mutex<Line>>,
@@ -110,7 +113,7 @@ impl Lines {
                 stream = line.name,
                 bytes = self.limit.bytes,
                 limit = %Limit::MaxOutput,
-                "no more of what this guest prints is logged"
+                "the rest of this guest's output is not logged"
             );
             lock(&self.limit.transport).limit_hit(Limit::MaxOutput);
         }
@@ -123,7 +126,7 @@ impl AsyncWrite for Lines {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        ready!(fairness::poll_lasts(&self.limit.clock, cx));
+        ready!(fairness::poll_turn(&self.limit.clock, cx));
         self.write(bytes);
         Poll::Ready(Ok(bytes.len()))
     }
@@ -153,34 +156,35 @@ impl OutputStream for Lines {
     }
 
     fn check_write(&mut self) -> StreamResult<usize> {
-        // How much the guest may write at once, which wasmtime buffers.
-        Ok(MAX_LINE)
+        // wasmtime buffers this much per write.
+        Ok(MAX_LINE_BYTES)
     }
 }
 
+/// The line that the guest is writing.
 struct Line {
     id: u64,
     name: &'static str,
     partial: Vec<u8>,
-    /// What may still be logged, in bytes.
+    /// The part of the limit that is left, in bytes.
     left: usize,
 }
 
 impl Line {
-    /// Returns what may still be logged.
+    /// Logs all complete lines. Returns the part of the limit that is left, in bytes.
     fn write(&mut self, mut bytes: &[u8]) -> usize {
         while !bytes.is_empty() && self.left > 0 {
-            let room = (MAX_LINE - self.partial.len()).min(self.left);
-            let end = bytes.iter().position(|&byte| byte == b'\n');
-            let n = end.unwrap_or(bytes.len()).min(room);
+            let room = (MAX_LINE_BYTES - self.partial.len()).min(self.left);
+            let newline = bytes.iter().position(|&byte| byte == b'\n');
+            let n = newline.unwrap_or(bytes.len()).min(room);
             self.partial.extend_from_slice(&bytes[..n]);
-            let ends_here = end == Some(n);
+            let ends_here = newline == Some(n);
             bytes = &bytes[n + usize::from(ends_here)..];
-            let line = ends_here || self.partial.len() == MAX_LINE;
-            // Lines without a word are bounded too.
-            let overhead = if line { LINE_OVERHEAD } else { 0 };
+            let is_complete = ends_here || self.partial.len() == MAX_LINE_BYTES;
+            // The overhead bounds the number of empty lines too.
+            let overhead = if is_complete { LINE_OVERHEAD } else { 0 };
             self.left = self.left.saturating_sub(n + overhead);
-            if ends_here || self.partial.len() == MAX_LINE || self.left == 0 {
+            if is_complete || self.left == 0 {
                 self.flush();
             }
         }
@@ -188,7 +192,7 @@ impl Line {
     }
 
     fn flush(&mut self) {
-        let text = printable(&self.partial, MAX_LINE);
+        let text = printable(&self.partial, MAX_LINE_BYTES);
         info!(target: "guest", id = self.id, stream = self.name, "{text}");
         self.partial.clear();
     }
@@ -202,8 +206,10 @@ impl Drop for Line {
     }
 }
 
-/// `bytes` from a guest as text that cannot forge or garble a line of the log: cut to `max` bytes,
-/// with control characters escaped.
+/// Makes bytes of a guest safe for the log.
+///
+/// The text can neither forge nor garble a line. Escapes control characters and cuts the bytes to
+/// `max`.
 pub(super) fn printable(bytes: &[u8], max: usize) -> String {
     let mut text = String::new();
     for character in String::from_utf8_lossy(&bytes[..bytes.len().min(max)]).chars() {
@@ -224,7 +230,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn control_characters_of_a_guest_do_not_reach_the_log() {
+    fn control_characters_of_a_guest_are_escaped() {
         assert_eq!(
             printable(b"a\x1b[31m\r\nb\tc", 99),
             "a\\u{1b}[31m\\r\\nb\tc"
@@ -233,59 +239,59 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_cut_to_its_bound_and_says_so() {
+    fn a_long_text_is_cut_and_marked() {
         assert_eq!(printable(b"four", 4), "four");
         assert_eq!(printable(b"fives", 4), "five\u{2026}");
     }
 
     #[test]
-    fn whatever_a_guest_prints_a_line_is_one_and_bounded() {
+    fn any_bytes_become_one_line_of_bounded_length() {
         bolero::check!().for_each(|bytes: &[u8]| {
             let text = printable(bytes, 100);
             assert!(
                 !text.chars().any(|c| c.is_control() && c != '\t'),
                 "{text:?}"
             );
-            // An escape takes eight characters at most, as does what is no text.
+            // An escape has eight characters at most. A replacement character has three bytes.
             assert!(text.len() <= 8 * 100 + 3, "{}", text.len());
         });
     }
 
     #[test]
-    fn however_output_is_split_as_much_of_it_is_logged() {
+    fn the_logged_part_does_not_depend_on_how_output_is_split() {
         let writes = bolero::generator::produce::<(u16, Vec<Vec<u8>>)>();
         bolero::check!()
             .with_generator(writes)
-            .for_each(|(most, writes)| {
+            .for_each(|(limit, writes)| {
                 let line = || Line {
                     id: 0,
                     name: "stdout",
                     partial: Vec::new(),
-                    left: usize::from(*most),
+                    left: usize::from(*limit),
                 };
                 let (mut whole, mut split) = (line(), line());
                 whole.write(&writes.concat());
                 for bytes in writes {
                     let before = split.left;
                     assert!(split.write(bytes) <= before);
-                    assert!(split.partial.len() < MAX_LINE);
+                    assert!(split.partial.len() < MAX_LINE_BYTES);
                 }
                 assert_eq!((whole.left, &whole.partial), (split.left, &split.partial));
             });
     }
 
     #[test]
-    fn output_is_cut_at_its_limit_and_not_before() {
-        let most = 64 * 1024;
+    fn output_is_cut_exactly_at_its_limit() {
+        let limit = 64 * 1024;
         let mut line = Line {
             id: 0,
             name: "stdout",
             partial: Vec::new(),
-            left: most,
+            left: limit,
         };
-        assert_eq!(line.write(b"one\n"), most - 3 - LINE_OVERHEAD);
-        line.left = most;
-        let lines = most / LINE_OVERHEAD;
+        assert_eq!(line.write(b"one\n"), limit - 3 - LINE_OVERHEAD);
+        line.left = limit;
+        let lines = limit / LINE_OVERHEAD;
         assert!(line.write(&vec![b'\n'; lines]) > 0);
         assert_eq!(line.write(b"\n"), 0);
         assert_eq!(line.write(b"z"), 0);

@@ -1,30 +1,33 @@
-//! Traps in words.
+//! Traps of a guest, in words for the log.
 
 use wasmtime::WasmBacktrace;
 use wasmtime_wasi::I32Exit;
 
+use super::output::printable;
+
 /// Why and where a guest was stopped.
 #[derive(Debug, PartialEq)]
 pub struct Trap {
-    /// In one line.
+    /// The reason, in one line.
     pub reason: String,
-    /// The functions of the guest that were on its stack, innermost first, with file and line
-    /// where the guest has debug information.
+    /// The guest's functions on the stack, innermost first.
+    ///
+    /// Each has its file and line if the guest has debug information.
     pub backtrace: Vec<String>,
 }
 
-/// What is to be logged of the error that ended a call.
+/// Describes the error that ended a call of a guest.
 pub(super) fn describe(error: &wasmtime::Error) -> Trap {
     Trap {
         reason: reason(error),
         backtrace: error
             .downcast_ref::<WasmBacktrace>()
-            .map(|backtrace| backtrace.frames().iter().map(frame).collect())
+            .map(|backtrace| backtrace.frames().iter().map(describe_frame).collect())
             .unwrap_or_default(),
     }
 }
 
-/// The innermost cause, without the backtrace that wasmtime's own text has.
+/// The innermost cause, without wasmtime's backtrace.
 pub(super) fn reason(error: &wasmtime::Error) -> String {
     if let Some(trap) = error.downcast_ref::<wasmtime::Trap>() {
         let text = trap.to_string();
@@ -38,12 +41,12 @@ pub(super) fn reason(error: &wasmtime::Error) -> String {
     error.root_cause().to_string()
 }
 
-/// The longest text of a frame that is logged, in bytes.
-const MAX_FRAME: usize = 256;
+/// The longest description of a stack frame in the log, in bytes.
+const MAX_FRAME_BYTES: usize = 256;
 
-fn frame(frame: &wasmtime::FrameInfo) -> String {
+fn describe_frame(frame: &wasmtime::FrameInfo) -> String {
     let function = match frame.func_name() {
-        // Without the hash that the compiler adds.
+        // The alternate form omits the hash that the compiler adds to a name.
         Some(name) => format!("{:#}", rustc_demangle::demangle(name)),
         None => format!("function {}", frame.func_index()),
     };
@@ -51,7 +54,7 @@ fn frame(frame: &wasmtime::FrameInfo) -> String {
         .symbols()
         .first()
         .and_then(|symbol| Some(format!(" ({}:{})", symbol.file()?, symbol.line()?)));
-    // Names come from the guest.
+    // The guest chooses these names.
     let text = format!("{function}{}", position.unwrap_or_default());
-    super::output::printable(text.as_bytes(), MAX_FRAME)
+    printable(text.as_bytes(), MAX_FRAME_BYTES)
 }

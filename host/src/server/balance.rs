@@ -1,9 +1,9 @@
-//! Connections begin where there are fewer.
+//! Balances new connections over the shards.
 //!
-//! The kernel spreads connections over the listeners of an address by chance, not by load. Whoever
-//! accepts one where clearly more are open than elsewhere passes it on. It compares itself with one
-//! other at a time, in turn: that comes close to the best choice and costs the same for any number
-//! of them.
+//! The kernel spreads connections over the listeners of an address by chance, not by load. A shard
+//! that accepts a connection while it has clearly more than another passes it on. It compares
+//! itself with one other shard at a time, in turn: that comes close to the best choice, at the same
+//! cost for any number of shards.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,15 +13,15 @@ use std::task::{Context, Poll};
 use futures::Stream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-/// How many connections are open on a shard.
+/// Open connections of a shard.
 #[derive(Default)]
 pub(super) struct ShardLoad {
     open: AtomicUsize,
 }
 
 impl ShardLoad {
-    /// Counts a connection in, until the place is dropped.
-    pub(super) fn place(self: Arc<Self>) -> LoadGuard {
+    /// Counts a connection until the guard is dropped.
+    pub(super) fn count_connection(self: Arc<Self>) -> LoadGuard {
         self.open.fetch_add(1, Ordering::Relaxed);
         LoadGuard(self)
     }
@@ -31,7 +31,7 @@ impl ShardLoad {
     }
 }
 
-/// An open connection's part of a [`Load`].
+/// One open connection of a [`ShardLoad`].
 pub(super) struct LoadGuard(Arc<ShardLoad>);
 
 impl Drop for LoadGuard {
@@ -40,48 +40,52 @@ impl Drop for LoadGuard {
     }
 }
 
-/// Whether a connection is to be passed on from where `own` are open to where `other` are.
+/// Whether a shard passes a new connection to another shard.
 ///
-/// Passing one on wakes another thread, which costs about as much as a sandbox does; and chance is
-/// no bad balance, of large numbers above all. So a few more than elsewhere are left as they are.
-fn passes_on(own: usize, other: usize) -> bool {
+/// `own` and `other` are their open connections.
+///
+/// Passing a connection on wakes another thread, which costs about as much as a sandbox. Chance
+/// balances large numbers well enough, so a small difference stays.
+fn should_pass_on(own: usize, other: usize) -> bool {
     own > other + other / 4 + 4
 }
 
-/// The connections of one shard: its own stream's, less what it passes on, and what others pass on
-/// to it.
+/// The connections of one shard: from its own stream and from other shards.
 pub(super) struct Balanced<S: Stream> {
-    /// None when it has ended.
+    /// None if the stream has ended.
     connections: Option<S>,
     load: Arc<ShardLoad>,
-    passed_on: UnboundedReceiver<S::Item>,
-    /// Empty when our own stream has ended: theirs end when nobody can pass on anything.
+    received: UnboundedReceiver<S::Item>,
+    /// Empty if the own stream has ended. The streams of other shards end when all senders are
+    /// gone.
     others: Vec<(Arc<ShardLoad>, UnboundedSender<S::Item>)>,
-    /// The one to compare with next.
+    /// The shard to compare with next.
     next: usize,
 }
 
-/// Balances `connections` among each other. What is on its way between two of them is a connection
-/// that was accepted and so has a place among those that may be open: there are never more of them.
-pub(super) fn balanced<S: Stream>(connections: Vec<S>) -> Vec<Balanced<S>> {
-    let (shards, receivers): (Vec<_>, Vec<_>) = connections
+/// Balances the streams of all shards.
+///
+/// The channels between shards need no bound: each connection in them holds one of the permits that
+/// limit the open connections.
+pub(super) fn balance<S: Stream>(streams: Vec<S>) -> Vec<Balanced<S>> {
+    let (shards, receivers): (Vec<_>, Vec<_>) = streams
         .iter()
         .map(|_| {
             let (sender, receiver) = unbounded_channel();
             ((Arc::new(ShardLoad::default()), sender), receiver)
         })
         .unzip();
-    connections
+    streams
         .into_iter()
         .zip(receivers)
         .enumerate()
-        .map(|(own, (connections, passed_on))| {
+        .map(|(own, (connections, received))| {
             let mut others = shards.clone();
             let (load, _) = others.remove(own);
             Balanced {
                 connections: Some(connections),
                 load,
-                passed_on,
+                received,
                 others,
                 next: own,
             }
@@ -94,15 +98,15 @@ impl<S: Stream> Balanced<S> {
         self.load.clone()
     }
 
-    /// Passes a connection on, or gives it back to be kept.
+    /// Passes a connection to another shard, or returns it if it stays.
     fn pass_on(&mut self, connection: S::Item) -> Option<S::Item> {
         if self.others.is_empty() {
             return Some(connection);
         }
         self.next = (self.next + 1) % self.others.len();
         let (load, sender) = &self.others[self.next];
-        if passes_on(self.load.open(), load.open()) {
-            // It fails where the other thread has died, which ends the server.
+        if should_pass_on(self.load.open(), load.open()) {
+            // Fails if the other thread has died, which ends the server.
             sender.send(connection).err().map(|returned| returned.0)
         } else {
             Some(connection)
@@ -115,9 +119,9 @@ impl<S: Stream + Unpin> Stream for Balanced<S> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
         let this = self.get_mut();
-        let passed_on = this.passed_on.poll_recv(cx);
-        if let Poll::Ready(Some(_)) = passed_on {
-            return passed_on;
+        let received = this.received.poll_recv(cx);
+        if let Poll::Ready(Some(_)) = received {
+            return received;
         }
         while let Some(connections) = &mut this.connections {
             match Pin::new(connections).poll_next(cx) {
@@ -133,7 +137,7 @@ impl<S: Stream + Unpin> Stream for Balanced<S> {
                 Poll::Pending => return Poll::Pending,
             }
         }
-        passed_on
+        received
     }
 }
 
@@ -144,23 +148,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_few_more_are_left_and_many_more_are_not() {
-        assert!(!passes_on(4, 0));
-        assert!(passes_on(5, 0));
-        assert!(!passes_on(129, 100));
-        assert!(passes_on(130, 100));
+    fn small_differences_stay_and_large_ones_are_balanced() {
+        assert!(!should_pass_on(4, 0));
+        assert!(should_pass_on(5, 0));
+        assert!(!should_pass_on(129, 100));
+        assert!(should_pass_on(130, 100));
     }
 
     #[test]
-    fn what_is_accepted_on_one_side_is_shared() {
-        let sides = balanced(vec![stream::iter(0..100).boxed(), stream::empty().boxed()]);
-        let mut sides = sides.into_iter();
-        let (left, right) = (sides.next().unwrap(), sides.next().unwrap());
-        let keep = |side: Balanced<_>| {
-            let load = side.load();
-            side.map(move |n: i32| (n, load.clone().place()))
+    fn connections_accepted_by_one_shard_are_shared() {
+        let shards = balance(vec![stream::iter(0..100).boxed(), stream::empty().boxed()]);
+        let mut shards = shards.into_iter();
+        let (left, right) = (shards.next().unwrap(), shards.next().unwrap());
+        let keep_open = |shard: Balanced<_>| {
+            let load = shard.load();
+            shard.map(move |n: i32| (n, load.clone().count_connection()))
         };
-        let (mut left, mut right) = (keep(left), keep(right));
+        let (mut left, mut right) = (keep_open(left), keep_open(right));
         let mut cx = Context::from_waker(std::task::Waker::noop());
         let (mut on_left, mut on_right) = (Vec::new(), Vec::new());
         loop {
@@ -169,13 +173,13 @@ mod tests {
             if let (Poll::Ready(None), Poll::Ready(None)) = (&l, &r) {
                 break;
             }
-            for (side, item) in [(&mut on_left, l), (&mut on_right, r)] {
+            for (connections, item) in [(&mut on_left, l), (&mut on_right, r)] {
                 if let Poll::Ready(Some(item)) = item {
-                    side.push(item);
+                    connections.push(item);
                 }
             }
         }
-        // 52 and 41 would not pass one on, and 53 and 38 would.
+        // A shard with 52 keeps a connection if the other has 41, and passes it on if that has 38.
         assert_eq!(on_left.len() + on_right.len(), 100);
         assert!(
             on_right.len() > 35,

@@ -1,5 +1,6 @@
-//! The threads that connections run on.
+//! Threads and runtimes for connections.
 
+use std::io;
 use std::sync::Arc;
 use std::thread;
 
@@ -7,45 +8,45 @@ use futures::Stream;
 use futures::channel::oneshot;
 use tokio::runtime::{Builder, Handle, Runtime};
 
-use super::balance::{Balanced, ShardLoad, balanced};
-use super::{Dispatch, dispatch_all};
-use crate::Error;
+use super::balance::{Balanced, ShardLoad, balance};
+use super::dispatch::{Dispatch, dispatch_all};
+use super::error::StartError;
 
-/// Runtimes for connections: with [`Dispatch::Spawn`] one of several threads, which share all
-/// tasks, and with [`Dispatch::Concurrent`] one for each thread, which share nothing.
+/// Runtimes for connections. Each runtime is a shard with its own stream of connections.
 ///
-/// A thread that shares nothing with others needs no locks, and its caches stay its own. In return a
-/// connection stays on the thread that it began on: so each is begun where there are not clearly
-/// more.
+/// [`Dispatch::Spawn`] has one runtime with several threads, which share all tasks.
+/// [`Dispatch::Concurrent`] has one runtime per thread, and they share nothing: a thread needs no
+/// locks and keeps its caches. A connection stays on the thread that it starts on, so each one
+/// starts on a thread that has not clearly more than another.
 pub struct Shards {
     dispatch: Dispatch,
     runtimes: Vec<Runtime>,
 }
 
 impl Shards {
-    /// Makes runtimes for `threads` threads.
+    /// Creates runtimes for `threads` threads.
     ///
     /// # Errors
     ///
-    /// [`Error::Internal`] when the system has no more files or threads for us.
-    pub fn new(dispatch: Dispatch, threads: usize) -> Result<Self, Error> {
+    /// [`StartError::Runtime`] if the system has no descriptors or threads left.
+    pub fn new(dispatch: Dispatch, threads: usize) -> Result<Self, StartError> {
         let count = match dispatch {
             Dispatch::Spawn => 1,
             Dispatch::Concurrent => threads,
         };
         let runtimes = (0..count)
-            .map(|_| runtime(dispatch, threads))
+            .map(|_| new_runtime(dispatch, threads))
             .collect::<Result<_, _>>()
-            .map_err(|error| Error::internal("starting a runtime", error))?;
+            .map_err(StartError::Runtime)?;
         Ok(Self { dispatch, runtimes })
     }
 
-    /// How many streams of connections there are to be: one for each runtime.
+    /// Number of shards, and of the streams that they need.
     pub fn count(&self) -> usize {
         self.runtimes.len()
     }
 
-    /// The runtimes, to make what is to be polled there.
+    /// Handles of the runtimes, to create streams that are polled there.
     pub fn handles(&self) -> Vec<Handle> {
         self.runtimes
             .iter()
@@ -53,13 +54,15 @@ impl Shards {
             .collect()
     }
 
-    /// Handles the connections of each stream on its runtime. The futures resolve when their stream
-    /// has ended and the connections are done; to an error if the thread has died.
+    /// Handles the connections of each stream on its runtime.
+    ///
+    /// Each runtime gets a new thread. Its receiver resolves when the stream has ended and its
+    /// connections are done, or to an error if the thread has died.
     pub(super) fn run<S, H, F>(
         self,
         connections: Vec<S>,
         handler: H,
-    ) -> Result<Vec<oneshot::Receiver<()>>, Error>
+    ) -> Result<Vec<oneshot::Receiver<()>>, StartError>
     where
         S: Stream + Send + Unpin + 'static,
         S::Item: Send + 'static,
@@ -69,47 +72,30 @@ impl Shards {
         let dispatch = self.dispatch;
         self.runtimes
             .into_iter()
-            .zip(balanced(connections))
+            .zip(balance(connections))
             .map(|(runtime, connections)| {
-                let work = count_open(connections, handler.clone(), dispatch);
+                let work = handle_counted(connections, handler.clone(), dispatch);
                 let (done, ended) = oneshot::channel();
                 thread::Builder::new()
                     .name("connections".into())
                     .spawn(move || {
-                        // A task of its own runs on the runtime's threads. The one that blocks here
-                        // would have to be woken by one of them for each connection.
+                        // As a task, the work runs on the runtime's own threads. This thread would
+                        // have to be woken by one of them for each connection.
                         let outcome = runtime.block_on(async { tokio::spawn(work).await });
                         if outcome.is_ok() {
-                            // Whoever waited for it may have given up.
+                            // Fails if the server no longer waits for this shard.
                             let _ = done.send(());
                         }
                     })
-                    .map_err(|error| Error::internal("starting a thread", error))?;
+                    .map_err(StartError::Thread)?;
                 Ok(ended)
             })
             .collect()
     }
 }
 
-/// Tells whether the threads that connections run on go on.
-pub struct Liveness(Vec<Handle>);
-
-impl Liveness {
-    /// Of these runtimes.
-    pub fn new(runtimes: Vec<Handle>) -> Self {
-        Self(runtimes)
-    }
-
-    /// Resolves when each has had a turn. One that has ended, as those do that have drained, needs none.
-    pub async fn check(&self) {
-        for runtime in &self.0 {
-            let _ = runtime.spawn(async {}).await;
-        }
-    }
-}
-
-/// Handles `connections`, and keeps count of those that are open for the sake of the balance.
-async fn count_open<S, H, F>(connections: Balanced<S>, handler: H, dispatch: Dispatch)
+/// Handles `connections`, and counts the open ones for the balance between shards.
+async fn handle_counted<S, H, F>(connections: Balanced<S>, handler: H, dispatch: Dispatch)
 where
     S: Stream + Unpin,
     H: Fn(S::Item) -> F,
@@ -117,17 +103,17 @@ where
 {
     let load: Arc<ShardLoad> = connections.load();
     let handler = |connection| {
-        let place = load.clone().place();
+        let guard = load.clone().count_connection();
         let handling = handler(connection);
         async move {
             handling.await;
-            drop(place);
+            drop(guard);
         }
     };
     dispatch_all(connections, handler, dispatch).await;
 }
 
-fn runtime(dispatch: Dispatch, threads: usize) -> std::io::Result<Runtime> {
+fn new_runtime(dispatch: Dispatch, threads: usize) -> io::Result<Runtime> {
     let mut builder = match dispatch {
         Dispatch::Spawn => {
             let mut builder = Builder::new_multi_thread();
@@ -136,8 +122,8 @@ fn runtime(dispatch: Dispatch, threads: usize) -> std::io::Result<Runtime> {
         }
         Dispatch::Concurrent => {
             let mut builder = Builder::new_current_thread();
-            // Sockets are looked at after so many turns of tasks. All connections are one task
-            // here, whose turn takes as long as theirs together.
+            // Polls the reactor after each turn of the single task, because one turn polls all
+            // connections.
             builder.event_interval(1);
             builder
         }
@@ -155,21 +141,22 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
+    use crate::server::liveness::Liveness;
 
     #[test]
-    fn there_is_no_pulse_while_a_thread_is_stuck() {
+    fn a_stuck_thread_fails_the_liveness_check() {
         for dispatch in [Dispatch::Concurrent, Dispatch::Spawn] {
             let shards = Shards::new(dispatch, 1).unwrap();
-            let pulse = Liveness::new(shards.handles());
-            let (is_stuck, stuck) = oneshot::channel();
-            let (go_on, release) = mpsc::channel::<()>();
-            let held = Arc::new(Mutex::new(Some((is_stuck, release))));
+            let liveness = Liveness::new(shards.handles());
+            let (report_stuck, stuck) = oneshot::channel();
+            let (release, released) = mpsc::channel::<()>();
+            let channels = Arc::new(Mutex::new(Some((report_stuck, released))));
             let handler = move |()| {
-                let held = held.lock().unwrap().take();
+                let channels = channels.lock().unwrap().take();
                 async move {
-                    let (is_stuck, release) = held.expect("there is one connection");
-                    is_stuck.send(()).unwrap();
-                    release.recv().unwrap();
+                    let (report_stuck, released) = channels.expect("there is one connection");
+                    report_stuck.send(()).unwrap();
+                    released.recv().unwrap();
                     std::future::pending().await
                 }
             };
@@ -178,10 +165,10 @@ mod tests {
             let control = Builder::new_current_thread().enable_all().build().unwrap();
             control.block_on(async {
                 stuck.await.unwrap();
-                let beat = timeout(Duration::from_millis(100), pulse.check());
-                assert!(beat.await.is_err(), "{dispatch:?}");
-                go_on.send(()).unwrap();
-                pulse.check().await;
+                let check = timeout(Duration::from_millis(100), liveness.check());
+                assert!(check.await.is_err(), "{dispatch:?}");
+                release.send(()).unwrap();
+                liveness.check().await;
             });
         }
     }

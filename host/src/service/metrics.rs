@@ -1,8 +1,7 @@
-//! A service's figures, for the metrics.
+//! Metrics of services.
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -11,15 +10,19 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::{SWAPS, Service, Services};
-use crate::connection::OUTCOMES;
+use super::service_list::Services;
+use super::state::Service;
+use super::swap_outcome::SwapOutcome;
+use crate::connection::OutcomeKind;
+use crate::sync::lock;
+use crate::telemetry::counters::Named;
 use crate::telemetry::histogram::Histogram;
 
-/// Adds to `registry` what is counted of `services`.
+/// Adds the metrics of `services` to `registry`.
 ///
-/// There are as many series as services times three versions: the current one, the previous one, and
-/// all before as `older`. Nobody makes them more by swapping often.
-pub(super) fn register(services: Services, registry: &mut Registry) {
+/// Each service has three series per metric of versions: the current version, the previous one, and
+/// `older` for all before. So frequent swaps do not add series.
+pub fn register(services: Services, registry: &mut Registry) {
     registry.register_collector(Box::new(ServiceCollector(services)));
 }
 
@@ -31,136 +34,151 @@ impl fmt::Debug for ServiceCollector {
     }
 }
 
-/// The connections of a version, or of several, under the name that they have in the metrics.
-struct Counted {
-    service: String,
-    version: String,
-    open: u64,
-    ended: [u64; OUTCOMES.len()],
-}
-
-impl Service {
-    /// Of the current version, the previous one, and those before together.
-    fn counted(&self) -> Vec<Counted> {
-        let versions = self.versions();
-        let counted = |version: String, open, ended| Counted {
-            service: self.name.to_string(),
-            version,
-            open,
-            ended,
-        };
-        let named = [Some(&versions.current), versions.previous.as_ref()];
-        let mut all: Vec<_> = named
-            .into_iter()
-            .flatten()
-            .map(|one| &one.version)
-            .map(|version| {
-                let name = version.guest.digest().short().to_string();
-                counted(name, version.counts.open(), version.counts.ended())
-            })
-            .collect();
-        let mut older = counted("older".into(), 0, versions.gone);
-        for one in &versions.older {
-            older.open += one.version.counts.open();
-            let ended = one.ended_as_older();
-            older.ended = std::array::from_fn(|kind| older.ended[kind] + ended[kind]);
-        }
-        all.push(older);
-        all
-    }
-}
-
 impl Collector for ServiceCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let services = self.0.list();
-        let counted: Vec<_> = services.iter().flat_map(|one| one.counted()).collect();
-        let help = "Connections that are open";
-        let mut family =
-            encoder.encode_descriptor("connections_open", help, None, MetricType::Gauge)?;
-        for one in &counted {
-            let labels = [("service", &*one.service), ("version", &*one.version)];
-            ConstGauge::new(one.open as i64).encode(family.encode_family(&labels)?)?;
-        }
-        let help = "Connections that have ended, and how";
-        let mut family =
-            encoder.encode_descriptor("connections", help, None, MetricType::Counter)?;
-        for one in &counted {
-            for (kind, ended) in OUTCOMES.iter().zip(one.ended) {
-                let labels = [
-                    ("service", &*one.service),
-                    ("version", &*one.version),
-                    ("outcome", kind),
-                ];
-                ConstCounter::new(ended).encode(family.encode_family(&labels)?)?;
-            }
-        }
-        let help = "Attempts to swap a guest, and what came of them";
-        let mut family = encoder.encode_descriptor("swaps", help, None, MetricType::Counter)?;
-        for service in services.iter() {
-            for (name, count) in SWAPS.iter().zip(&service.swaps) {
-                let labels = [("service", service.name()), ("outcome", name)];
-                let count = ConstCounter::new(count.load(Ordering::Relaxed));
-                count.encode(family.encode_family(&labels)?)?;
-            }
-        }
-        encode_measures(&services, &mut encoder)
+        encode_connections(&services, &mut encoder)?;
+        encode_swaps(&services, &mut encoder)?;
+        encode_histograms(&services, &mut encoder)?;
+        encode_sums(&services, &mut encoder)
     }
 }
 
-fn encode_measures(services: &[Arc<Service>], encoder: &mut DescriptorEncoder) -> fmt::Result {
-    type Of = fn(&Service) -> &Histogram;
-    let histograms: [(&str, &str, Unit, Of); 4] = [
+/// Connections of one version, or of all older versions together.
+struct ConnectionCounts {
+    service: String,
+    /// Value of the label `version`.
+    version: String,
+    open: u64,
+    ended: [u64; OutcomeKind::COUNT],
+}
+
+/// Counts of the current version, the previous one, and all older ones together.
+fn connection_counts(service: &Service) -> Vec<ConnectionCounts> {
+    let versions = lock(&service.versions);
+    let counts = |version: String, open, ended| ConnectionCounts {
+        service: service.name().to_string(),
+        version,
+        open,
+        ended,
+    };
+    let named = [Some(&versions.current), versions.previous.as_ref()];
+    let mut all: Vec<_> = named
+        .into_iter()
+        .flatten()
+        .map(|installed| &installed.version)
+        .map(|version| {
+            let name = version.guest.digest().short().to_string();
+            counts(name, version.stats.open(), version.stats.ended())
+        })
+        .collect();
+    let mut older = counts("older".into(), 0, versions.ended_on_freed);
+    for installed in &versions.older {
+        older.open += installed.version.stats.open();
+        let ended = installed.ended_since_old();
+        older.ended = std::array::from_fn(|kind| older.ended[kind] + ended[kind]);
+    }
+    all.push(older);
+    all
+}
+
+fn encode_connections(services: &[Arc<Service>], encoder: &mut DescriptorEncoder) -> fmt::Result {
+    let counted: Vec<_> = services
+        .iter()
+        .flat_map(|service| connection_counts(service))
+        .collect();
+    let help = "Open connections";
+    let mut family =
+        encoder.encode_descriptor("connections_open", help, None, MetricType::Gauge)?;
+    for counts in &counted {
+        let labels = [("service", &*counts.service), ("version", &*counts.version)];
+        ConstGauge::new(counts.open as i64).encode(family.encode_family(&labels)?)?;
+    }
+    let help = "Ended connections, by outcome";
+    let mut family = encoder.encode_descriptor("connections", help, None, MetricType::Counter)?;
+    for counts in &counted {
+        for (kind, ended) in OutcomeKind::ALL.iter().zip(counts.ended) {
+            let labels = [
+                ("service", &*counts.service),
+                ("version", &*counts.version),
+                ("outcome", kind.name()),
+            ];
+            ConstCounter::new(ended).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
+}
+
+fn encode_swaps(services: &[Arc<Service>], encoder: &mut DescriptorEncoder) -> fmt::Result {
+    let help = "Attempts to swap a guest, by outcome";
+    let mut family = encoder.encode_descriptor("swaps", help, None, MetricType::Counter)?;
+    for service in services {
+        for &outcome in SwapOutcome::ALL {
+            let labels = [("service", service.name()), ("outcome", outcome.name())];
+            let count = ConstCounter::new(service.swaps.get(outcome));
+            count.encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
+}
+
+fn encode_histograms(services: &[Arc<Service>], encoder: &mut DescriptorEncoder) -> fmt::Result {
+    type Select = fn(&Service) -> &Histogram;
+    let histograms: [(&str, &str, Unit, Select); 4] = [
         (
             "connection_duration",
-            "How long connections were open",
+            "Time that a connection was open",
             Unit::Seconds,
-            |service| &service.measures.duration,
+            |service| &service.stats().duration,
         ),
         (
             "instantiation_duration",
-            "How long it took to make an instance",
+            "Time to create the guest instance of a connection",
             Unit::Seconds,
-            |service| &service.measures.instantiation,
+            |service| &service.stats().instantiation,
         ),
         (
             "connection_cpu",
-            "How long the guests of connections computed, by ticks: right on the average",
+            "CPU time of the guest of a connection, sampled by clock ticks: correct on average",
             Unit::Seconds,
-            |service| &service.measures.cpu,
+            |service| &service.stats().cpu,
         ),
         (
             "connection_memory",
-            "The memory that guests of connections had at most",
+            "Largest memory of the guest of a connection",
             Unit::Bytes,
-            |service| &service.measures.memory,
+            |service| &service.stats().memory,
         ),
     ];
-    for (name, help, unit, of) in histograms {
+    for (name, help, unit, select) in histograms {
         let mut family =
             encoder.encode_descriptor(name, help, Some(&unit), MetricType::Histogram)?;
         for service in services {
-            of(service).encode(family.encode_family(&[("service", service.name())])?)?;
+            let labels = [("service", service.name())];
+            select(service).encode(family.encode_family(&labels)?)?;
         }
     }
-    type Sum = fn(&Service) -> u64;
-    let sums: [(&str, &str, Sum); 2] = [
+    Ok(())
+}
+
+fn encode_sums(services: &[Arc<Service>], encoder: &mut DescriptorEncoder) -> fmt::Result {
+    type Select = fn(&Service) -> u64;
+    let sums: [(&str, &str, Select); 2] = [
         (
             "received",
-            "What was received on connections that have ended",
-            |service| service.measures.received(),
+            "Bytes received on ended connections",
+            |service| service.stats().received(),
         ),
-        (
-            "sent",
-            "What was sent on connections that have ended",
-            |service| service.measures.sent(),
-        ),
+        ("sent", "Bytes sent on ended connections", |service| {
+            service.stats().sent()
+        }),
     ];
-    for (name, help, of) in sums {
+    for (name, help, select) in sums {
         let unit = Some(&Unit::Bytes);
         let mut family = encoder.encode_descriptor(name, help, unit, MetricType::Counter)?;
         for service in services {
             let labels = [("service", service.name())];
-            ConstCounter::new(of(service)).encode(family.encode_family(&labels)?)?;
+            ConstCounter::new(select(service)).encode(family.encode_family(&labels)?)?;
         }
     }
     Ok(())

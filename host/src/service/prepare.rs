@@ -1,4 +1,4 @@
-//! From the bytes of a component to a guest that is known to work.
+//! Preparing a guest: compile it, instantiate it, and send it the probe.
 
 use std::sync::Arc;
 use std::thread;
@@ -9,119 +9,135 @@ use tokio::runtime;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::{ServiceSettings, SwapError};
+use super::probe::{Probe, ProbeTransport};
+use super::settings::ServiceSettings;
+use super::swap_outcome::SwapError;
 use crate::sandbox::{Engine, Failure, Guest};
-use crate::service::probe::{Probe, ProbeTransport};
 
-/// How long a new version may take until it is ready. Compiling a guest takes less than a second, of
-/// hundreds of MB some ten.
-const READY: Duration = Duration::from_secs(120);
+/// Longest time for preparing a version. Compiling takes less than a second for most guests, and
+/// some ten seconds for a guest of hundreds of MB.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How long an instance may take to be made.
-const INSTANTIATED: Duration = Duration::from_secs(5);
+/// Longest time for creating an instance.
+const INSTANTIATE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// By how much less of the processor making a version ready gets than serving (`nice(2)`): a tenth of
-/// what a thread gets that serves, where there is not enough for both.
+/// Niceness of the threads that prepare a version (`nice(2)`). Where CPU time is short, each gets a
+/// tenth of the time of a thread that serves.
 const NICENESS: i32 = 10;
 
-/// Makes a guest, an instance of it, and asks it what it is to be asked. A guest of the same component
-/// that is `known` already spares compiling it.
-pub(super) fn load(
+/// Loads the guest of `component` and tests it.
+///
+/// The test creates one instance, and sends the probe if there is one.
+///
+/// `compiled` is a guest of the same component: its code is used instead of compiling again.
+///
+/// # Errors
+///
+/// Returns the reason if the guest is refused.
+pub(super) fn load_guest(
     engine: &Engine,
     settings: &ServiceSettings,
     component: &[u8],
-    known: Option<&Guest>,
+    compiled: Option<&Guest>,
 ) -> Result<Arc<Guest>, String> {
     let (grants, limits) = (settings.grants.clone(), settings.sandbox.clone());
-    let guest = match known {
-        Some(known) => known.within(grants, limits),
+    let guest = match compiled {
+        Some(compiled) => compiled.within(grants, limits),
         None => Guest::new(engine, component, grants, limits),
     };
     let guest = guest.map_err(|refusal| refusal.to_string())?;
-    // Of its own: a guest that computes or blocks is to hold up nobody.
+    // A runtime of its own: a guest that computes or blocks must not hold up other tasks.
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| format!("it cannot be tried: {error}"))?;
-    let tried = runtime.block_on(async {
-        try_out(&guest).await?;
+        .map_err(|error| format!("cannot start a runtime to test the guest: {error}"))?;
+    let tested = runtime.block_on(async {
+        instantiate(&guest).await?;
         match &settings.probe {
-            Some(probe) => ask(&guest, probe).await,
+            Some(probe) => send_probe(&guest, probe).await,
             None => Ok(()),
         }
     });
-    // What it has begun on another thread, such as opening a file that hangs, is not waited for.
+    // A blocking operation of the guest, such as opening a file that hangs, may never return.
     runtime.shutdown_background();
-    tried.map(|()| Arc::new(guest))
+    tested.map(|()| Arc::new(guest))
 }
 
-/// Whether it comes as far as an instance.
-async fn try_out(guest: &Guest) -> Result<(), String> {
-    let nobody = ProbeTransport::transport(&Probe::NOTHING);
-    match timeout(INSTANTIATED, guest.try_out(nobody)).await {
+/// Creates an instance and drops it again.
+async fn instantiate(guest: &Guest) -> Result<(), String> {
+    const FIX: &str = "check the code that runs before its handler is called";
+    let transport = ProbeTransport::new(&Probe::NOTHING);
+    match timeout(INSTANTIATE_TIMEOUT, guest.try_out(transport)).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(failure)) => Err(format!(
-            "no instance of it can be made: {}; look what it does before its handler is called",
-            text(failure)
+            "cannot instantiate the guest: {}; {FIX}",
+            reason(failure)
         )),
         Err(_) => Err(format!(
-            "no instance of it is made within {INSTANTIATED:?}; look what it does before its handler is called"
+            "cannot instantiate the guest within {INSTANTIATE_TIMEOUT:?}; {FIX}"
         )),
     }
 }
 
-/// Whether it answers a probe as it is to.
-async fn ask(guest: &Guest, probe: &Probe) -> Result<(), String> {
-    let asked = ProbeTransport::transport(probe);
-    let handling = guest.handle(asked.clone());
-    let answered = ProbeTransport::answered(asked.clone());
+/// Sends the probe, and waits for the expected answer.
+async fn send_probe(guest: &Guest, probe: &Probe) -> Result<(), String> {
+    let transport = ProbeTransport::new(probe);
+    let handling = guest.handle(transport.clone());
+    let answered = ProbeTransport::answered(transport.clone());
     let ended = tokio::select! {
         biased;
-        () = answered => return ProbeTransport::verdict(&asked),
-        ended = handling => Ok(ended),
-        () = tokio::time::sleep(probe.timeout) => Err(()),
+        () = answered => return ProbeTransport::verdict(&transport),
+        ended = handling => Some(ended),
+        () = tokio::time::sleep(probe.timeout) => None,
     };
-    let got = ProbeTransport::verdict(&asked);
-    let wrong = match (got, ended) {
-        (Ok(()), _) => return Ok(()),
-        (Err(wrong), Ok(Ok(()))) => format!("{wrong}, and ended"),
-        (Err(wrong), Ok(Err(failure))) => format!("{wrong}, and ended with: {}", text(failure)),
-        (Err(wrong), Err(())) => format!("{wrong}, within {:?}", probe.timeout),
+    // The guest may have ended, or its time may have run out, just after the answer.
+    let Err(mismatch) = ProbeTransport::verdict(&transport) else {
+        return Ok(());
     };
-    Err(wrong)
+    Err(match ended {
+        Some(Ok(())) => format!("{mismatch}, and ended"),
+        Some(Err(failure)) => format!("{mismatch}, and ended with: {}", reason(failure)),
+        None => format!("{mismatch}, within {:?}", probe.timeout),
+    })
 }
 
-fn text(failure: Failure) -> String {
+fn reason(failure: Failure) -> String {
     match failure {
         Failure::Guest(text) | Failure::NotStarted(text) => text,
         Failure::Trap(trap) => trap.reason,
     }
 }
 
-/// Runs `work` on threads that make way for those that serve.
-pub(super) async fn off_the_way<T: Send + 'static>(
+/// Runs `work` on threads of low priority, to keep the server responsive.
+///
+/// # Errors
+///
+/// [`SwapError::Refused`] if `work` fails, [`SwapError::Internal`] if it cannot run or takes too long.
+pub(super) async fn in_background<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, String> + Send + 'static,
 ) -> Result<T, SwapError> {
     let (done, result) = oneshot::channel();
     let thread = move || {
-        // Those that it begins are as nice.
+        // Threads that this one starts inherit the niceness.
         let _ = rustix::process::nice(NICENESS);
-        // wasmtime compiles on the threads that it is called on. The usual ones have compiled the
-        // first guest, when there was nobody to make way for.
+        // wasmtime compiles on the rayon pool of the calling thread. The global pool has started
+        // already, at normal priority.
         let result = match ThreadPoolBuilder::new().build() {
             Ok(pool) => pool.install(work),
             Err(_) => work(),
         };
-        // Whoever asked may have given up.
+        // The caller may have given up.
         let _ = done.send(result);
     };
     thread::Builder::new()
         .name("swap".into())
         .spawn(thread)
-        .map_err(|error| SwapError::Internal(error.to_string()))?;
-    match timeout(READY, result).await {
+        .map_err(|error| SwapError::Internal(format!("cannot start a thread: {error}")))?;
+    match timeout(PREPARE_TIMEOUT, result).await {
         Ok(Ok(result)) => result.map_err(SwapError::Refused),
-        Ok(Err(_)) => Err(SwapError::Internal("the thread for it has died".into())),
-        Err(_) => Err(SwapError::Internal(format!("it took more than {READY:?}"))),
+        Ok(Err(_)) => Err(SwapError::Internal("its thread panicked".into())),
+        Err(_) => Err(SwapError::Internal(format!(
+            "it took more than {PREPARE_TIMEOUT:?}"
+        ))),
     }
 }

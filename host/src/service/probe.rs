@@ -1,9 +1,9 @@
-//! What a guest is asked before it is served.
+//! The probe: a request that a new version has to answer before clients reach it.
 
 use std::future::poll_fn;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -12,20 +12,21 @@ use futures::future::BoxFuture;
 use crate::limit::Limit;
 use crate::net::TransportAddress;
 use crate::sandbox::Transport;
+use crate::sync::lock;
 
-/// A question, and how the answer begins.
-#[derive(Clone, Debug)]
+/// A request, and the start of the expected answer.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Probe {
-    /// What the guest receives.
+    /// Bytes that the guest receives.
     pub send: Vec<u8>,
-    /// What it sends first.
+    /// First bytes of the guest's answer.
     pub expect: Vec<u8>,
-    /// How long it may take for that.
+    /// Longest time until those bytes have arrived.
     pub timeout: Duration,
 }
 
 impl Probe {
-    /// No question and any answer.
+    /// No request, and any answer.
     pub(super) const NOTHING: Self = Self {
         send: Vec::new(),
         expect: Vec::new(),
@@ -33,21 +34,21 @@ impl Probe {
     };
 }
 
-/// The connection from the host itself that a probe is sent on.
+/// A connection from the host itself that carries a probe.
 pub(super) struct ProbeTransport {
-    question: Vec<u8>,
-    /// What of the question was received.
+    request: Vec<u8>,
+    /// Bytes of the request that the guest has received.
     received: usize,
     expected: Vec<u8>,
-    /// What was answered, as far as it is of interest.
+    /// Start of the answer, at most as long as `expected`.
     answer: Vec<u8>,
     waker: Option<Waker>,
 }
 
 impl ProbeTransport {
-    pub(super) fn transport(probe: &Probe) -> Arc<Mutex<Self>> {
+    pub(super) fn new(probe: &Probe) -> Arc<Mutex<Self>> {
         Arc::new(Mutex::new(Self {
-            question: probe.send.clone(),
+            request: probe.send.clone(),
             received: 0,
             expected: probe.expect.clone(),
             answer: Vec::new(),
@@ -55,18 +56,14 @@ impl ProbeTransport {
         }))
     }
 
-    fn lock(asked: &Mutex<Self>) -> MutexGuard<'_, Self> {
-        asked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits for as much of an answer as is expected.
-    pub(super) async fn answered(asked: Arc<Mutex<Self>>) {
+    /// Waits until the answer is complete or differs from the expected one.
+    pub(super) async fn answered(transport: Arc<Mutex<Self>>) {
         poll_fn(|cx| {
-            let mut asked = Self::lock(&asked);
-            if asked.is_answered() {
+            let mut transport = lock(&transport);
+            if transport.is_answered() {
                 return Poll::Ready(());
             }
-            asked.waker = Some(cx.waker().clone());
+            transport.waker = Some(cx.waker().clone());
             Poll::Pending
         })
         .await;
@@ -77,22 +74,22 @@ impl ProbeTransport {
         n == self.expected.len() || self.answer[..n] != self.expected[..n]
     }
 
-    /// Whether the answer begins as expected, or how it begins.
-    pub(super) fn verdict(asked: &Mutex<Self>) -> Result<(), String> {
-        let asked = Self::lock(asked);
-        if asked.answer.starts_with(&asked.expected) {
+    /// Whether the answer starts as expected. The error says how it starts instead.
+    pub(super) fn verdict(transport: &Mutex<Self>) -> Result<(), String> {
+        let transport = lock(transport);
+        if transport.answer.starts_with(&transport.expected) {
             return Ok(());
         }
         Err(format!(
-            "it answered the probe with \"{}\" where \"{}\" is expected",
-            asked.answer.escape_ascii(),
-            asked.expected.escape_ascii()
+            "the guest answered the probe with \"{}\" instead of \"{}\"",
+            transport.answer.escape_ascii(),
+            transport.expected.escape_ascii()
         ))
     }
 }
 
 impl Transport for ProbeTransport {
-    /// No connection has it: those of clients begin at 1.
+    /// No client has this number: those of connections start at 1.
     fn id(&self) -> u64 {
         0
     }
@@ -106,21 +103,22 @@ impl Transport for ProbeTransport {
     }
 
     fn poll_receive(&mut self, _: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        let left = &self.question[self.received..];
-        if left.is_empty() {
-            // Whoever asked waits for the answer, and closes nothing before.
+        let rest = &self.request[self.received..];
+        if rest.is_empty() {
+            // The host closes nothing before the answer.
             return Poll::Pending;
         }
-        let n = left.len().min(buf.len());
-        buf[..n].copy_from_slice(&left[..n]);
+        let n = rest.len().min(buf.len());
+        buf[..n].copy_from_slice(&rest[..n]);
         self.received += n;
         Poll::Ready(Ok(n))
     }
 
     fn poll_receivable(&mut self, _: &mut Context<'_>) -> Poll<()> {
-        match self.received < self.question.len() {
-            true => Poll::Ready(()),
-            false => Poll::Pending,
+        if self.received < self.request.len() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
         }
     }
 

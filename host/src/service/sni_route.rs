@@ -1,47 +1,49 @@
-//! From a listener to the service that a connection is for.
+//! Routes: from a listener and a TLS server name to a service.
 
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
-use super::Service;
-use crate::connection::{self, Handshake, Version};
+use super::state::Service;
+use crate::connection::{self, ConnectionRegistry, Handshake, Version};
 
-/// Leads the clients of a listener to its service, or to another one by the name that they have for the
-/// server in TLS (RFC 6066, section 3).
+/// Route from a listener to a service, by TLS server name.
+///
+/// The name is that of the server name indication (RFC 6066, section 3). Clients without a matching
+/// name reach the listener's own service.
 pub struct SniRoute {
-    front: Handshake,
+    handshake: Handshake,
     service: Arc<Service>,
     named: ArcSwap<Vec<NamedService>>,
 }
 
-/// A service for the clients that ask for one of these names.
+/// A service for clients that ask for one of its names.
 pub struct NamedService {
-    /// As in a certificate: `chat.example`, or `*.example` for all that have one label more.
+    /// Names as in a certificate: `chat.example`, or `*.example` for any one label more.
     pub names: Vec<String>,
     /// The service.
     pub service: Arc<Service>,
 }
 
 impl SniRoute {
-    /// To `service`, once what is to be done before is.
-    pub fn new(front: Handshake, service: Arc<Service>) -> Self {
+    /// A route to `service`, after `handshake`.
+    pub fn new(handshake: Handshake, service: Arc<Service>) -> Self {
         Self {
-            front,
+            handshake,
             service,
             named: ArcSwap::default(),
         }
     }
 
-    /// From now on clients are led to these by their names. The first that fits is taken.
+    /// Replaces the services that clients reach by name. The first match wins.
     pub fn set_named(&self, named: Vec<NamedService>) {
         self.named.store(Arc::new(named));
     }
 }
 
 impl connection::Route for SniRoute {
-    fn front(&self) -> &Handshake {
-        &self.front
+    fn handshake(&self) -> &Handshake {
+        &self.handshake
     }
 
     fn version(&self, server_name: Option<&str>) -> Arc<Version> {
@@ -49,20 +51,26 @@ impl connection::Route for SniRoute {
             return self.service.current();
         };
         let named = self.named.load();
-        let of_name = named.iter().find(|one| is_among(name, &one.names));
-        of_name.map_or(&self.service, |one| &one.service).current()
+        let matching = named.iter().find(|named| matches_any(name, &named.names));
+        matching
+            .map_or(&self.service, |named| &named.service)
+            .current()
+    }
+
+    fn registry(&self) -> &Arc<ConnectionRegistry> {
+        &self.service.shared.registry
     }
 }
 
-/// Whether a name is one of those, in which `*` stands for one label (RFC 9525, section 6.3).
-fn is_among(name: &str, names: &[String]) -> bool {
-    // Clients send it without, as the RFC says; some do not.
+/// Whether `name` matches a pattern. `*` is one label (RFC 9525, section 6.3).
+fn matches_any(name: &str, patterns: &[String]) -> bool {
+    // RFC 6066 has clients omit the last dot. Some send it.
     let name = name.trim_end_matches('.');
-    names
+    patterns
         .iter()
         .any(|pattern| match pattern.strip_prefix("*.") {
-            Some(rest) => name.split_once('.').is_some_and(|(label, others)| {
-                !label.is_empty() && others.eq_ignore_ascii_case(rest)
+            Some(parent) => name.split_once('.').is_some_and(|(label, rest)| {
+                !label.is_empty() && rest.eq_ignore_ascii_case(parent)
             }),
             None => name.eq_ignore_ascii_case(pattern),
         })
@@ -73,15 +81,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_star_is_one_label() {
-        let names = ["chat.example", "*.web.example"].map(String::from);
+    fn a_wildcard_matches_exactly_one_label() {
+        let patterns = ["chat.example", "*.web.example"].map(String::from);
         for name in [
             "chat.example",
             "CHAT.example",
             "chat.example.",
             "a.web.example",
         ] {
-            assert!(is_among(name, &names), "{name}");
+            assert!(matches_any(name, &patterns), "{name}");
         }
         for name in [
             "example",
@@ -90,7 +98,7 @@ mod tests {
             ".web.example",
             "xchat.example",
         ] {
-            assert!(!is_among(name, &names), "{name}");
+            assert!(!matches_any(name, &patterns), "{name}");
         }
     }
 }

@@ -1,27 +1,31 @@
-//! Figures that are counted on the way of every connection, without a lock.
+//! Histograms without a lock.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use prometheus_client::encoding::{EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 
-/// How often a figure was how large. A library's histogram has a lock, which threads that share
-/// nothing else would share, and cannot be read but as text.
+/// A histogram of integers, exported as Prometheus shows it.
+///
+/// The histogram of the Prometheus library has a lock, for which all shards would compete, and its
+/// buckets can be read only as text.
 #[derive(Debug)]
 pub struct Histogram {
-    /// The bounds of the buckets but the last one, which has none.
+    /// Upper bounds of the buckets. The last bucket has none.
     bounds: [u64; BUCKETS - 1],
     counts: [AtomicU64; BUCKETS],
     sum: AtomicU64,
-    /// How many are one of the unit that is published.
+    /// Observed values per exported unit.
     per_unit: f64,
 }
 
 const BUCKETS: usize = 16;
 
 impl Histogram {
-    /// A histogram whose buckets end at `first`, `first` × `factor`, and so on, for figures of
-    /// which `per_unit` are one of the unit that is published.
+    /// A histogram with exponential buckets.
+    ///
+    /// Their upper bounds are `first`, `first` × `factor`, and so on.
+    /// Values are exported divided by `per_unit`: 1e6 exports microseconds as seconds.
     pub(crate) fn new(first: u64, factor: u64, per_unit: f64) -> Self {
         let bounds = std::array::from_fn(|bucket| first * factor.pow(bucket as u32));
         Self {
@@ -32,15 +36,14 @@ impl Histogram {
         }
     }
 
-    /// Counts a figure.
-    pub(crate) fn observe(&self, figure: u64) {
-        let bucket = self.bounds.partition_point(|bound| figure > *bound);
+    /// Counts `value`.
+    pub(crate) fn observe(&self, value: u64) {
+        let bucket = self.bounds.partition_point(|bound| value > *bound);
         self.counts[bucket].fetch_add(1, Ordering::Relaxed);
-        self.sum.fetch_add(figure, Ordering::Relaxed);
+        self.sum.fetch_add(value, Ordering::Relaxed);
     }
 
-    /// Upper bounds with the figures up to each and beyond the one before. The last is
-    /// infinite.
+    /// Upper bound and count of each bucket. The last bound is infinite.
     pub fn buckets(&self) -> Vec<(f64, u64)> {
         let bounds = self
             .bounds
@@ -72,10 +75,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_fall_into_their_buckets() {
+    fn values_are_counted_in_their_buckets() {
         let histogram = Histogram::new(100, 4, 1e6);
-        for figure in [0, 100, 101, 400, 401, u64::MAX / 2] {
-            histogram.observe(figure);
+        for value in [0, 100, 101, 400, 401, u64::MAX / 2] {
+            histogram.observe(value);
         }
         let buckets = histogram.buckets();
         let counts: Vec<_> = buckets.iter().map(|(_, count)| *count).collect();

@@ -1,6 +1,7 @@
-//! A span for each connection, sent to whoever collects them (OpenTelemetry, OTLP over HTTP).
+//! A span for each connection, sent to an OpenTelemetry collector.
 //!
-//! Off by default: a connection then looks whether there is anything to do, and there is not.
+//! The protocol is OTLP over HTTP. Off by default: a connection then costs only the check for a
+//! sender.
 
 use std::fmt;
 use std::future::Future;
@@ -24,41 +25,42 @@ use tokio::net::TcpStream;
 use tokio::runtime;
 use tracing::{info, warn};
 
-/// How long a collector may take for what it is sent at once, and how long for the last of it.
-const COLLECTED: Duration = Duration::from_secs(5);
+/// Time limit for a request to the collector, and for the final flush.
+const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The most bytes of a collector's answer that are looked at.
-const ANSWER_BYTES: usize = 64 << 10;
+/// Limit for the response of the collector, in bytes.
+const MAX_RESPONSE_BYTES: usize = 64 << 10;
 
-/// Where spans go.
+/// Sends the spans of connections to a collector.
 pub struct SpanSender {
     provider: SdkTracerProvider,
     tracer: SdkTracer,
 }
 
-/// What is told of a connection that has ended.
+/// The span of a connection that has ended.
 pub(crate) struct ConnectionSpan {
     pub(crate) attributes: Vec<KeyValue>,
     pub(crate) duration: Duration,
-    /// How long it took to make its instance, if there was one.
+    /// Time to instantiate the guest, if the connection got an instance.
     pub(crate) instantiation: Option<Duration>,
-    /// What was wrong, if anything was.
+    /// Description of the error status, if the connection failed.
     pub(crate) wrong: Option<&'static str>,
 }
 
 impl SpanSender {
-    /// Sends spans to the collector at `endpoint`, such as `http://127.0.0.1:4318`. A thread of its own
-    /// does so; when there are more than can be sent, some are left out.
+    /// Sends spans to the collector at `endpoint`, such as `http://127.0.0.1:4318`.
+    ///
+    /// A separate thread sends them in batches, and drops spans if it cannot keep up.
     ///
     /// # Errors
     ///
-    /// Says what is wrong with the endpoint.
+    /// Fails if `endpoint` is no valid URL.
     pub fn to_collector(endpoint: &str) -> Result<Self, String> {
         let exporter = SpanExporter::builder()
             .with_http()
             .with_http_client(CollectorClient::default())
             .with_endpoint(format!("{}/v1/traces", endpoint.trim_end_matches('/')))
-            .with_timeout(COLLECTED)
+            .with_timeout(SEND_TIMEOUT)
             .build()
             .map_err(|error| error.to_string())?;
         let resource = Resource::builder_empty()
@@ -73,7 +75,7 @@ impl SpanSender {
         Ok(Self { provider, tracer })
     }
 
-    /// Tells of a connection that has ended just now.
+    /// Records the span of a connection that has ended just now.
     pub(crate) fn ended(&self, connection: ConnectionSpan) {
         let now = SystemTime::now();
         let began = now.checked_sub(connection.duration).unwrap_or(now);
@@ -87,51 +89,54 @@ impl SpanSender {
             span.set_status(Status::error(wrong));
         }
         let context = Context::new().with_span(span);
-        if let Some(took) = connection.instantiation {
-            let part = self.tracer.span_builder("instantiate");
-            let mut part = part
+        if let Some(duration) = connection.instantiation {
+            let child = self.tracer.span_builder("instantiate");
+            let mut child = child
                 .with_start_time(began)
                 .start_with_context(&self.tracer, &context);
-            part.end_with_timestamp(began + took);
+            child.end_with_timestamp(began + duration);
         }
         context.span().end_with_timestamp(now);
     }
 
-    /// Sends what was not sent yet. There will be no more.
+    /// Sends the remaining spans. No span may follow.
     pub fn close(&self) {
-        // A collector that is gone has lost them.
-        let _ = self.provider.shutdown_with_timeout(COLLECTED);
+        // If the collector is gone, the spans are lost.
+        let _ = self.provider.shutdown_with_timeout(SEND_TIMEOUT);
     }
 }
 
 impl fmt::Debug for SpanSender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Spans").finish_non_exhaustive()
+        f.debug_tuple("SpanSender").finish_non_exhaustive()
     }
 }
 
-/// Sends by the HTTP that operators are answered by, on the thread of the library that batches spans:
-/// its own clients would bring a second HTTP, or want a runtime of their own.
+/// HTTP client of the exporter, on the thread that batches spans.
+///
+/// It uses hyper, as the admin API does. The clients that the exporter offers would add a second
+/// HTTP library.
 #[derive(Debug, Default)]
 struct CollectorClient {
-    /// The last attempt failed, which the log says.
+    /// The last request failed, and the log says so.
     failed: AtomicBool,
 }
 
 impl CollectorClient {
-    fn note(&self, sent: &Result<Response<Bytes>, HttpError>) {
-        let wrong = match sent {
+    /// Logs the first failure in a row, and the next success.
+    fn log_change(&self, result: &Result<Response<Bytes>, HttpError>) {
+        let error = match result {
             Ok(response) if response.status().is_success() => None,
             Ok(response) => Some(response.status().to_string()),
             Err(error) => Some(error.to_string()),
         };
-        let failed = wrong.is_some();
+        let failed = error.is_some();
         if self.failed.swap(failed, Ordering::Relaxed) == failed {
             return;
         }
-        match wrong {
-            Some(error) => warn!(%error, "spans cannot be sent to the collector of --otlp"),
-            None => info!("spans are sent to the collector again"),
+        match error {
+            Some(error) => warn!(%error, "cannot send spans to the collector"),
+            None => info!("sending spans to the collector again"),
         }
     }
 }
@@ -149,10 +154,10 @@ impl HttpClient for CollectorClient {
             let runtime = runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()?;
-            let sent =
-                runtime.block_on(async { tokio::time::timeout(COLLECTED, send(request)).await? });
-            self.note(&sent);
-            sent
+            let result = runtime
+                .block_on(async { tokio::time::timeout(SEND_TIMEOUT, send(request)).await? });
+            self.log_change(&result);
+            result
         })
     }
 }
@@ -160,11 +165,11 @@ impl HttpClient for CollectorClient {
 async fn send(request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
     let (mut parts, body) = request.into_parts();
     let authority = parts.uri.authority().ok_or("the endpoint has no host")?;
-    // An IPv6 address has brackets in a URL, and none for a resolver.
+    // A URL has brackets around an IPv6 address, the resolver takes none.
     let host = authority.host().trim_matches(['[', ']']);
     let stream = TcpStream::connect((host, authority.port_u16().unwrap_or(80))).await?;
     let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
-    // It ends with the runtime.
+    // The task ends with the runtime.
     tokio::spawn(connection);
     let host = HeaderValue::from_str(authority.as_str())?;
     parts.headers.insert(HOST, host);
@@ -174,6 +179,6 @@ async fn send(request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
     };
     let request = Request::from_parts(parts, Full::new(body));
     let (parts, body) = sender.send_request(request).await?.into_parts();
-    let body = Limited::new(body, ANSWER_BYTES).collect().await?;
+    let body = Limited::new(body, MAX_RESPONSE_BYTES).collect().await?;
     Ok(Response::from_parts(parts, body.to_bytes()))
 }

@@ -1,16 +1,18 @@
-//! The one way in which the guests that are measured against ours read a page.
+//! Reading a page in few host calls, for the HTTP guests of `wasmtime serve`.
 
 use wasip2::filesystem::preopens::get_directories;
 use wasip2::filesystem::types::{DescriptorFlags, ErrorCode as FileError, OpenFlags, PathFlags};
 
-/// How much of a page is read at once.
+/// Bytes per read.
 const STEP: usize = 4096;
 
-/// Reads a page whole, as `guest/hello` does: without the questions that `std::fs` asks the host
-/// first, which would be a fifth of a request's cost by 0.2, and a tenth by 0.3.
+/// Reads a whole page in the same way as `guest/hello`.
 ///
-/// The files are those of WASI 0.2, like those of `std::fs`: 0.3 has a stream and a future for each
-/// read, which costs more than a small page is worth.
+/// `std::fs` makes further host calls first. Those would be a fifth of a request's cost with WASI
+/// 0.2 and a tenth with 0.3.
+///
+/// Like `std::fs`, this function uses the files of WASI 0.2. Those of 0.3 need a stream and a
+/// future for each read, which costs more than reading a small page.
 pub(crate) fn read(name: &str) -> Result<Vec<u8>, FileError> {
     let granted = get_directories();
     let (pages, _) = granted
@@ -23,7 +25,7 @@ pub(crate) fn read(name: &str) -> Result<Vec<u8>, FileError> {
     loop {
         let (bytes, end) = file.read(STEP as u64, page.len() as u64)?;
         page.extend_from_slice(&bytes);
-        // Only the last part of a regular file is short.
+        // A short read of a regular file means that its end was reached.
         if end || bytes.len() < STEP {
             return Ok(page);
         }

@@ -1,4 +1,4 @@
-//! Clients of protocols that wrk does not speak. They are the same for every server.
+//! Clients for protocols that wrk does not support, the same for every server.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
 
-/// How long an answer may take before a server counts as stuck.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The time limit of an answer. A slower server counts as stuck.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(crate) fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     configure(TcpStream::connect(address)?)
@@ -16,35 +16,36 @@ pub(crate) fn connect(address: SocketAddr) -> io::Result<TcpStream> {
 
 fn configure(stream: TcpStream) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
     Ok(stream)
 }
 
-/// Connects from an address of this machine.
+/// Connects from a given loopback address.
 pub(crate) fn connect_from(source: Ipv4Addr, address: SocketAddr) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.bind(&SocketAddr::from((source, 0)).into())?;
-    socket.connect_timeout(&address.into(), PATIENCE)?;
+    socket.connect_timeout(&address.into(), TIMEOUT)?;
     configure(socket.into())
 }
 
-/// Sends `bytes` over each of so many connections to an echo server, in turn with what comes back.
-/// Returns the seconds until the last byte was back.
+/// Sends `bytes` over each connection to an echo server and receives them concurrently.
+///
+/// Returns the seconds until the last byte has come back.
 pub(crate) fn bulk(address: SocketAddr, connections: usize, bytes: usize) -> io::Result<f64> {
     const CHUNK: usize = 256 * 1024;
     let streams: Vec<TcpStream> = (0..connections)
         .map(|_| connect(address))
         .collect::<Result<_, _>>()?;
     let started = Instant::now();
-    let one = |mut stream: TcpStream| {
-        let mut sending = stream.try_clone()?;
+    let transfer = |mut stream: TcpStream| {
+        let mut writer = stream.try_clone()?;
         let sender = thread::spawn(move || {
             let chunk = vec![b'x'; CHUNK];
             for offset in (0..bytes).step_by(CHUNK) {
-                sending.write_all(&chunk[..CHUNK.min(bytes - offset)])?;
+                writer.write_all(&chunk[..CHUNK.min(bytes - offset)])?;
             }
-            sending.shutdown(Shutdown::Write)
+            writer.shutdown(Shutdown::Write)
         });
         let mut chunk = vec![0; CHUNK];
         let mut received = 0;
@@ -65,7 +66,7 @@ pub(crate) fn bulk(address: SocketAddr, connections: usize, bytes: usize) -> io:
     thread::scope(|scope| {
         let clients: Vec<_> = streams
             .into_iter()
-            .map(|stream| scope.spawn(move || one(stream)))
+            .map(|stream| scope.spawn(move || transfer(stream)))
             .collect();
         clients
             .into_iter()
@@ -74,8 +75,9 @@ pub(crate) fn bulk(address: SocketAddr, connections: usize, bytes: usize) -> io:
     Ok(started.elapsed().as_secs_f64())
 }
 
-/// Sends so many bytes to an echo server and waits for them, over and over for `seconds`. Returns
-/// the round trips in microseconds.
+/// Exchanges messages of `bytes` bytes with an echo server for `seconds`.
+///
+/// Returns the round-trip times in microseconds.
 pub(crate) fn ping_pong(address: SocketAddr, bytes: usize, seconds: u32) -> io::Result<Vec<f64>> {
     let mut stream = connect(address)?;
     let (ping, mut pong) = (vec![b'x'; bytes], vec![0; bytes]);
@@ -85,46 +87,47 @@ pub(crate) fn ping_pong(address: SocketAddr, bytes: usize, seconds: u32) -> io::
         let sent = Instant::now();
         stream.write_all(&ping)?;
         stream.read_exact(&mut pong)?;
-        times.push(micros(sent));
+        times.push(micros_since(sent));
     }
     Ok(times)
 }
 
-/// Asks a server that answers in lines, on a connection for each question, so many times. Returns
-/// the times from the connection to the answer, in microseconds.
-pub(crate) fn ask(address: SocketAddr, question: &str, times: usize) -> io::Result<Vec<f64>> {
+/// Sends `request` to a server of lines `times` times, each on a new connection.
+///
+/// Returns the times from connecting to the answer, in microseconds.
+pub(crate) fn ask(address: SocketAddr, request: &str, times: usize) -> io::Result<Vec<f64>> {
     let ask_once = |_| {
         let started = Instant::now();
         let mut stream = connect(address)?;
-        stream.write_all(question.as_bytes())?;
+        stream.write_all(request.as_bytes())?;
         let mut answer = [0; 64];
         match stream.read(&mut answer)? {
             0 => Err(io::Error::other("no answer")),
-            _ => Ok(micros(started)),
+            _ => Ok(micros_since(started)),
         }
     };
     (0..times).map(ask_once).collect()
 }
 
-/// Opens so many connections to an HTTP server, has each answered once, and keeps them open.
-pub(crate) fn idlers(address: SocketAddr, connections: usize) -> io::Result<Vec<TcpStream>> {
-    let one = |_| {
+/// Opens idle connections to an HTTP server. Each has been answered once.
+pub(crate) fn open_idle(address: SocketAddr, connections: usize) -> io::Result<Vec<TcpStream>> {
+    let open = |_| {
         let mut stream = connect(address)?;
         stream.write_all(b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n")?;
         let mut answer = [0; 4096];
         let mut length = 0;
-        // The page ends with this tag and a line end.
+        // The page ends with this tag and a line break.
         while !answer[..length].trim_ascii_end().ends_with(b"</html>") {
             match stream.read(&mut answer[length..])? {
-                0 => return Err(io::Error::other("the answer was cut off")),
+                0 => return Err(io::Error::other("the answer is truncated")),
                 n => length += n,
             }
         }
         Ok(stream)
     };
-    (0..connections).map(one).collect()
+    (0..connections).map(open).collect()
 }
 
-fn micros(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1e6
+fn micros_since(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1e6
 }

@@ -1,46 +1,47 @@
-//! How cost grows: with the connections, with the threads, with the size of the guest.
+//! Cost by number of connections, number of threads and size of the guest.
 
 use std::path::Path;
 
+use crate::effort::Effort;
+use crate::machine;
 use crate::report::{Chart, Section, Table};
 use crate::samples::Samples;
 use crate::server::{Address, PAGES, QUIET_PAGES, Server, contenders, wasinetd};
-use crate::wrk::{self, CONNECTIONS, Work};
-use crate::{Effort, machine};
+use crate::wrk::{self, CONNECTIONS, Workload};
 
-/// The data that the guests of growing size carry, in KiB: their names end with it.
+/// The data sizes of the padded guests, in KiB. Their file names end with the size.
 const PADDING_KIB: [u32; 6] = [0, 64, 256, 1024, 4096, 16384];
 
 pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
-    // Many short measurements: what counts is the shape.
+    // The shape of the curves matters, so many short measurements suffice.
     let effort = Effort {
         rounds: effort.rounds.min(3),
         seconds: effort.seconds.min(2),
     };
-    let (kept, kept_chart) = by_connections(effort, Work::Kept)?;
-    let (new, new_chart) = by_connections(effort, Work::New)?;
+    let (keep_alive, keep_alive_chart) = by_connections(effort, Workload::KeepAlive)?;
+    let (new, new_chart) = by_connections(effort, Workload::NewConnections)?;
     let (size, size_chart) = by_guest_size(effort)?;
     Ok(Section {
         title: "How cost grows",
         notes: vec![format!(
-            "Server CPU per request by wrk; medians of {} rounds of {} s.",
+            "Server CPU per request, load by wrk; medians of {} rounds of {} s.",
             effort.rounds, effort.seconds
         )],
-        tables: vec![kept, new, by_threads(effort)?, size],
-        charts: vec![kept_chart, new_chart, size_chart],
+        tables: vec![keep_alive, new, by_threads(effort)?, size],
+        charts: vec![keep_alive_chart, new_chart, size_chart],
     })
 }
 
-fn by_connections(effort: Effort, work: Work) -> Result<(Table, Chart), String> {
-    let (steps, title, name) = match work {
-        Work::Kept => (
+fn by_connections(effort: Effort, workload: Workload) -> Result<(Table, Chart), String> {
+    let (steps, title, name) = match workload {
+        Workload::KeepAlive => (
             [1, 10, 100, 1_000, 10_000].as_slice(),
-            "Kept-alive requests by connections at once",
+            "Kept-alive requests by concurrent connections",
             "growth-kept",
         ),
-        Work::New => (
+        Workload::NewConnections => (
             [1, 10, 100, 1_000].as_slice(),
-            "New connections by connections at once",
+            "New connections by concurrent connections",
             "growth-new",
         ),
     };
@@ -56,21 +57,21 @@ fn by_connections(effort: Effort, work: Work) -> Result<(Table, Chart), String> 
     for connections in steps {
         let mut cpu: Vec<Samples> = servers.iter().map(|_| Samples::default()).collect();
         for server in &servers {
-            // Slots of the pool that were never used before have to be mapped.
-            wrk::run(server.address(), work, *connections, 1)?;
+            // Warm up: the host maps pool slots at their first use.
+            wrk::run(server.address(), workload, *connections, 1)?;
         }
         for _ in 0..effort.rounds {
             for (server, cpu) in servers.iter().zip(&mut cpu) {
-                cpu.push(wrk::measure(server, work, *connections, effort.seconds)?.1);
+                cpu.push(wrk::measure(server, workload, *connections, effort.seconds)?.1);
             }
         }
         let mut row = vec![connections.to_string()];
-        for (cpu_of_one, (_, line)) in cpu.iter().zip(&mut lines) {
-            line.push((f64::from(*connections), cpu_of_one.median()));
+        for (server_cpu, (_, line)) in cpu.iter().zip(&mut lines) {
+            line.push((f64::from(*connections), server_cpu.median()));
             row.push(format!(
                 "{:.1} ({:.2})",
-                cpu_of_one.median(),
-                cpu_of_one.over(&cpu[0]).median()
+                server_cpu.median(),
+                server_cpu.over(&cpu[0]).median()
             ));
         }
         rows.push(row);
@@ -83,14 +84,14 @@ fn by_connections(effort: Effort, work: Work) -> Result<(Table, Chart), String> 
     let chart = Chart {
         name,
         title,
-        x: "connections at once",
+        x: "concurrent connections",
         y: "server CPU per request, µs",
         lines,
     };
     Ok((table, chart))
 }
 
-/// From one thread to one for each core.
+/// Measures with one thread up to one per core.
 fn by_threads(effort: Effort) -> Result<Table, String> {
     let mut rows = Vec::new();
     for threads in 1..=machine::cores() {
@@ -106,14 +107,20 @@ fn by_threads(effort: Effort) -> Result<Table, String> {
         let mut cpu = vec![[Samples::default(), Samples::default()]; servers.len()];
         for _ in 0..effort.rounds {
             for (server, cpu) in servers.iter().zip(&mut cpu) {
-                for (work, cpu) in [Work::New, Work::Kept].into_iter().zip(cpu) {
-                    cpu.push(wrk::measure(server, work, CONNECTIONS, effort.seconds)?.1);
+                let workloads = [Workload::NewConnections, Workload::KeepAlive];
+                for (workload, cpu) in workloads.into_iter().zip(cpu) {
+                    cpu.push(wrk::measure(server, workload, CONNECTIONS, effort.seconds)?.1);
                 }
             }
         }
-        for (server, own) in servers.iter().zip(&cpu) {
-            let [new, kept] = own.each_ref().map(|cpu| format!("{:.1}", cpu.median()));
-            rows.push(vec![server.name().to_string(), count.clone(), new, kept]);
+        for (server, cpu) in servers.iter().zip(&cpu) {
+            let [new, keep_alive] = cpu.each_ref().map(|cpu| format!("{:.1}", cpu.median()));
+            rows.push(vec![
+                server.name().to_string(),
+                count.clone(),
+                new,
+                keep_alive,
+            ]);
         }
     }
     Ok(Table {
@@ -122,7 +129,7 @@ fn by_threads(effort: Effort) -> Result<Table, String> {
             "server",
             "threads",
             "per new connection",
-            "per kept request",
+            "per kept-alive request",
         ],
         rows,
     })
@@ -142,7 +149,8 @@ fn by_guest_size(effort: Effort) -> Result<(Table, Chart), String> {
     }
     for _ in 0..effort.rounds {
         for (_, server, cpu) in &mut servers {
-            cpu.push(wrk::measure(server, Work::New, CONNECTIONS, effort.seconds)?.1);
+            let workload = Workload::NewConnections;
+            cpu.push(wrk::measure(server, workload, CONNECTIONS, effort.seconds)?.1);
         }
     }
     let rows = servers

@@ -1,30 +1,31 @@
-//! The same page by HTTP, from all servers there are.
+//! The same page over HTTP, from wasinetd and other servers.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::effort::Effort;
+use crate::machine;
 use crate::native;
 use crate::report::{Chart, Section, Table};
 use crate::samples::Samples;
 use crate::server::{Address, PAGES, Server, wasinetd};
-use crate::wrk::{self, CONNECTIONS, Work};
-use crate::{Effort, machine};
+use crate::wrk::{self, CONNECTIONS, Workload};
 
-/// A server to start, if its program is there.
-struct Peer {
+/// A server to measure if its program is installed.
+struct Candidate {
     name: &'static str,
     command: Vec<String>,
     address: Address,
 }
 
-/// Native first: the others are divided by it.
-fn peers() -> Result<Vec<Peer>, String> {
-    let printed = |name, command| Peer {
+/// The servers to measure. The first one, native, is the baseline of all ratios.
+fn candidates() -> Result<Vec<Candidate>, String> {
+    let printed = |name, command| Candidate {
         name,
         command,
         address: Address::Printed,
     };
-    let given = |name, command: &[&str]| Peer {
+    let given = |name, command: &[&str]| Candidate {
         name,
         command: command.iter().map(ToString::to_string).collect(),
         address: Address::Given,
@@ -78,10 +79,10 @@ fn peers() -> Result<Vec<Peer>, String> {
 const P2: &str = "target/guests/bench/http_p2.wasm";
 const P3: &str = "target/guests/bench/http_p3.wasm";
 
-/// No instance sees a second request, as none of ours sees a second connection.
+/// A fresh instance per request, comparable to wasinetd's fresh instance per connection.
 const FRESH: [&str; 2] = ["--max-instance-reuse-count", "1"];
 
-/// The settings of its pool that wasinetd uses for its own.
+/// The pool settings of wasinetd, applied to `wasmtime serve`.
 const TUNED: [&str; 6] = [
     "-O",
     "pooling-memory-keep-resident=2097152",
@@ -99,14 +100,14 @@ fn wasmtime_serve<'a>(arguments: &[&'a str], guest: &'a str) -> Vec<&'a str> {
     command
 }
 
-/// nginx as it is set up by default, with the one location.
+/// nginx with default settings and one location.
 fn nginx() -> Result<Vec<String>, String> {
     let directory = std::env::current_dir()
         .map_err(|error| error.to_string())?
         .join("target/bench/nginx");
     std::fs::create_dir_all(&directory).map_err(|error| error.to_string())?;
     let directory = directory.display();
-    // The port is filled in when it is started: so the shell writes the file.
+    // The port is known only when the server starts, so the shell writes the file then.
     let settings = format!(
         "daemon off; pid {directory}/pid; worker_processes auto; error_log {directory}/error.log; \
          events {{ worker_connections 4096; }} \
@@ -135,7 +136,7 @@ fn is_installed(program: &str) -> bool {
     shell.status().is_ok_and(|status| status.success())
 }
 
-/// One server's figures.
+/// The results of one server.
 #[derive(Default)]
 struct Row {
     rate: Samples,
@@ -146,61 +147,71 @@ struct Row {
 
 pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
     let mut notes = vec![format!(
-        "wrk, one thread, {CONNECTIONS} connections; {} cores are shared by load and server. The \
-         page is read from the disk for each new connection, by wasmtime's guests for each request. \
-         wasmtime is built by `cargo install`, without whole-program optimization.",
+        "wrk uses one thread and {CONNECTIONS} connections; load and server share {} cores. The \
+         native server and wasinetd read the page from disk for each new connection, the guests of \
+         wasmtime serve for each request. wasmtime is built by `cargo install`, without \
+         whole-program optimization.",
         machine::cores()
     )];
     let mut servers = Vec::new();
-    for peer in peers()? {
-        let program = match peer.name {
+    for candidate in candidates()? {
+        let program = match candidate.name {
             "nginx" => "nginx",
-            _ => &peer.command[0],
+            _ => &candidate.command[0],
         };
         if is_installed(program) {
-            servers.push(Server::start(peer.name, &peer.command, peer.address)?);
+            let server = Server::start(candidate.name, &candidate.command, candidate.address)?;
+            servers.push(server);
         } else {
             notes.push(format!(
                 "Left out: {} ({program} is not installed).",
-                peer.name
+                candidate.name
             ));
         }
     }
     let mut tables = Vec::new();
     let mut charts = Vec::new();
-    for (work, title, chart) in [
-        (Work::New, "A new connection for each request", "http-new"),
+    for (workload, title, name) in [
         (
-            Work::Kept,
+            Workload::NewConnections,
+            "A new connection for each request",
+            "http-new",
+        ),
+        (
+            Workload::KeepAlive,
             "Requests on kept-alive connections",
             "http-kept",
         ),
     ] {
-        let rows = rounds(&servers, work, effort)?;
+        let rows = measure_rounds(&servers, workload, effort)?;
         tables.push(table(title, &servers, &rows));
-        charts.push(chart_of(chart, title, &servers, &rows));
+        charts.push(chart(name, title, &servers, &rows));
     }
     Ok(Section {
-        title: "The same page by HTTP",
+        title: "The same page over HTTP",
         notes,
         tables,
         charts,
     })
 }
 
-fn rounds(servers: &[Server], work: Work, effort: Effort) -> Result<Vec<Row>, String> {
+fn measure_rounds(
+    servers: &[Server],
+    workload: Workload,
+    effort: Effort,
+) -> Result<Vec<Row>, String> {
     for server in servers {
-        // Caches and pools fill up.
-        wrk::run(server.address(), work, CONNECTIONS, 1)?;
+        // Warm up caches and pools.
+        wrk::run(server.address(), workload, CONNECTIONS, 1)?;
     }
     let mut rows: Vec<Row> = servers.iter().map(|_| Row::default()).collect();
     for _ in 0..effort.rounds {
         for (server, row) in servers.iter().zip(&mut rows) {
-            let (load, cpu) = wrk::measure(server, work, CONNECTIONS, effort.seconds)?;
+            let (result, cpu) = wrk::measure(server, workload, CONNECTIONS, effort.seconds)?;
             row.cpu.push(cpu);
-            row.rate.push(load.requests / load.seconds);
-            row.p50.push(load.p50);
-            row.p99.push(load.p99);
+            row.rate.push(result.requests / result.seconds);
+            row.p50.push(result.p50);
+            row.p99.push(result.p99);
         }
     }
     Ok(rows)
@@ -231,8 +242,8 @@ fn table(title: &str, servers: &[Server], rows: &[Row]) -> Table {
     }
 }
 
-/// Each round of each server, so that the noise is seen.
-fn chart_of(name: &'static str, title: &'static str, servers: &[Server], rows: &[Row]) -> Chart {
+/// A chart of every round, which shows the noise.
+fn chart(name: &'static str, title: &'static str, servers: &[Server], rows: &[Row]) -> Chart {
     let line = |(server, row): (&Server, &Row)| {
         let points = row.cpu.iter().enumerate();
         let points = points

@@ -1,12 +1,12 @@
-//! The machine that is measured on.
+//! The machine that runs the benchmark.
 
 use std::fs;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::Effort;
+use crate::effort::Effort;
 
-/// The machine and the effort, in a line.
+/// Describes the machine and the effort in one line.
 pub(crate) fn describe(effort: Effort) -> String {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");
@@ -21,8 +21,8 @@ pub(crate) fn describe(effort: Effort) -> String {
         .and_then(|kib| kib.parse::<u64>().ok())
         .unwrap_or(0);
     format!(
-        "{} cores ({model}), {} GiB, Linux {}; load and servers on the same machine, over loopback; \
-         medians of {} rounds of {} s, with the least and the most.",
+        "{} cores ({model}), {} GiB, Linux {}. Load generator and servers share the machine and \
+         use loopback. Values are medians of {} rounds of {} s, with minimum and maximum.",
         cores(),
         memory / (1 << 20),
         read("/proc/sys/kernel/osrelease").trim(),
@@ -35,13 +35,13 @@ pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Raises the soft limit on open files, which clients need as well, to the hard one.
-pub(crate) fn allow_open_files() {
+/// Raises the soft limit on open files to the hard limit, because clients need many.
+pub(crate) fn raise_open_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: limit.maximum,
         ..limit
     };
-    // Where it fails, the work that needs it says so.
+    // If this fails, opening connections reports the error.
     let _ = setrlimit(Resource::Nofile, raised);
 }

@@ -1,12 +1,14 @@
-//! Measures wasinetd against a native server with the very same handlers, and against other ways to
-//! serve the same page.
+//! Measures wasinetd against a native server with the same handlers, and against other HTTP
+//! servers.
 //!
-//! Machines are noisy: each server is measured in each of several rounds, one after the other, and
-//! every ratio is taken within a round. What is printed is the median of the rounds, with the least
-//! and the most. Processor time is the server's own, children included. The report and its charts go
-//! to `target/bench/`.
+//! Machines are noisy. The benchmark therefore measures all servers in turn in each of several
+//! rounds, computes ratios within a round, and prints the median, minimum and maximum over the
+//! rounds. CPU time is that of the server and its child processes. The report and its charts go to
+//! `target/bench/`.
 
+mod build;
 mod client;
+mod effort;
 mod growth;
 mod http;
 mod idle;
@@ -25,47 +27,52 @@ use std::path::Path;
 
 use clap::{Parser, ValueEnum};
 
+use effort::Effort;
 use report::Section;
 
-/// Measures wasinetd and writes target/bench/report.md.
+/// Measures wasinetd and writes target/bench/report.md
 #[derive(Parser)]
+#[command(
+    after_help = "The measured server is the program `wasinetd` in the directory of this one, \
+    such as target/dist. The environment variable WASINETD names another one."
+)]
 struct Args {
-    /// How often each server is measured
+    /// Number of rounds; each round measures every server once
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 
-    /// How long each measurement takes, in seconds
+    /// Duration of each measurement, in seconds
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
 
-    /// What to measure; repeat it for more [default: everything]
+    /// Suite to measure; may be repeated [default: all suites]
     #[arg(long, value_enum)]
     only: Vec<Suite>,
 
-    /// Let good and hostile clients and guests loose for so many minutes instead, and check that the
-    /// good ones are served and nothing is lost
+    /// Run a soak test for this long instead: well-behaved clients beside hostile clients and
+    /// guests; fails if a well-behaved client is not served or the server leaks resources
     #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u32).range(1..))]
     soak: Option<u32>,
 
-    /// Serve as a process under measurement instead
+    /// Run as a native server (used by the benchmark itself)
     #[arg(long, hide = true, num_args = 1..)]
     native: Vec<String>,
 }
 
-/// One kind of work.
+/// A group of measurements.
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Suite {
-    /// The same page by HTTP, from all servers there are
+    /// The same page over HTTP, from wasinetd and other servers
     Http,
-    /// Bytes back and forth: throughput and latency
+    /// Echo: throughput and latency
     Streams,
-    /// Connections that are open and do little
+    /// Idle connections: memory, and the cost beside active ones
     Idle,
-    /// Guests that compute without end, and an innocent one
+    /// Latency beside guests that compute without end
     Spinning,
-    /// Guests that are swapped under load, and servers that are started again
+    /// Swapping guests under load, and starting servers
     Swaps,
-    /// More connections, more threads, larger guests
+    /// Cost by number of connections, number of threads and size of the guest
     Growth,
 }
 
@@ -82,13 +89,6 @@ impl Suite {
     }
 }
 
-/// How long and how often to measure.
-#[derive(Clone, Copy)]
-struct Effort {
-    rounds: u32,
-    seconds: u32,
-}
-
 fn main() -> Result<(), String> {
     let args = Args::parse();
     if !args.native.is_empty() {
@@ -101,7 +101,9 @@ fn main() -> Result<(), String> {
         rounds: args.rounds,
         seconds: args.seconds,
     };
-    machine::allow_open_files();
+    machine::raise_open_file_limit();
+    let header = format!("{}\n{}", machine::describe(effort), build::describe());
+    println!("{header}\n");
     let mut sections = Vec::new();
     for suite in Suite::value_variants() {
         if args.only.is_empty() || args.only.contains(suite) {
@@ -110,9 +112,5 @@ fn main() -> Result<(), String> {
             sections.push(section);
         }
     }
-    report::write(
-        Path::new("target/bench"),
-        &machine::describe(effort),
-        &sections,
-    )
+    report::write(Path::new("target/bench"), &header, &sections)
 }

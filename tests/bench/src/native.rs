@@ -1,8 +1,7 @@
-//! The handlers of `guest/hello` and `guest/echo` without a sandbox: what wasinetd is measured
-//! against.
+//! The native baseline: the handlers of `guest/hello` and `guest/echo` without a sandbox.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use futures::io::BufReader;
@@ -11,30 +10,34 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 
-/// How much is received at once to be sent back: as much as a guest's stream does.
+use crate::build;
+
+/// The size of the echo buffer, the same as in the guest SDK.
 const ECHO_BYTES: usize = 64 * 1024;
 
-/// Serves as `arguments` say: `hello` or `echo` on a free port of 127.0.0.1, which it prints, with
-/// `one-thread` before it if there is to be only one; or `stdio`, which is `hello` for the one
-/// connection that is standard input and output, as inetd hands it to a process.
+/// Runs the native server that `arguments` name.
+///
+/// `hello` and `echo` listen on a free port of 127.0.0.1 and print the address. `one-thread` before
+/// the name limits the server to one thread. `stdio` is `hello` for a single connection on standard
+/// input and output, as inetd passes it to a process.
 pub(crate) fn serve(arguments: &[String]) -> io::Result<()> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["hello"] => threads()?.block_on(listen(hello)),
-        ["echo"] => threads()?.block_on(listen(echo)),
-        ["one-thread", "hello"] => thread()?.block_on(listen(hello)),
-        ["stdio"] => thread()?.block_on(stdio()),
+        ["hello"] => multi_thread()?.block_on(listen(hello)),
+        ["echo"] => multi_thread()?.block_on(listen(echo)),
+        ["one-thread", "hello"] => one_thread()?.block_on(listen(hello)),
+        ["stdio"] => one_thread()?.block_on(stdio()),
         _ => Err(io::Error::other(format!(
-            "not a native server: {arguments:?}"
+            "unknown native server: {arguments:?}"
         ))),
     }
 }
 
-fn threads() -> io::Result<Runtime> {
+fn multi_thread() -> io::Result<Runtime> {
     Builder::new_multi_thread().enable_all().build()
 }
 
-fn thread() -> io::Result<Runtime> {
+fn one_thread() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
@@ -48,11 +51,11 @@ where
         loop {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            // A client that is gone is no news to a benchmark.
+            // Connection errors do not matter here: the load generator reports its own.
             tokio::spawn(async move { handle(stream).await });
         }
     };
-    // As a task it runs on the threads that the connections run on.
+    // As a task, the accept loop runs on a worker thread like the connections.
     tokio::spawn(accept).await?
 }
 
@@ -76,7 +79,7 @@ async fn stdio() -> io::Result<()> {
     hello(TcpStream::from_std(stream)?).await
 }
 
-/// What the handler of `hello` asks for, from tokio and the standard library.
+/// The platform of `hello` on tokio and the standard library.
 struct Tokio;
 
 impl Platform for Tokio {
@@ -92,7 +95,7 @@ impl Platform for Tokio {
         std::future::pending().await
     }
 
-    /// In as few system calls as the guest's way takes.
+    /// Reads with as few system calls as `wasinetd_guest::fs::read` makes host calls.
     fn read_file(&self, path: &Path) -> io::Result<Vec<u8>> {
         use std::io::Read;
 
@@ -113,7 +116,7 @@ impl Platform for Tokio {
 
 /// The command that runs this program as a native server.
 pub(crate) fn command(arguments: &[&str]) -> Vec<String> {
-    let own = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("target/release/bench"));
+    let own = build::program("bench");
     let mut command = vec![own.display().to_string(), "--native".into()];
     command.extend(arguments.iter().map(ToString::to_string));
     command

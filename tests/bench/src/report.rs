@@ -1,4 +1,4 @@
-//! What was measured, as Markdown and as charts.
+//! Results as Markdown tables and SVG charts.
 
 use std::fmt;
 use std::fs;
@@ -6,25 +6,25 @@ use std::path::Path;
 
 use plotters::prelude::*;
 
-/// The outcome of one suite.
+/// The results of one suite.
 pub(crate) struct Section {
     pub(crate) title: &'static str,
-    /// What was done, and what was left out.
+    /// The method, and the servers that were left out.
     pub(crate) notes: Vec<String>,
     pub(crate) tables: Vec<Table>,
     pub(crate) charts: Vec<Chart>,
 }
 
-/// Rows of figures.
+/// A table of results.
 pub(crate) struct Table {
     pub(crate) title: String,
     pub(crate) columns: Vec<&'static str>,
     pub(crate) rows: Vec<Vec<String>>,
 }
 
-/// Lines over an axis, both of which are logarithmic.
+/// A line chart with logarithmic axes.
 pub(crate) struct Chart {
-    /// The name of its file, without extension.
+    /// The file name without extension.
     pub(crate) name: &'static str,
     pub(crate) title: &'static str,
     pub(crate) x: &'static str,
@@ -59,15 +59,15 @@ impl fmt::Display for Section {
     }
 }
 
-/// Writes `report.md` and the charts into `directory`.
+/// Writes `report.md` and the charts to `directory`.
 ///
 /// # Errors
 ///
-/// Says what could not be written.
-pub(crate) fn write(directory: &Path, machine: &str, sections: &[Section]) -> Result<(), String> {
-    let cannot = |error: std::io::Error| format!("cannot write {}: {error}", directory.display());
-    fs::create_dir_all(directory).map_err(cannot)?;
-    let mut text = format!("# Benchmark\n\n{machine}\n\n");
+/// Fails if a file cannot be written.
+pub(crate) fn write(directory: &Path, header: &str, sections: &[Section]) -> Result<(), String> {
+    let failed = |error: std::io::Error| format!("cannot write {}: {error}", directory.display());
+    fs::create_dir_all(directory).map_err(failed)?;
+    let mut text = format!("# Benchmark\n\n{header}\n\n");
     for section in sections {
         text.push_str(&section.to_string());
         for chart in &section.charts {
@@ -76,15 +76,15 @@ pub(crate) fn write(directory: &Path, machine: &str, sections: &[Section]) -> Re
                 .map_err(|error| format!("cannot draw {}: {error}", path.display()))?;
         }
     }
-    fs::write(directory.join("report.md"), text).map_err(cannot)
+    fs::write(directory.join("report.md"), text).map_err(failed)
 }
 
 fn draw(chart: &Chart, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let points = || chart.lines.iter().flat_map(|(_, points)| points);
-    let range = |of: fn(&(f64, f64)) -> f64| {
-        let least = points().map(of).fold(f64::INFINITY, f64::min);
-        let most = points().map(of).fold(0.0, f64::max);
-        (least / 1.5..most * 1.5).log_scale()
+    let range = |coordinate: fn(&(f64, f64)) -> f64| {
+        let min = points().map(coordinate).fold(f64::INFINITY, f64::min);
+        let max = points().map(coordinate).fold(0.0, f64::max);
+        (min / 1.5..max * 1.5).log_scale()
     };
     let area = SVGBackend::new(path, (760, 440)).into_drawing_area();
     area.fill(&WHITE)?;
@@ -98,8 +98,8 @@ fn draw(chart: &Chart, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
         .configure_mesh()
         .x_desc(chart.x)
         .y_desc(chart.y)
-        .x_label_formatter(&plain)
-        .y_label_formatter(&plain)
+        .x_label_formatter(&axis_label)
+        .y_label_formatter(&axis_label)
         .draw()?;
     for (index, (name, points)) in chart.lines.iter().enumerate() {
         let color = Palette99::pick(index).to_rgba();
@@ -120,8 +120,8 @@ fn draw(chart: &Chart, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// A number without needless decimals.
-fn plain(value: &f64) -> String {
+/// Formats a number without needless decimals.
+fn axis_label(value: &f64) -> String {
     if *value >= 10.0 {
         format!("{value:.0}")
     } else {

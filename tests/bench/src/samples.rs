@@ -1,22 +1,22 @@
-//! Figures of several rounds.
+//! Statistics over several rounds.
 
-/// One figure for each round.
+/// One value per round.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Samples(Vec<f64>);
 
 impl Samples {
-    pub(crate) fn push(&mut self, figure: f64) {
-        self.0.push(figure);
+    pub(crate) fn push(&mut self, value: f64) {
+        self.0.push(value);
     }
 
-    /// The median. Not a number where there are none.
+    /// The median, or NaN if there are no values.
     pub(crate) fn median(&self) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
         sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
     }
 
-    /// Each figure divided by the other's of the same round.
+    /// Divides each value by the value of `other` in the same round.
     pub(crate) fn over(&self, other: &Self) -> Self {
         Self(
             self.0
@@ -31,24 +31,24 @@ impl Samples {
         self.0.iter().copied()
     }
 
-    /// The median, the least and the most, with so many decimals.
+    /// Formats the median, minimum and maximum.
     pub(crate) fn with_spread(&self, decimals: usize) -> String {
-        let least = self.0.iter().copied().fold(f64::INFINITY, f64::min);
-        let most = self.0.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let min = self.0.iter().copied().fold(f64::INFINITY, f64::min);
+        let max = self.0.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         format!(
-            "{:.decimals$} ({least:.decimals$}–{most:.decimals$})",
+            "{:.decimals$} ({min:.decimals$}–{max:.decimals$})",
             self.median()
         )
     }
 }
 
 impl FromIterator<f64> for Samples {
-    fn from_iter<I: IntoIterator<Item = f64>>(figures: I) -> Self {
-        Self(figures.into_iter().collect())
+    fn from_iter<I: IntoIterator<Item = f64>>(values: I) -> Self {
+        Self(values.into_iter().collect())
     }
 }
 
-/// The value below which a share of `values` lies, such as 0.99 of them. Sorts them.
+/// The quantile of `values` at `share`, such as 0.99. Sorts the values.
 pub(crate) fn quantile(values: &mut [f64], share: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     let last = values.len().saturating_sub(1);

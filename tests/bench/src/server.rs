@@ -1,4 +1,4 @@
-//! A server process under measurement.
+//! A server process that is measured.
 
 use std::collections::HashMap;
 use std::fs;
@@ -7,42 +7,42 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::native;
+use crate::{build, native};
 
-/// How long a server may take until it can be connected to.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The time until a started server has to accept connections.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// It is ended when this is dropped.
+/// A running server. Dropping it ends the process.
 pub(crate) struct Server {
     name: String,
     child: Child,
     address: SocketAddr,
 }
 
-/// How a server is told, or tells, where it listens.
+/// How the benchmark learns the address of a server.
 #[derive(Clone, Copy)]
 pub(crate) enum Address {
-    /// It prints `listening on ADDRESS` first.
+    /// The server prints `listening on ADDRESS` first.
     Printed,
-    /// It is told: `{port}` in its arguments is replaced.
+    /// The benchmark chooses a port and replaces `{port}` in the arguments.
     Given,
 }
 
 impl Server {
-    /// Runs a command.
+    /// Starts a server and waits until it accepts connections.
     ///
     /// # Errors
     ///
-    /// Says why there is no such server.
+    /// Fails if the program does not start or does not listen in time.
     pub(crate) fn start(name: &str, command: &[String], address: Address) -> Result<Self, String> {
         Self::start_with(name, command, address, &[])
     }
 
-    /// Runs a command with more in its environment.
+    /// Like [`Self::start`], with additional environment variables.
     ///
     /// # Errors
     ///
-    /// Says why there is no such server.
+    /// Fails if the program does not start or does not listen in time.
     pub(crate) fn start_with(
         name: &str,
         command: &[String],
@@ -58,7 +58,7 @@ impl Server {
             .args(arguments)
             .envs(environment.iter().copied())
             .stdout(Stdio::piped())
-            // The log is written, and its cost counts.
+            // The server writes its log all the same, so the cost of logging is measured.
             .stderr(Stdio::null())
             .spawn()
             .map_err(|error| format!("cannot run {program}: {error}; run `make bench`"))?;
@@ -72,14 +72,14 @@ impl Server {
             address: address.unwrap_or_else(|| ([0, 0, 0, 0], 0).into()),
         };
         let started = Instant::now();
-        while address.is_some() && started.elapsed() < PATIENCE {
+        while address.is_some() && started.elapsed() < START_TIMEOUT {
             if TcpStream::connect(server.address).is_ok() {
                 return Ok(server);
             }
             std::thread::sleep(Duration::from_millis(10));
         }
         Err(format!(
-            "{name} does not listen: run {command:?} to see why"
+            "{name} does not listen; run {command:?} to see why"
         ))
     }
 
@@ -91,10 +91,15 @@ impl Server {
         self.address
     }
 
-    /// Processor time that the process and those it has started have used so far, in user and
-    /// kernel mode (proc(5), `stat`), in microseconds.
+    /// The CPU time of the process and its descendants, in microseconds.
+    ///
+    /// User and kernel time together (proc(5), `stat`).
     pub(crate) fn cpu_micros(&self) -> f64 {
-        let ticks: u64 = self.family().iter().map(|process| process.ticks).sum();
+        let ticks: u64 = self
+            .process_tree()
+            .iter()
+            .map(|process| process.ticks)
+            .sum();
         ticks as f64 * 1e6 / TICKS_PER_SECOND
     }
 
@@ -109,19 +114,19 @@ impl Server {
         kib.unwrap_or(f64::NAN) * 1024.0
     }
 
-    /// Memory mappings.
+    /// The number of memory mappings.
     pub(crate) fn mappings(&self) -> f64 {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.child.id()));
         maps.unwrap_or_default().lines().count() as f64
     }
 
-    /// How many entries a directory of its `/proc/PID` has, such as `fd` or `task`.
-    pub(crate) fn entries(&self, directory: &str) -> usize {
+    /// The number of entries of a directory in `/proc/PID`, such as `fd` or `task`.
+    pub(crate) fn proc_entries(&self, directory: &str) -> usize {
         fs::read_dir(format!("/proc/{}/{directory}", self.child.id())).map_or(0, Iterator::count)
     }
 
-    /// This process and all that descend from it.
-    fn family(&self) -> Vec<Process> {
+    /// The process and all its descendants.
+    fn process_tree(&self) -> Vec<Process> {
         let all: HashMap<u32, Process> = fs::read_dir("/proc")
             .into_iter()
             .flatten()
@@ -130,7 +135,7 @@ impl Server {
             .filter_map(|id| Some((id, Process::read(id)?)))
             .collect();
         let own = self.child.id();
-        let belongs = |mut id: u32| loop {
+        let is_descendant = |mut id: u32| loop {
             if id == own {
                 return true;
             }
@@ -140,7 +145,7 @@ impl Server {
             }
         };
         all.iter()
-            .filter(|(id, _)| belongs(**id))
+            .filter(|(id, _)| is_descendant(**id))
             .map(|(_, process)| *process)
             .collect()
     }
@@ -149,14 +154,14 @@ impl Server {
 #[derive(Clone, Copy)]
 struct Process {
     parent: u32,
-    /// Its own time, and that of its children that have ended.
+    /// The CPU time of the process and its ended children.
     ticks: u64,
 }
 
 impl Process {
     fn read(id: u32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
-        // The second field, a name in parentheses, may contain spaces.
+        // The second field, the name in parentheses, may contain spaces.
         let (_, fields) = stat.rsplit_once(')')?;
         let fields: Vec<&str> = fields.split_whitespace().collect();
         let times = fields
@@ -170,7 +175,7 @@ impl Process {
     }
 }
 
-/// `USER_HZ`, which is part of Linux's interface to user space on all common architectures.
+/// `USER_HZ`. Linux fixes it at 100 on all common architectures.
 const TICKS_PER_SECOND: f64 = 100.0;
 
 fn printed_address(child: &mut Child) -> Option<SocketAddr> {
@@ -187,15 +192,15 @@ fn free_port() -> std::io::Result<u16> {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Asked to end, a server ends its own processes as well.
+        // On SIGTERM a server also ends its child processes.
         if let Ok(id) = self.child.id().try_into()
             && let Some(id) = rustix::process::Pid::from_raw(id)
         {
-            // It may have ended already.
+            // The process may have ended already.
             let _ = rustix::process::kill_process(id, rustix::process::Signal::TERM);
         }
-        let asked = Instant::now();
-        while asked.elapsed() < Duration::from_secs(2) {
+        let signalled = Instant::now();
+        while signalled.elapsed() < Duration::from_secs(2) {
             if !matches!(self.child.try_wait(), Ok(None)) {
                 return;
             }
@@ -206,17 +211,13 @@ impl Drop for Server {
     }
 }
 
-/// A `wasinetd serve` of a guest on a free port. All load comes from one source, which may have all
-/// places unless `arguments` say otherwise.
+/// The command that serves a guest with wasinetd on a free port.
+///
+/// All load comes from one source address, so the limit per source is off unless `arguments` set
+/// it.
 pub(crate) fn wasinetd(dispatch: &str, guest: &str, arguments: &[&str]) -> Vec<String> {
-    let mut command: Vec<String> = [
-        "target/release/wasinetd",
-        "serve",
-        "--listen",
-        "127.0.0.1:0",
-    ]
-    .map(String::from)
-    .into();
+    let mut command = vec![build::wasinetd().display().to_string()];
+    command.extend(["serve", "--listen", "127.0.0.1:0"].map(String::from));
     if !arguments.contains(&"--max-connections-per-source") {
         command.extend(["--max-connections-per-source", "off"].map(String::from));
     }
@@ -226,7 +227,7 @@ pub(crate) fn wasinetd(dispatch: &str, guest: &str, arguments: &[&str]) -> Vec<S
     command
 }
 
-/// The servers that a handler is compared on: native first, which the others are divided by.
+/// The servers that run the same handler. The first one, native, is the baseline of all ratios.
 pub(crate) fn contenders(handler: &str, arguments: &[&str]) -> [(&'static str, Vec<String>); 3] {
     [
         ("native, tokio", native::command(&[handler])),
@@ -238,8 +239,8 @@ pub(crate) fn contenders(handler: &str, arguments: &[&str]) -> [(&'static str, V
     ]
 }
 
-/// What `hello` is granted.
+/// The flags that grant `hello` its pages.
 pub(crate) const PAGES: [&str; 2] = ["--dir", "static::/static"];
 
-/// [`PAGES`], without a line in the log for each of many connections.
+/// [`PAGES`], without a log line per connection.
 pub(crate) const QUIET_PAGES: [&str; 4] = ["--dir", "static::/static", "--log-level", "warn"];

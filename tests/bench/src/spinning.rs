@@ -1,4 +1,4 @@
-//! Guests that compute, and an innocent one beside them.
+//! Latency beside guests that compute without end.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use crate::effort::Effort;
 use crate::report::{Section, Table};
 use crate::samples::{Samples, quantile};
 use crate::server::{Address, Server, wasinetd};
-use crate::{Effort, client, machine};
+use crate::{client, machine};
 
-/// How often the innocent one is asked in a round.
-const QUESTIONS: usize = 300;
+/// The number of measured requests per round.
+const REQUESTS: usize = 300;
 
 pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
     let mut rows = Vec::new();
@@ -21,12 +22,12 @@ pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
         for spinning in [0, machine::cores()] {
             let (mut p50, mut p99) = (Samples::default(), Samples::default());
             for _ in 0..effort.rounds {
-                let failed = |error| format!("{dispatch}, {spinning} spinning: {error}");
+                let failed = |error| format!("{dispatch}, {spinning} spinning guests: {error}");
                 let server = Server::start(dispatch, &command, Address::Printed)?;
                 let spin = |_| {
                     let mut stream = client::connect(server.address())?;
                     stream.write_all(b"spin\n")?;
-                    // One that is answered begins after the one before has begun.
+                    // An answered request proves that the server has started the spinning guest.
                     client::ask(server.address(), "hello\n", 1)?;
                     Ok(stream)
                 };
@@ -35,7 +36,7 @@ pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
                     .collect::<Result<_, _>>()
                     .map_err(failed)?;
                 let mut times =
-                    client::ask(server.address(), "hello\n", QUESTIONS).map_err(failed)?;
+                    client::ask(server.address(), "hello\n", REQUESTS).map_err(failed)?;
                 p50.push(quantile(&mut times, 0.5) / 1e3);
                 p99.push(quantile(&mut times, 0.99) / 1e3);
                 drop(spinners);
@@ -49,14 +50,14 @@ pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
         }
     }
     Ok(Section {
-        title: "Beside guests that compute",
+        title: "Latency beside guests that compute",
         notes: vec![format!(
-            "{QUESTIONS} questions one after the other, each on a connection of its own. The client \
-             competes with the guests for the cores as well."
+            "{REQUESTS} requests, one after another, each on a new connection. The client competes \
+             with the guests for the cores."
         )],
         tables: vec![
             Table {
-                title: "From the connection to the answer".into(),
+                title: "Time from connecting to the answer".into(),
                 columns: vec!["server", "spinning guests", "p50, ms", "p99, ms"],
                 rows,
             },
@@ -66,62 +67,66 @@ pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
     })
 }
 
-/// Those that are there beside an innocent one.
+/// A number of connections that load the server beside the measured one.
 #[derive(Clone, Copy)]
 struct Crowd {
     name: &'static str,
     size: usize,
-    /// What each asks for, and again when it is answered.
-    question: &'static str,
+    /// The request of each connection, sent again after each answer.
+    request: &'static str,
 }
 
 const CROWDS: [Crowd; 3] = [
     Crowd {
-        name: "nobody",
+        name: "no other connection",
         size: 0,
-        question: "",
+        request: "",
     },
     Crowd {
-        name: "100 that compute without end",
+        name: "100 connections that compute without end",
         size: 100,
-        question: "compute 1000000000\n",
+        request: "compute 1000000000\n",
     },
     Crowd {
-        name: "100 that ask for 4 ms over and over",
+        name: "100 connections that compute 4 ms over and over",
         size: 100,
-        question: "compute 4\n",
+        request: "compute 4\n",
     },
 ];
 
-/// How often an answer is looked for.
-const SWEEP: Duration = Duration::from_millis(1);
+/// The interval at which the crowd checks for answers.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 fn crowds(effort: Effort) -> Result<Table, String> {
     let mut rows = Vec::new();
     for dispatch in ["concurrent", "spawn"] {
-        let command = wasinetd(dispatch, "fixtures/uses", &["--log-level", "error"]);
+        let command = wasinetd(
+            dispatch,
+            "fixtures/uses_resources",
+            &["--log-level", "error"],
+        );
         for crowd in CROWDS {
-            let mut figures: [Samples; 4] = Default::default();
+            let mut columns: [Samples; 4] = Default::default();
             for _ in 0..effort.rounds {
                 let failed = |error| format!("{dispatch}, beside {}: {error}", crowd.name);
                 let server = Server::start(dispatch, &command, Address::Printed)?;
-                let felt = crowd.beside(server.address()).map_err(failed)?;
-                figures
+                let latencies = crowd.measure_beside(server.address()).map_err(failed)?;
+                columns
                     .iter_mut()
-                    .zip(felt)
-                    .for_each(|(figure, felt)| figure.push(felt));
+                    .zip(latencies)
+                    .for_each(|(column, latency)| column.push(latency));
             }
             let mut row = vec![format!("wasinetd, {dispatch}"), crowd.name.into()];
-            row.extend(figures.iter().map(|figure| figure.with_spread(2)));
+            row.extend(columns.iter().map(|column| column.with_spread(2)));
             rows.push(row);
         }
     }
     Ok(Table {
-        title: "A crowd that computes, and questions that cost nothing or 3 ms of time".into(),
+        title: "Requests that compute 0 or 3 ms, beside connections that compute".into(),
         columns: vec![
             "server",
             "beside",
-            "nothing: p50, ms",
+            "0 ms: p50, ms",
             "p99, ms",
             "3 ms: p50, ms",
             "p99, ms",
@@ -131,42 +136,44 @@ fn crowds(effort: Effort) -> Result<Table, String> {
 }
 
 impl Crowd {
-    /// What an innocent one feels, in milliseconds: p50 and p99 of questions that cost nothing, and
-    /// of those that cost something.
-    fn beside(self, address: SocketAddr) -> io::Result<[f64; 4]> {
+    /// Measures another client beside the crowd.
+    ///
+    /// Returns the p50 and p99 of requests that compute 0 ms and of requests that compute 3 ms, in
+    /// milliseconds.
+    fn measure_beside(self, address: SocketAddr) -> io::Result<[f64; 4]> {
         let ended = AtomicBool::new(false);
         thread::scope(|scope| {
-            let begun = (0..self.size).map(|_| self.join(address));
-            let crowd = begun.collect::<io::Result<Vec<_>>>()?;
-            let asking = scope.spawn(|| self.go_on(crowd, &ended));
-            let felt = ["compute 0\n", "compute 3\n"]
-                .map(|question| client::ask(address, question, QUESTIONS / 3));
+            let streams = (0..self.size).map(|_| self.connect(address));
+            let streams = streams.collect::<io::Result<Vec<_>>>()?;
+            let crowd = scope.spawn(|| self.repeat_requests(streams, &ended));
+            let times = ["compute 0\n", "compute 3\n"]
+                .map(|request| client::ask(address, request, REQUESTS / 3));
             ended.store(true, Ordering::Relaxed);
-            asking.join().expect("asking does not panic")?;
+            crowd.join().expect("the crowd does not panic")?;
             let milliseconds =
                 |mut times: Vec<f64>| [0.5, 0.99].map(|share| quantile(&mut times, share) / 1e3);
-            let [nothing, something] = felt.map(|times| times.map(milliseconds));
-            let ([p50, p99], [p50_of_3, p99_of_3]) = (nothing?, something?);
-            Ok([p50, p99, p50_of_3, p99_of_3])
+            let [idle, computing] = times.map(|times| times.map(milliseconds));
+            let ([idle_p50, idle_p99], [computing_p50, computing_p99]) = (idle?, computing?);
+            Ok([idle_p50, idle_p99, computing_p50, computing_p99])
         })
     }
 
-    fn join(self, address: SocketAddr) -> io::Result<TcpStream> {
+    fn connect(self, address: SocketAddr) -> io::Result<TcpStream> {
         let mut stream = client::connect(address)?;
-        stream.write_all(self.question.as_bytes())?;
+        stream.write_all(self.request.as_bytes())?;
         stream.set_nonblocking(true)?;
         Ok(stream)
     }
 
-    /// Asks again whoever was answered.
-    fn go_on(self, mut crowd: Vec<TcpStream>, ended: &AtomicBool) -> io::Result<()> {
+    /// Sends the request again on each connection that was answered.
+    fn repeat_requests(self, mut streams: Vec<TcpStream>, ended: &AtomicBool) -> io::Result<()> {
         while !ended.load(Ordering::Relaxed) {
-            for stream in &mut crowd {
+            for stream in &mut streams {
                 if stream.read(&mut [0; 64]).is_ok_and(|n| n > 0) {
-                    stream.write_all(self.question.as_bytes())?;
+                    stream.write_all(self.request.as_bytes())?;
                 }
             }
-            thread::sleep(SWEEP);
+            thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }

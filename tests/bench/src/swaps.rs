@@ -1,4 +1,4 @@
-//! Guests that are swapped under load, and servers that are started again.
+//! Swapping guests under load, and starting servers.
 
 use std::cell::Cell;
 use std::fs;
@@ -9,22 +9,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::client;
+use crate::effort::Effort;
 use crate::report::{Section, Table};
 use crate::samples::{Samples, quantile};
 use crate::server::{Address, PAGES, QUIET_PAGES, Server, wasinetd};
-use crate::wrk::{self, CONNECTIONS, Work};
-use crate::{Effort, client};
+use crate::wrk::{self, CONNECTIONS, Workload};
 
-/// How long from one swap to the next, under load: for an operator in a hurry, and for a machine.
-const BETWEEN: [Duration; 2] = [Duration::from_secs(1), Duration::from_millis(100)];
+/// The pauses between swaps under load: those of a hasty operator and those of a script.
+const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_millis(100)];
 
-/// The swaps that memory is measured over.
+/// The number of swaps for measuring memory.
 const SWAPS: usize = 1_000;
 
-/// Where compiled versions are kept.
+/// The cache directory for compiled versions.
 const CACHE: &str = "target/bench/swaps/cache";
 
-/// How often a server is started in a round.
+/// The number of server starts per round.
 const STARTS: usize = 10;
 
 pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
@@ -38,20 +39,20 @@ pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
         next: Cell::new(0),
     };
     Ok(Section {
-        title: "Swapping guests, and starting again",
+        title: "Swapping guests, and starting servers",
         notes: vec![
             format!(
-                "Versions of `hello` that differ in a custom section alone. Under load: {CONNECTIONS} \
-                 connections of wrk, which leave neither core a moment, and swaps by the admin socket. \
-                 Not one request failed, or there would be no figures."
+                "The versions of `hello` differ only in a custom section. The load is \
+                 {CONNECTIONS} connections of wrk, which keep all cores busy. Swaps go through the admin socket. \
+                 No request failed; a failed request ends the benchmark."
             ),
-            "How long a swap takes is from its bytes to the exchange: digest, compiling, an instance \
-             and a probe are part of it."
+            "The duration of a swap includes the digest, compilation, a first instance and the \
+             probe."
                 .into(),
         ],
         tables: vec![
             latency(effort, &versions)?,
-            took(effort, &versions)?,
+            durations(effort, &versions)?,
             memory(&versions)?,
             starts(effort)?,
         ],
@@ -59,7 +60,7 @@ pub(crate) fn measure(effort: Effort) -> Result<Section, String> {
     })
 }
 
-/// Components that do the same, and are not the same.
+/// A source of components that behave the same but differ in their bytes.
 struct Versions<'a> {
     directory: &'a Path,
     component: Vec<u8>,
@@ -67,12 +68,12 @@ struct Versions<'a> {
 }
 
 impl Versions<'_> {
-    /// A version that there was not before, as a file of this name.
-    fn new_one(&self, name: &str) -> Result<PathBuf, String> {
+    /// Writes a new version to the file `name`.
+    fn create(&self, name: &str) -> Result<PathBuf, String> {
         let number = self.next.replace(self.next.get() + 1);
         let mut component = self.component.clone();
-        // A custom section (component model, binary format): its kind, its length, the length of its
-        // name, its name, and what is in it. By process and number no two are the same.
+        // A custom section (component model, binary format): kind, length, length of the name, name
+        // and content. Process id and number make the content unique.
         component.extend([0, 10, 1, b'v']);
         component.extend(std::process::id().to_le_bytes());
         component.extend(number.to_le_bytes());
@@ -82,13 +83,13 @@ impl Versions<'_> {
     }
 }
 
-/// A server that can be told.
-struct Told {
+/// A server with an admin socket.
+struct AdminServer {
     server: Server,
     admin: PathBuf,
 }
 
-impl Told {
+impl AdminServer {
     fn start(cache: &str) -> Result<Self, String> {
         let admin = PathBuf::from(format!("/tmp/wasinetd-bench-{}.sock", std::process::id()));
         let address = format!("unix:{}", admin.display());
@@ -98,27 +99,31 @@ impl Told {
         Ok(Self { server, admin })
     }
 
-    /// Swaps, and returns how long that took, in milliseconds.
+    /// Swaps the guest. Returns the duration that the server reports, in milliseconds.
     fn swap(&self, guest: &Path) -> Result<f64, String> {
         let component = fs::read(guest).map_err(|error| error.to_string())?;
         let answer = self.post("/v1/services/default/swap", &component)?;
-        let took = answer["took"].as_f64().ok_or("it does not say how long")?;
-        Ok(took * 1e3)
+        let seconds = answer["took"]
+            .as_f64()
+            .ok_or("the answer has no duration")?;
+        Ok(seconds * 1e3)
     }
 
-    /// What the server answers. Asked from here: a process of its own for each would be load as well.
+    /// Sends a request to the admin API and returns the answer.
+    ///
+    /// The benchmark sends it itself, because a `ctl` process per request would add load.
     fn post(&self, path: &str, body: &[u8]) -> Result<serde_json::Value, String> {
-        let ask = || {
-            let mut operator = UnixStream::connect(&self.admin)?;
+        let exchange = || {
+            let mut stream = UnixStream::connect(&self.admin)?;
             write!(
-                operator,
+                stream,
                 "POST {path} HTTP/1.1\r\nHost: wasinetd\r\nContent-Length: {}\r\n\r\n",
                 body.len()
             )?;
-            operator.write_all(body)?;
-            std::io::read_to_string(operator)
+            stream.write_all(body)?;
+            std::io::read_to_string(stream)
         };
-        let answer = ask().map_err(|error| format!("{path}: {error}"))?;
+        let answer = exchange().map_err(|error| format!("{path}: {error}"))?;
         let parts = answer.split_once("\r\n\r\n");
         let (_, json) = parts
             .filter(|_| answer.starts_with("HTTP/1.1 200 "))
@@ -126,11 +131,11 @@ impl Told {
         serde_json::from_str(json).map_err(|error| format!("{path}: {error}: {json}"))
     }
 
-    /// Swaps again and again while `load` lasts, and returns its result.
-    fn swapping<T: Send>(
+    /// Swaps repeatedly while `load` runs, and returns the result of `load`.
+    fn swap_during<T: Send>(
         &self,
         load: impl FnOnce() -> T + Send,
-        between: Duration,
+        pause: Duration,
         next: impl Fn(usize) -> Result<PathBuf, String>,
     ) -> Result<T, String> {
         let ended = AtomicBool::new(false);
@@ -144,52 +149,58 @@ impl Told {
             while !ended.load(Ordering::Relaxed) {
                 self.swap(&next(swaps)?)?;
                 swaps += 1;
-                thread::sleep(between);
+                thread::sleep(pause);
             }
-            Ok(load.join().expect("it does not panic"))
+            Ok(load.join().expect("the load does not panic"))
         })
     }
 }
 
-/// The file with the version to swap to, the first, the second and so on.
-type Next<'a> = &'a dyn Fn(usize) -> Result<PathBuf, String>;
+/// Returns the file of the version for the nth swap.
+type NextVersion<'a> = &'a dyn Fn(usize) -> Result<PathBuf, String>;
 
-/// What clients feel.
+/// The latency of clients during swaps.
 fn latency(effort: Effort, versions: &Versions) -> Result<Table, String> {
-    let one = versions.new_one("one")?;
-    let two = versions.new_one("two")?;
-    let known = |n: usize| Ok([&one, &two][n % 2].clone());
-    let new = |_| versions.new_one("next");
-    let kinds: [(&str, Next); 2] = [("between two versions", &known), ("to ever new ones", &new)];
+    let first = versions.create("first")?;
+    let second = versions.create("second")?;
+    let alternating = |n: usize| Ok([&first, &second][n % 2].clone());
+    let new = |_| versions.create("next");
+    let targets: [(&str, NextVersion); 2] = [
+        ("between two versions", &alternating),
+        ("to a new version each time", &new),
+    ];
     let mut rows = Vec::new();
-    for (work, requests) in [(Work::Kept, "kept-alive"), (Work::New, "new connection")] {
-        for (kind, next) in kinds {
-            for between in BETWEEN {
-                let mut figures: [Samples; 3] = Default::default();
+    for (workload, requests) in [
+        (Workload::KeepAlive, "kept-alive"),
+        (Workload::NewConnections, "new connection"),
+    ] {
+        for (target, next) in targets {
+            for pause in PAUSES {
+                let mut columns: [Samples; 3] = Default::default();
                 for _ in 0..effort.rounds {
-                    let told = Told::start(CACHE)?;
-                    let address = told.server.address();
-                    let load = || wrk::run(address, work, CONNECTIONS, effort.seconds);
+                    let server = AdminServer::start(CACHE)?;
+                    let address = server.server.address();
+                    let load = || wrk::run(address, workload, CONNECTIONS, effort.seconds);
                     load()?;
                     let quiet = load()?.p99;
-                    let swapped = told.swapping(load, between, next)??.p99;
-                    figures[0].push(quiet);
-                    figures[1].push(swapped);
-                    figures[2].push(swapped / quiet);
+                    let swapping = server.swap_during(load, pause, next)??.p99;
+                    columns[0].push(quiet);
+                    columns[1].push(swapping);
+                    columns[2].push(swapping / quiet);
                 }
-                let mut row = vec![requests.into(), kind.into(), format!("{between:?}")];
-                row.extend(figures[..2].iter().map(|figure| figure.with_spread(0)));
-                row.push(figures[2].with_spread(2));
+                let mut row = vec![requests.into(), target.into(), format!("{pause:?}")];
+                row.extend(columns[..2].iter().map(|column| column.with_spread(0)));
+                row.push(columns[2].with_spread(2));
                 rows.push(row);
             }
         }
     }
     Ok(Table {
-        title: "What clients feel of swaps: p99, µs".into(),
+        title: "Latency of clients during swaps: p99, µs".into(),
         columns: vec![
             "requests",
             "swaps",
-            "one each",
+            "pause between swaps",
             "no swaps",
             "swaps",
             "times no swaps",
@@ -198,28 +209,28 @@ fn latency(effort: Effort, versions: &Versions) -> Result<Table, String> {
     })
 }
 
-/// How long a swap takes of which nobody waits for anything.
-fn took(effort: Effort, versions: &Versions) -> Result<Table, String> {
+/// The duration of swaps without load.
+fn durations(effort: Effort, versions: &Versions) -> Result<Table, String> {
     let mut rows: [(&str, Vec<f64>); 3] = [
         ("compiled", Vec::new()),
-        ("kept on disk", Vec::new()),
-        ("the version before", Vec::new()),
+        ("cached on disk", Vec::new()),
+        ("in memory (the previous version)", Vec::new()),
     ];
-    let told = Told::start(CACHE)?;
+    let server = AdminServer::start(CACHE)?;
     for _ in 0..effort.rounds * 4 {
-        let one = versions.new_one("one")?;
-        let two = versions.new_one("two")?;
-        rows[0].1.push(told.swap(&one)?);
-        rows[0].1.push(told.swap(&two)?);
-        rows[2].1.push(told.swap(&one)?);
-        // Two others in between, and it is in memory no more.
-        told.swap(&versions.new_one("three")?)?;
-        told.swap(&versions.new_one("three")?)?;
-        rows[1].1.push(told.swap(&two)?);
+        let first = versions.create("first")?;
+        let second = versions.create("second")?;
+        rows[0].1.push(server.swap(&first)?);
+        rows[0].1.push(server.swap(&second)?);
+        rows[2].1.push(server.swap(&first)?);
+        // After two more swaps the server no longer has the second version in memory.
+        server.swap(&versions.create("third")?)?;
+        server.swap(&versions.create("third")?)?;
+        rows[1].1.push(server.swap(&second)?);
     }
     Ok(Table {
-        title: "How long a swap takes, ms".into(),
-        columns: vec!["the code of the new version", "p50", "p99"],
+        title: "Duration of a swap, ms".into(),
+        columns: vec!["code of the new version", "p50", "p99"],
         rows: rows
             .map(|(name, mut times)| {
                 let at = |share, times: &mut [f64]| format!("{:.2}", quantile(times, share));
@@ -230,27 +241,27 @@ fn took(effort: Effort, versions: &Versions) -> Result<Table, String> {
     })
 }
 
-/// What is left of versions that are gone.
+/// The memory that replaced versions leave behind.
 fn memory(versions: &Versions) -> Result<Table, String> {
-    let told = Told::start("off")?;
+    let server = AdminServer::start("off")?;
     let ended = AtomicBool::new(false);
     let mut rows = Vec::new();
     thread::scope(|scope| {
         let load = scope.spawn(|| {
             while !ended.load(Ordering::Relaxed) {
-                client::idlers(told.server.address(), 8)?;
+                client::open_idle(server.server.address(), 8)?;
             }
             Ok(())
         });
         let mut swap_all = || {
             for n in 1..=SWAPS {
-                told.swap(&versions.new_one("next")?)?;
+                server.swap(&versions.create("next")?)?;
                 if [1, 10, 100, SWAPS / 2, SWAPS].contains(&n) {
                     rows.push(vec![
                         n.to_string(),
-                        format!("{:.1}", told.server.resident_bytes() / 1048576.0),
-                        format!("{:.0}", told.server.mappings()),
-                        told.server.entries("fd").to_string(),
+                        format!("{:.1}", server.server.resident_bytes() / 1048576.0),
+                        format!("{:.0}", server.server.mappings()),
+                        server.server.proc_entries("fd").to_string(),
                     ]);
                 }
             }
@@ -258,62 +269,62 @@ fn memory(versions: &Versions) -> Result<Table, String> {
         };
         let swapped = swap_all();
         ended.store(true, Ordering::Relaxed);
-        let loaded: std::io::Result<()> = load.join().expect("it does not panic");
+        let loaded: std::io::Result<()> = load.join().expect("the load does not panic");
         swapped.and(loaded.map_err(|error| format!("while swapping: {error}")))
     })?;
     Ok(Table {
-        title: format!("What is left of {SWAPS} versions, each compiled, under load"),
-        columns: vec!["after swaps", "resident memory, MiB", "mappings", "files"],
+        title: format!("Memory after up to {SWAPS} swaps under load, each version compiled"),
+        columns: vec!["swaps", "resident memory, MiB", "mappings", "open files"],
         rows,
     })
 }
 
-/// From the start of the process to its first answer.
+/// The time from starting the process until it accepts connections.
 fn starts(effort: Effort) -> Result<Table, String> {
     let mut rows = Vec::new();
-    for (name, cache) in [("compiled", "off"), ("kept on disk", CACHE)] {
-        let mut listening = Vec::new();
+    for (name, cache) in [("compiled", "off"), ("cached on disk", CACHE)] {
+        let mut times = Vec::new();
         let arguments = [&PAGES[..], &["--cache", cache]].concat();
         let command = wasinetd("concurrent", "hello", &arguments);
-        // What is kept is kept from here on.
+        // The first start fills the cache.
         drop(Server::start(name, &command, Address::Printed)?);
         for _ in 0..effort.rounds as usize * STARTS {
-            let began = Instant::now();
+            let started = Instant::now();
             let server = Server::start(name, &command, Address::Printed)?;
-            listening.push(began.elapsed().as_secs_f64() * 1e3);
+            times.push(started.elapsed().as_secs_f64() * 1e3);
             drop(server);
         }
         rows.push(vec![
             name.to_string(),
-            format!("{:.1}", quantile(&mut listening, 0.5)),
-            format!("{:.1}", quantile(&mut listening, 0.99)),
+            format!("{:.1}", quantile(&mut times, 0.5)),
+            format!("{:.1}", quantile(&mut times, 0.99)),
         ]);
     }
     let mut restarts = Vec::new();
-    let told = Told::start(CACHE)?;
-    let mut successors = Vec::new();
+    let server = AdminServer::start(CACHE)?;
+    let mut pids = Vec::new();
     for _ in 0..effort.rounds {
-        let began = Instant::now();
-        let answer = told.post("/v1/restart", &[])?;
-        restarts.push(began.elapsed().as_secs_f64() * 1e3);
+        let started = Instant::now();
+        let answer = server.post("/v1/restart", &[])?;
+        restarts.push(started.elapsed().as_secs_f64() * 1e3);
         let pid = answer.as_i64().and_then(|pid| i32::try_from(pid).ok());
-        successors.push(pid.ok_or_else(|| format!("not a process: {answer}"))?);
+        pids.push(pid.ok_or_else(|| format!("not a process id: {answer}"))?);
     }
-    // The last one serves; those before have ended by themselves.
-    if let Some(pid) = successors
+    // Only the last process still serves. Each restart has ended the process before it.
+    if let Some(pid) = pids
         .last()
         .and_then(|pid| rustix::process::Pid::from_raw(*pid))
     {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
     }
     rows.push(vec![
-        "kept on disk, from a restart until the new process serves".into(),
+        "cached on disk, from `ctl restart` until the new process serves".into(),
         format!("{:.1}", quantile(&mut restarts, 0.5)),
         format!("{:.1}", quantile(&mut restarts, 0.99)),
     ]);
     Ok(Table {
-        title: "From the start of the process until it accepts connections, ms".into(),
-        columns: vec!["the code of the guest", "p50", "p99"],
+        title: "Time from starting the process until it accepts connections, ms".into(),
+        columns: vec!["code of the guest", "p50", "p99"],
         rows,
     })
 }

@@ -1,47 +1,48 @@
-//! Load by wrk, and what it says of it.
+//! Generates HTTP load with wrk and parses its report.
 
 use std::net::SocketAddr;
 use std::process::Command;
 
 use crate::server::Server;
 
-/// Connections that are open at once, unless their number is what is looked at.
+/// The usual number of concurrent connections.
 pub(crate) const CONNECTIONS: u32 = 32;
 
-/// What is asked of a server.
+/// How requests use connections.
 #[derive(Clone, Copy, PartialEq)]
-pub(crate) enum Work {
-    /// A connection for each request.
-    New,
-    /// Request after request on connections that are kept.
-    Kept,
+pub(crate) enum Workload {
+    /// Each request opens a connection.
+    NewConnections,
+    /// Requests reuse connections.
+    KeepAlive,
 }
 
-/// What wrk has measured.
-pub(crate) struct Load {
+/// The figures that wrk reports.
+pub(crate) struct Measurement {
     pub(crate) requests: f64,
     pub(crate) seconds: f64,
-    /// Latencies, in microseconds.
+    /// Median latency, in microseconds.
     pub(crate) p50: f64,
+    /// 99th percentile of the latency, in microseconds.
     pub(crate) p99: f64,
 }
 
-/// Asks for the start page of the server at `address` for some seconds.
+/// Requests the start page of the server at `address` for some seconds.
 ///
 /// # Errors
 ///
-/// Says why wrk did not run, or that not all requests were answered well.
+/// Fails if wrk does not run, or if a request fails.
 pub(crate) fn run(
     address: SocketAddr,
-    work: Work,
+    workload: Workload,
     connections: u32,
     seconds: u32,
-) -> Result<Load, String> {
+) -> Result<Measurement, String> {
     let mut command = Command::new("wrk");
     command.args(["--threads", "1", "--latency", "--timeout", "10s"]);
     command.arg("--connections").arg(connections.to_string());
     command.arg("--duration").arg(format!("{seconds}s"));
-    if work == Work::New {
+    if workload == Workload::NewConnections {
         command.args(["--header", "Connection: close"]);
     }
     command.arg(format!("http://{address}/"));
@@ -55,27 +56,27 @@ pub(crate) fn run(
             String::from_utf8_lossy(&output.stderr)
         ));
     }
-    parse(&text).ok_or_else(|| format!("{command:?} said something unexpected:\n{text}"))
+    parse(&text).ok_or_else(|| format!("unexpected output of {command:?}:\n{text}"))
 }
 
-/// As [`run`], with the processor time of the server for each request, in microseconds.
+/// Like [`run`], but also returns the server's CPU time per request, in microseconds.
 ///
 /// # Errors
 ///
-/// As [`run`].
+/// Fails if [`run`] fails.
 pub(crate) fn measure(
     server: &Server,
-    work: Work,
+    workload: Workload,
     connections: u32,
     seconds: u32,
-) -> Result<(Load, f64), String> {
+) -> Result<(Measurement, f64), String> {
     let before = server.cpu_micros();
-    let load = run(server.address(), work, connections, seconds)?;
-    let cpu = (server.cpu_micros() - before) / load.requests;
-    Ok((load, cpu))
+    let measurement = run(server.address(), workload, connections, seconds)?;
+    let cpu = (server.cpu_micros() - before) / measurement.requests;
+    Ok((measurement, cpu))
 }
 
-fn parse(text: &str) -> Option<Load> {
+fn parse(text: &str) -> Option<Measurement> {
     let percentile = |name| {
         text.lines()
             .find_map(|line| microseconds(line.trim().strip_prefix(name)?.trim()))
@@ -86,7 +87,7 @@ fn parse(text: &str) -> Option<Load> {
     let (seconds, _) = rest.split_once(',')?;
     let requests: f64 = requests.parse().ok()?;
     (requests > 0.0).then_some(())?;
-    Some(Load {
+    Some(Measurement {
         requests,
         seconds: microseconds(seconds)? / 1e6,
         p50: percentile("50%")?,
@@ -94,7 +95,7 @@ fn parse(text: &str) -> Option<Load> {
     })
 }
 
-/// A time as wrk writes it.
+/// Parses a time in wrk's format.
 fn microseconds(text: &str) -> Option<f64> {
     for (unit, factor) in [("us", 1.0), ("ms", 1e3), ("s", 1e6), ("m", 6e7)] {
         if let Some(number) = text.strip_suffix(unit) {

@@ -1,4 +1,4 @@
-//! The handler against a mock stream, as the book tests it.
+//! Tests of the handler with a mock stream, as in the book.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -10,11 +10,11 @@ use futures::executor::block_on;
 
 use super::*;
 
-/// Yields its packets one read at a time, then the end of the stream.
+/// A stream that yields one packet per read, then its end.
 struct MockStream {
     packets: VecDeque<Vec<u8>>,
     written: Vec<u8>,
-    /// Whether a read after the last packet waits instead of ending.
+    /// Whether a read after the last packet waits forever.
     stays_open: bool,
 }
 
@@ -59,7 +59,7 @@ impl AsyncWrite for MockStream {
     }
 }
 
-/// A clock that is always there already.
+/// A platform on which sleeping takes no time.
 #[derive(Default)]
 struct MockPlatform {
     slept: std::cell::Cell<Duration>,
@@ -97,7 +97,7 @@ fn page(name: &str) -> String {
     std::fs::read_to_string(pages().join(name)).unwrap()
 }
 
-/// What is answered to `packets`, and how long that took.
+/// The answers to `packets`, and the time that the handler slept.
 fn answers<P: AsRef<[u8]>>(packets: impl IntoIterator<Item = P>) -> (String, Duration) {
     let mut stream = MockStream {
         packets: packets
@@ -119,13 +119,13 @@ fn answer(request: &str) -> String {
     answers([request]).0
 }
 
-/// Head and body of a single answer.
+/// Splits an answer into head and body.
 fn split(answer: &str) -> (&str, &str) {
     answer.split_once("\r\n\r\n").unwrap()
 }
 
 #[test]
-fn the_root_answers_with_hello() {
+fn the_root_path_answers_with_hello() {
     let answer = answer("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     let (head, body) = split(&answer);
     assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
@@ -148,7 +148,7 @@ fn sleep_answers_with_hello_after_five_seconds() {
 }
 
 #[test]
-fn anything_else_answers_with_404() {
+fn other_paths_answer_with_404() {
     for target in [
         "/nope",
         "/hello.html",
@@ -168,7 +168,7 @@ fn anything_else_answers_with_404() {
 }
 
 #[test]
-fn head_has_the_fields_of_get_and_no_body() {
+fn head_answers_with_the_fields_of_get_and_no_body() {
     let get = answer("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     let head = answer("HEAD / HTTP/1.1\r\nHost: a\r\n\r\n");
     let fields = |answer: &str| {
@@ -183,7 +183,7 @@ fn head_has_the_fields_of_get_and_no_body() {
 }
 
 #[test]
-fn another_method_is_not_allowed_and_its_body_is_read_past() {
+fn other_methods_are_refused_and_their_bodies_discarded() {
     let (answers, _) = answers([
         "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nGET /",
         " HTTPGET / HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -198,7 +198,7 @@ fn another_method_is_not_allowed_and_its_body_is_read_past() {
 }
 
 #[test]
-fn requests_are_answered_the_same_however_they_are_split() {
+fn answers_do_not_depend_on_how_requests_are_split() {
     let requests = b"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET /nope HTTP/1.1\r\nHost: a\r\n\r\n";
     let statuses = |answers: &str| {
         let lines = answers.lines().filter(|line| line.starts_with("HTTP/1.1 "));
@@ -218,7 +218,7 @@ fn requests_are_answered_the_same_however_they_are_split() {
 }
 
 #[test]
-fn close_is_obeyed_and_said() {
+fn connection_close_is_obeyed_and_confirmed() {
     let (answers, _) =
         answers(["GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\nGET / HTTP/1.1\r\n"]);
     assert_eq!(answers.matches("HTTP/1.1 200 OK").count(), 1);
@@ -226,7 +226,7 @@ fn close_is_obeyed_and_said() {
 }
 
 #[test]
-fn http_1_0_is_answered_once_unless_it_asks_for_more() {
+fn http_1_0_connections_close_unless_the_client_asks_for_keep_alive() {
     assert!(answer("GET / HTTP/1.0\r\n\r\n").contains("Connection: close\r\n"));
     let twice = "GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n".repeat(2);
     let twice = answer(&twice);
@@ -234,7 +234,7 @@ fn http_1_0_is_answered_once_unless_it_asks_for_more() {
 }
 
 #[test]
-fn what_cannot_be_framed_is_refused_and_ends_the_connection() {
+fn malformed_requests_are_refused_and_end_the_connection() {
     let too_long = format!(
         "GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n",
         "x".repeat(9000)
@@ -254,12 +254,12 @@ fn what_cannot_be_framed_is_refused_and_ends_the_connection() {
 }
 
 #[test]
-fn silence_is_answered_with_silence() {
+fn a_client_that_sends_nothing_gets_no_answer() {
     assert_eq!(answers([""; 0]).0, "");
 }
 
 #[test]
-fn a_page_that_cannot_be_read_is_an_internal_error() {
+fn an_unreadable_page_is_an_internal_error() {
     let mut stream = MockStream {
         packets: [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n".to_vec()].into(),
         written: Vec::new(),
@@ -279,13 +279,13 @@ fn a_page_that_cannot_be_read_is_an_internal_error() {
 }
 
 #[test]
-fn empty_lines_between_requests_are_no_requests() {
+fn empty_lines_between_requests_are_ignored() {
     let (answers, _) = answers(["\r\n\nGET / HTTP/1.1\r\nHost: a\r\n\r\n\r\n"]);
     assert_eq!(answers.matches("HTTP/1.1 ").count(), 1, "{answers}");
     assert_eq!(answers.matches("HTTP/1.1 200 OK").count(), 1, "{answers}");
 }
 
-/// What a draining server answers to one packet from a client that stays.
+/// The answers of a draining server to one packet from a client that stays connected.
 fn draining_answers(packet: &str) -> (String, Duration) {
     let mut stream = MockStream {
         // An empty packet would be the end of the stream.
@@ -309,13 +309,13 @@ fn draining_answers(packet: &str) -> (String, Duration) {
 }
 
 #[test]
-fn a_draining_server_answers_what_was_asked_and_closes() {
+fn a_draining_server_answers_the_request_and_closes() {
     let (answer, _) = draining_answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     assert!(answer.contains("Connection: close\r\n"), "{answer}");
 }
 
 #[test]
-fn a_newer_version_makes_the_next_answer_the_last_and_waits_for_it() {
+fn a_replaced_version_closes_after_its_next_answer() {
     let answers = |packet: &str| {
         let mut stream = MockStream {
             packets: [packet.into()].into(),
@@ -333,16 +333,16 @@ fn a_newer_version_makes_the_next_answer_the_last_and_waits_for_it() {
             String::from_utf8(stream.written).unwrap(),
         )
     };
-    let (ended, answer) = answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    let (closed, answer) = answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     assert!(
-        ended && answer.contains("Connection: close\r\n"),
+        closed && answer.contains("Connection: close\r\n"),
         "{answer}"
     );
     assert_eq!(answers("\r\n"), (false, String::new()));
 }
 
 #[test]
-fn a_draining_server_answers_all_that_was_pipelined() {
+fn a_draining_server_answers_all_pipelined_requests() {
     let three = "POST /nope HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n\r\n".repeat(3);
     let (answers, _) = draining_answers(&three);
     assert_eq!(
@@ -358,7 +358,7 @@ fn a_draining_server_answers_all_that_was_pipelined() {
 }
 
 #[test]
-fn a_draining_server_gives_up_on_an_idle_client() {
+fn a_draining_server_closes_idle_connections_after_a_grace_time() {
     for idle in ["", "\r\n"] {
         assert_eq!(draining_answers(idle), (String::new(), DRAIN_GRACE));
     }

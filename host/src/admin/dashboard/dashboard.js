@@ -1,5 +1,5 @@
-// The operator's view of a running wasinetd. All that the server answers is untrusted, such as the
-// errors of guests: it is shown as text, and never parsed as HTML.
+// The dashboard of a running wasinetd. The server's answers contain untrusted text, such as the
+// errors of guests, so the page shows them as text and never parses them as HTML.
 
 const POLL_INTERVAL = 1000;
 const POLL_TIMEOUT = 5000;
@@ -12,16 +12,16 @@ const dashboard = byId('dashboard');
 const dialog = byId('confirm');
 const connectionRows = byId('connections').tBodies[0];
 
-/** What `/v1/status` answered in the last two minutes, the latest last. */
+/** Answers of `/v1/status` in the last two minutes, the latest last. */
 let samples = [];
 let connections = [];
-/** The values of the limits, and the process that they are of. */
+/** Values of the limits, and the ID of the process that has them. */
 let limits = { pid: null, values: new Map() };
 let lastAnswer = null;
-/** What had the focus when the dialog opened: it has it again when the dialog closes. */
+/** The element with the focus when the dialog opened. It gets the focus back. */
 let dialogOpener = null;
-/** Whoever waits for the answer to the dialog's question. */
-let settleQuestion = () => {};
+/** Resolves the promise of the dialog's question. */
+let resolveQuestion = () => {};
 
 const latest = () => samples.at(-1);
 
@@ -43,7 +43,7 @@ async function request(method, path, { body, signal } = {}) {
     response = await fetch(path, { method, headers, body, signal });
     answer = await response.json();
   } catch (error) {
-    throw new RequestError(error.name === 'TimeoutError' ? 'it is too slow' : 'no answer');
+    throw new RequestError(error.name === 'TimeoutError' ? 'the request timed out' : 'no answer');
   }
   if (!response.ok) throw new RequestError(answer.error ?? response.statusText, response.status);
   return answer;
@@ -88,7 +88,7 @@ async function getLimits(pid) {
   limits = { pid, values: new Map(answer.map(({ limit, value }) => [limit, value])) };
 }
 
-/** Another process counts from zero, so that nothing before it can be compared. */
+/** A new process counts from zero, so samples of the old one cannot be compared with it. */
 function remember(status) {
   const since = status.uptime - HISTORY_SECONDS;
   samples = samples.filter(({ pid, uptime }) => pid === status.pid && uptime < status.uptime && uptime > since);
@@ -97,9 +97,9 @@ function remember(status) {
 
 // The token
 
-/** The token must not stay in the address: it would be in the browser's history. */
+/** Removes the token from the address, to keep it out of the browser's history. */
 function takeTokenFromAddress() {
-  // In a token, a plus is no space.
+  // URLSearchParams would decode a plus as a space.
   const token = new URLSearchParams(location.hash.slice(1).replaceAll('+', '%2B')).get('token');
   if (token === null) return false;
   history.replaceState(null, '', location.pathname);
@@ -107,12 +107,12 @@ function takeTokenFromAddress() {
   return true;
 }
 
-/** Browsers cannot send other characters. Without them the server says that the token is wrong. */
+/** Drops characters that a browser cannot send in a header. The server then refuses the token. */
 function storeToken(token) {
   sessionStorage.setItem(TOKEN_KEY, token.replace(/[^\x21-\x7e]/g, ''));
 }
 
-/** Resolves when there is another token, which may be wrong again. */
+/** Resolves once the operator has entered a token, which may be wrong again. */
 function askForToken() {
   const refused = sessionStorage.getItem(TOKEN_KEY) !== null;
   sessionStorage.removeItem(TOKEN_KEY);
@@ -121,8 +121,8 @@ function askForToken() {
   field.value = '';
   field.setAttribute('aria-invalid', String(refused));
   setText(byId('token-reason'), refused
-    ? 'The server does not accept this token. Enter the one that it was started with.'
-    : 'The server answers only those who show its token.');
+    ? 'The server does not accept this token. Enter the token that the server was started with.'
+    : 'The server requires a token.');
   setText(byId('phase'), '');
   showProblem('');
   dashboard.hidden = true;
@@ -138,21 +138,21 @@ function askForToken() {
   });
 }
 
-// Figures
+// Values
 
 const totalEnded = (status) => status.services.reduce((sum, service) => sum + service.ended, 0);
 
-/** How many more for each second between two answers; null if there is no earlier one. */
-function rate(of, before, now) {
-  return before ? Math.max(of(now) - of(before), 0) / (now.uptime - before.uptime) : null;
+/** Increase of a counter per second between two answers; null without an earlier answer. */
+function rate(counter, before, now) {
+  return before ? Math.max(counter(now) - counter(before), 0) / (now.uptime - before.uptime) : null;
 }
 
-/** The bucket that so large a share of the durations falls into or below, of those that `before` does
- *  not have yet. Undefined if there are none. */
-function quantile(before, now, share) {
+/** The bucket with a quantile of the durations in `now` that are not in `before` yet. Undefined if
+ *  there are none. */
+function quantile(before, now, fraction) {
   const counts = now.map(({ count }, i) => Math.max(count - (before?.[i]?.count ?? 0), 0));
-  let left = Math.max(Math.ceil(counts.reduce((sum, count) => sum + count, 0) * share), 1);
-  return now.find((_, i) => (left -= counts[i]) <= 0);
+  let rank = Math.max(Math.ceil(counts.reduce((sum, count) => sum + count, 0) * fraction), 1);
+  return now.find((_, i) => (rank -= counts[i]) <= 0);
 }
 
 const formatNumber = (number) => number.toLocaleString('en');
@@ -177,7 +177,7 @@ function formatDuration(seconds) {
   return `${(seconds / length).toFixed(1)} ${unit}`;
 }
 
-/** By the server's clock, which need not be this machine's. */
+/** Uses the server's clock, which may differ from this machine's. */
 function formatAge(time) {
   const now = Date.parse(latest().since) + latest().uptime * 1000;
   return formatDuration(Math.max(now - Date.parse(time), 0) / 1000);
@@ -188,7 +188,7 @@ function formatBucket(bucket) {
   return bucket.seconds === null ? 'hours' : `≤ ${formatDuration(bucket.seconds)}`;
 }
 
-// What is shown
+// Rendering
 
 function render() {
   const { phase } = latest();
@@ -198,7 +198,7 @@ function render() {
   setText(byId('phase'), phase);
   document.title = `wasinetd: ${phase}`;
   showProblem(phase === 'draining'
-    ? 'The server is draining: it accepts no new connections, and ends when the open ones have ended.'
+    ? 'The server is draining: it accepts no new connections, and exits when the open ones have finished.'
     : '');
   renderServer();
   renderServices();
@@ -211,9 +211,9 @@ function showUnreachable({ message }) {
   dashboard.classList.add('stale');
   setText(byId('phase'), 'unreachable');
   byId('phase').className = 'unreachable';
-  const reason = latest()?.phase === 'draining' ? `${message}; it was draining, and may have ended` : message;
-  const shown = lastAnswer ? ` What is shown is from ${lastAnswer.toLocaleTimeString()}.` : '';
-  showProblem(`The server cannot be reached (${reason}). Trying again every second.${shown}`);
+  const reason = latest()?.phase === 'draining' ? `${message}; it was draining and may have exited` : message;
+  const age = lastAnswer ? ` Showing data from ${lastAnswer.toLocaleTimeString()}.` : '';
+  showProblem(`The server cannot be reached (${reason}). Trying again every second.${age}`);
 }
 
 function showProblem(text) {
@@ -232,7 +232,7 @@ function renderServer() {
   fill(server, {
     release: status.version,
     open: formatNumber(status.open),
-    most: formatNumber(status.max_connections),
+    max: formatNumber(status.max_connections),
     rate: formatRate(rate(totalEnded, samples.at(-2), status)),
     'accept-errors': formatNumber(status.accept_errors),
     uptime: formatDuration(status.uptime),
@@ -245,17 +245,17 @@ function renderServer() {
   drawChart(byId('open-chart'), samples.map(({ uptime, open }) => [uptime, open]), formatNumber);
 }
 
-/** Draws figures with their times, in seconds. Zero is at the bottom, the highest at the top. */
+/** Draws values with their times, in seconds. Zero is at the bottom, the peak at the top. */
 function drawChart(chart, points, format) {
-  const figures = points.map(([, figure]) => figure);
-  const highest = Math.max(0, ...figures);
-  const scaled = points.map(([time, figure]) => {
+  const values = points.map(([, value]) => value);
+  const highest = Math.max(0, ...values);
+  const scaled = points.map(([time, value]) => {
     const x = HISTORY_SECONDS + time - latest().uptime;
-    const y = 40 - 38 * (figure / (highest || 1));
+    const y = 40 - 38 * (value / (highest || 1));
     return `${x.toFixed(1)},${y.toFixed(1)}`;
   });
   chart.querySelector('polyline').setAttribute('points', scaled.join(' '));
-  fill(chart, { latest: figures.length > 0 ? format(figures.at(-1)) : '–', highest: format(highest) });
+  fill(chart, { latest: values.length > 0 ? format(values.at(-1)) : '–', highest: format(highest) });
 }
 
 function renderServices() {
@@ -291,15 +291,15 @@ function renderVersion(row, { digest, state, since, open, ended }) {
 }
 
 function renderLimits() {
-  const met = latest().limits_met;
-  const before = new Map(samples[0].limits_met.map((limit) => [limit.limit, limit.met]));
-  byId('limits-met').hidden = met.length === 0;
-  byId('no-limits').hidden = met.length > 0;
-  sync(byId('limits-met').tBodies[0], met, ({ limit }) => limit, createFrom('limit-met'), (row, { limit, met }) => {
-    const lately = met - (before.get(limit) ?? 0);
+  const hit = latest().limits_met;
+  const hitsBefore = new Map(samples[0].limits_met.map(({ limit, met }) => [limit, met]));
+  byId('limits-met').hidden = hit.length === 0;
+  byId('no-limits').hidden = hit.length > 0;
+  sync(byId('limits-met').tBodies[0], hit, ({ limit }) => limit, createFrom('limit-hits'), (row, { limit, met: hits }) => {
+    const recent = hits - (hitsBefore.get(limit) ?? 0);
     const value = limits.values.get(limit) ?? '–';
-    fill(row, { limit, value, met: formatNumber(met), lately: formatNumber(lately) });
-    row.classList.toggle('bad', lately > 0);
+    fill(row, { limit, value, hits: formatNumber(hits), recent: formatNumber(recent) });
+    row.classList.toggle('bad', recent > 0);
   });
   sync(byId('limits').tBodies[0], [...limits.values], ([limit]) => limit, createFrom('limit'), (row, [limit, value]) => {
     fill(row, { limit, value });
@@ -313,15 +313,15 @@ function renderConnections() {
     return words.every((word) => text.includes(word));
   });
   matching.sort((a, b) => b.cpu - a.cpu || b.id - a.id);
-  const shown = keepPlaces(matching.slice(0, MAX_ROWS));
-  sync(connectionRows, shown, ({ id }) => id, createConnection, renderConnection);
-  const figures = [Math.min(matching.length, MAX_ROWS), matching.length, connections.length];
-  const [some, found, all] = figures.map(formatNumber);
-  setText(byId('shown'), `${some} of ${found} shown, ${all} open`);
+  const visibleConnections = keepPlaces(matching.slice(0, MAX_ROWS));
+  sync(connectionRows, visibleConnections, ({ id }) => id, createConnection, renderConnection);
+  const counts = [Math.min(matching.length, MAX_ROWS), matching.length, connections.length];
+  const [visible, found, open] = counts.map(formatNumber);
+  setText(byId('shown'), `${visible} of ${found} shown, ${open} open`);
 }
 
-/** While somebody is at a row, it stays even if its connection has ended, and no row changes its place:
- *  nobody should hit another connection than they aimed at. */
+/** While a row is in use, no row moves, and the row stays even if its connection has ended: an
+ *  operator must not kill another connection than the one aimed at. */
 function keepPlaces(chosen) {
   if (!isInUse(connectionRows)) return chosen;
   const rows = [...connectionRows.rows];
@@ -336,7 +336,7 @@ function keepPlaces(chosen) {
 function isInUse(element) {
   const focused = dialog.open ? dialogOpener : document.activeElement;
   const selection = getSelection();
-  // On a touch screen, what was touched last counts as pointed at for ever.
+  // A touch screen hovers over the last touched element without end.
   const pointed = matchMedia('(hover: hover)').matches && element.matches(':hover');
   return pointed || element.contains(focused) || (!selection.isCollapsed && selection.containsNode(element, true));
 }
@@ -345,7 +345,7 @@ function renderConnection(row, { peer, service, version, age, received, sent, cp
   row.classList.toggle('ended', ended === true);
   if (ended) {
     const button = row.querySelector('button');
-    // A button that is disabled loses the focus.
+    // A disabled button would lose the focus.
     button.setAttribute('aria-disabled', 'true');
     setText(button, 'Ended');
     return;
@@ -358,22 +358,22 @@ function renderConnection(row, { peer, service, version, age, received, sent, cp
 
 const createFrom = (template) => () => byId(template).content.firstElementChild.cloneNode(true);
 
-/** Only if it has changed, so that a selection in it is left alone. */
+/** Leaves unchanged text alone, to keep a selection in it. */
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
 function fill(element, fields) {
   for (const [field, text] of Object.entries(fields)) {
-    element.querySelectorAll(`[data-field=${field}]`).forEach((one) => setText(one, text));
+    element.querySelectorAll(`[data-field=${field}]`).forEach((target) => setText(target, text));
   }
 }
 
-/** Has `parent` hold one child for each item, in their order. A child is known by its item's key: it is
- *  updated where it is, and moved only if it has to be, since that loses the focus. */
+/** Makes `parent` hold one child per item, in their order. A child belongs to the key of its item.
+ *  It is updated in place, and moved only if necessary, because moving loses the focus. */
 function sync(parent, items, keyOf, create, update) {
   const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
-  const wanted = items.map((item, i) => {
+  const children = items.map((item, i) => {
     const key = String(keyOf(item, i));
     const child = old.get(key) ?? create(item);
     child.dataset.key = key;
@@ -382,7 +382,7 @@ function sync(parent, items, keyOf, create, update) {
     return child;
   });
   old.forEach((child) => child.remove());
-  wanted.forEach((child, i) => {
+  children.forEach((child, i) => {
     if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] ?? null);
   });
 }
@@ -391,13 +391,13 @@ function createService({ name }) {
   const section = createFrom('service')();
   const [swapButton, rollBackButton] = section.querySelectorAll('button');
   const picker = section.querySelector('input');
-  swapButton.setAttribute('aria-label', `Swap… the version of ${name}`);
+  swapButton.setAttribute('aria-label', `Swap guest… of ${name}`);
   rollBackButton.setAttribute('aria-label', `Roll back ${name}`);
   swapButton.addEventListener('click', () => picker.click());
   rollBackButton.addEventListener('click', () => rollBack(name));
   picker.addEventListener('change', () => {
     if (picker.files.length > 0) swap(name, picker.files[0]);
-    // Or choosing the same file once more would be no change. The file itself is not lost.
+    // Otherwise choosing the same file again would be no change. The chosen file stays valid.
     picker.value = '';
   });
   return section;
@@ -414,28 +414,28 @@ function createConnection({ id, peer }) {
   return row;
 }
 
-// What operators do
+// Actions
 
-/** Resolves to whether the operator wants it. */
+/** Asks the operator to confirm an action. Resolves to the answer. */
 function confirmed(title, text, action) {
-  // A file picker may be open meanwhile: one answer must not count for two questions.
+  // A file picker may bring up a second question: one answer must not count for both.
   if (dialog.open) return Promise.resolve(false);
-  // The browser tells only some time after that the dialog has closed: an earlier question may wait yet.
-  settleQuestion(dialog.returnValue === 'confirmed');
+  // The event of a closed dialog comes late: an earlier question may still wait for it.
+  resolveQuestion(dialog.returnValue === 'confirmed');
   setText(byId('confirm-title'), title);
   setText(byId('confirm-text'), text);
   setText(byId('confirm-action'), action);
   dialogOpener = document.activeElement;
-  // Escape leaves the value as it is.
+  // Escape does not change the value.
   dialog.returnValue = '';
   dialog.showModal();
   return new Promise((resolve) => {
-    settleQuestion = resolve;
+    resolveQuestion = resolve;
   });
 }
 
 dialog.addEventListener('close', () => {
-  if (!dialog.open) settleQuestion(dialog.returnValue === 'confirmed');
+  if (!dialog.open) resolveQuestion(dialog.returnValue === 'confirmed');
 });
 
 async function act(doing, method, path, describe, body) {
@@ -451,29 +451,29 @@ const previousOf = (service) => service.versions.find(({ state }) => state === '
 const servicePath = (name, action) => `/v1/services/${encodeURIComponent(name)}/${action}`;
 
 async function kill(id, peer) {
-  const text = `The client ${peer} sees a reset, and what its guest was doing is lost.`;
+  const text = `The client ${peer} gets a reset, and its guest stops at once.`;
   if (!await confirmed(`Kill connection ${id}?`, text, 'Kill')) return;
   await act(`Killing connection ${id}`, 'DELETE', `/v1/connections/${id}`, () => `Connection ${id} was killed.`);
 }
 
 async function swap(name, file) {
-  const text = `New connections are served with ${file.name} (${formatSize(file.size)}) if the server accepts it. ` +
-    'Those that are open go on with the version that they have.';
-  if (!await confirmed(`Swap the version of ${name}?`, text, 'Swap')) return;
+  const text = `New connections use ${file.name} (${formatSize(file.size)}) if the server accepts it. ` +
+    'Open connections keep their version.';
+  if (!await confirmed(`Swap the guest of ${name}?`, text, 'Swap')) return;
   await act(`Swapping ${name} to ${file.name}`, 'POST', servicePath(name, 'swap'), describeSwapped(name), file);
 }
 
 async function rollBack(name) {
   const previous = previousOf(latest().services.find((service) => service.name === name));
-  const text = `New connections are served with ${formatDigest(previous.digest)} again. ` +
-    'Those that are open go on with the version that they have.';
+  const text = `New connections use version ${formatDigest(previous.digest)} again. ` +
+    'Open connections keep their version.';
   if (!await confirmed(`Roll back ${name}?`, text, 'Roll back')) return;
   await act(`Rolling back ${name}`, 'POST', servicePath(name, 'rollback'), describeSwapped(name));
 }
 
 const describeSwapped = (name) => ({ digest, before, took }) => (digest === before
-  ? `Nothing has changed: ${name} serves ${formatDigest(digest)} already.`
-  : `${name} serves ${formatDigest(digest)} now, and no longer ${formatDigest(before)}. It took ${formatDuration(took)}.`);
+  ? `Nothing has changed: ${formatDigest(digest)} is the current version of ${name} already.`
+  : `${name} now uses ${formatDigest(digest)} instead of ${formatDigest(before)}. The swap took ${formatDuration(took)}.`);
 
 byId('filter').addEventListener('input', renderConnections);
 byId('notice-close').addEventListener('click', () => showNotice(''));
@@ -482,6 +482,6 @@ addEventListener('hashchange', () => {
 });
 takeTokenFromAddress();
 run().catch((error) => {
-  showProblem(`This page has failed, and is not up to date any more: ${error.message}. Reload it.`);
+  showProblem(`This page has stopped updating: ${error.message}. Reload it.`);
   throw error;
 });

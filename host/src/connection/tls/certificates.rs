@@ -1,4 +1,4 @@
-//! Certificates and keys: from files, by the name that a client asks for, and as clients show them.
+//! Certificates and keys: read from files, chosen by server name, and described to guests.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -21,112 +21,69 @@ use x509_cert::der::{Decode, Tag, Tagged};
 use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
-use super::CertificateFiles;
-use crate::Error;
+use super::error::{TlsError, TlsFile};
+use super::settings::CertificateFiles;
 use crate::sandbox::ClientCertificate;
 
-fn failed(flag: &'static str, path: &Path, reason: impl Into<String>) -> Error {
-    Error::Tls {
-        flag,
-        path: path.into(),
-        reason: reason.into(),
-    }
-}
-
-fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, Error> {
-    std::fs::read(path).map_err(|error| {
-        let text = format!("{error}; name a file that wasinetd can read");
-        failed(flag, path, text)
-    })
-}
-
-/// The certificates in a file, of which there is one at least.
-fn read_certificates(
-    flag: &'static str,
-    path: &Path,
-) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let text = read(flag, path)?;
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
-    match certificates {
-        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        Ok(_) => Err(failed(
-            flag,
-            path,
-            "there is no certificate in it; it has to be PEM, with -----BEGIN CERTIFICATE-----",
-        )),
-        Err(error) => Err(failed(flag, path, not_pem(&error))),
-    }
-}
-
-fn not_pem(error: &pem::Error) -> String {
-    format!("{error}; it has to be PEM (openssl x509 and openssl pkey convert to it)")
-}
-
-/// The certificates that clients may show lead to these.
-pub(super) fn authorities(path: &Path) -> Result<RootCertStore, Error> {
-    const FLAG: &str = "--tls-client-ca";
-    let mut roots = RootCertStore::empty();
-    for certificate in read_certificates(FLAG, path)? {
-        roots.add(certificate).map_err(|error| {
-            let text = format!("a certificate in it is none: {error}; make it anew");
-            failed(FLAG, path, text)
-        })?;
-    }
-    Ok(roots)
-}
-
-/// What the server shows, by name.
+/// The certificates of the server.
 #[derive(Debug)]
 pub(super) struct Certificates {
-    /// In the order in which they were given, of which the first one is the usual one.
+    /// In the order of the settings. The first is the default.
     all: Vec<Arc<CertifiedKey>>,
-    /// Their places in that, by the names that they are for, in lower case.
+    /// Indexes into `all` by DNS name, in lower case.
     by_name: HashMap<String, Vec<usize>>,
 }
 
 impl Certificates {
-    /// Reads them.
+    /// Reads certificates and keys from their files.
+    ///
+    /// # Errors
+    ///
+    /// [`TlsError::File`] with the first file that cannot be used.
     pub(super) fn read(
         pairs: &[CertificateFiles],
         provider: &CryptoProvider,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, TlsError> {
         let mut certificates = Self {
             all: Vec::new(),
             by_name: HashMap::new(),
         };
         for pair in pairs {
             let (key, names) = read_pair(pair, provider)?;
-            let place = certificates.all.len();
+            let index = certificates.all.len();
             certificates.all.push(Arc::new(key));
             for name in names {
                 let name = name.to_ascii_lowercase();
-                certificates.by_name.entry(name).or_default().push(place);
+                certificates.by_name.entry(name).or_default().push(index);
             }
         }
         Ok(certificates)
     }
 
-    /// The names that there are certificates for.
+    /// The DNS names of all certificates, sorted.
     pub(super) fn names(&self) -> Vec<&str> {
         let mut names: Vec<_> = self.by_name.keys().map(String::as_str).collect();
         names.sort_unstable();
         names
     }
 
-    /// Those that are for `name`: by itself, then by a wildcard for its first part (RFC 9525, section 6.3).
+    /// The certificates for `name`: exact ones first, then those with a wildcard for its first
+    /// label (RFC 9525, section 6.3).
     fn named(&self, name: &str) -> impl Iterator<Item = &Arc<CertifiedKey>> {
         let name = name.to_ascii_lowercase();
         let wildcard = name
             .split_once('.')
             .map(|(_, parent)| format!("*.{parent}"));
-        let places = [Some(name), wildcard].map(|name| self.by_name.get(&name?));
-        let places = places.into_iter().flatten().flatten();
-        places.map(|place| &self.all[*place])
+        let indexes = [Some(name), wildcard].map(|name| self.by_name.get(&name?));
+        let indexes = indexes.into_iter().flatten().flatten();
+        indexes.map(|index| &self.all[*index])
     }
 }
 
 impl ResolvesServerCert for Certificates {
-    /// One for the name, or the first one, or else any that the client can check the signature of.
+    /// Prefers a certificate for the name, then the default, then any other.
+    ///
+    /// The client must be able to verify its signature.
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let named = hello.server_name().into_iter();
         let named = named.flat_map(|name| self.named(name));
@@ -138,22 +95,37 @@ impl ResolvesServerCert for Certificates {
     }
 }
 
-/// A certificate with its key, and the names that it is for.
+/// Certificates of the authorities that issue client certificates.
+///
+/// # Errors
+///
+/// [`TlsError::File`] if the file cannot be used.
+pub(super) fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
+    const KIND: TlsFile = TlsFile::ClientAuthorities;
+    let mut roots = RootCertStore::empty();
+    for certificate in read_certificates(KIND, path)? {
+        roots.add(certificate).map_err(|error| {
+            let reason = format!("it contains an invalid certificate: {error}; generate it again");
+            TlsError::file(KIND, path, reason)
+        })?;
+    }
+    Ok(roots)
+}
+
+/// Reads a certificate with its key, and returns its DNS names too.
 fn read_pair(
     pair: &CertificateFiles,
     provider: &CryptoProvider,
-) -> Result<(CertifiedKey, Vec<String>), Error> {
-    const FLAG: &str = "--tls-cert";
-    const KEY_FLAG: &str = "--tls-key";
-    let chain = read_certificates(FLAG, &pair.certificate)?;
+) -> Result<(CertifiedKey, Vec<String>), TlsError> {
+    let chain = read_certificates(TlsFile::Certificate, &pair.certificate)?;
     let parsed = Certificate::from_der(&chain[0]).map_err(|error| {
-        let text = format!("its first certificate is none: {error}; make it anew");
-        failed(FLAG, &pair.certificate, text)
+        let reason = format!("the first certificate is invalid: {error}; generate it again");
+        TlsError::file(TlsFile::Certificate, &pair.certificate, reason)
     })?;
-    let key_failed = |reason: String| failed(KEY_FLAG, &pair.key, reason);
-    let text = read(KEY_FLAG, &pair.key)?;
+    let key_error = |reason: String| TlsError::file(TlsFile::Key, &pair.key, reason);
+    let text = read(TlsFile::Key, &pair.key)?;
     let key = PrivateKeyDer::from_pem_slice(&text).map_err(|error| {
-        key_failed(match error {
+        key_error(match error {
             pem::Error::NoItemsFound => {
                 "there is no private key in it that is not encrypted; make one with: openssl pkey"
                     .into()
@@ -162,47 +134,72 @@ fn read_pair(
         })
     })?;
     let key = provider.key_provider.load_private_key(key).map_err(|error| {
-        key_failed(format!(
-            "{error}; use an RSA key of 2048 bits or more, or an ECDSA (P-256, P-384) or Ed25519 one"
+        key_error(format!(
+            "{error}; use an RSA key of 2048 bits or more, or an ECDSA (P-256, P-384) or Ed25519 key"
         ))
     })?;
     let mut certified = CertifiedKey::new(chain, key);
     certified.keys_match().map_err(|_| {
-        key_failed(format!(
-            "it is not the key of the certificate in {:?}; give those that belong together, in the same order",
+        key_error(format!(
+            "it is not the key of the certificate in {:?}; give certificates and keys in the same order",
             pair.certificate
         ))
     })?;
     if let Some(path) = &pair.ocsp {
         certified.ocsp = Some(read_ocsp(path)?);
     }
-    warn_of(pair, &parsed);
-    Ok((certified, names_of(&parsed)))
+    warn_about(pair, &parsed);
+    Ok((certified, dns_names(&parsed)))
 }
 
-/// What an OCSP responder has answered. Clients break off a handshake for what is none.
-fn read_ocsp(path: &Path) -> Result<Vec<u8>, Error> {
-    const FLAG: &str = "--tls-ocsp";
-    /// The beginning of an answer that is one: the status `successful` (RFC 6960, section 4.2.1).
+fn read(kind: TlsFile, path: &Path) -> Result<Vec<u8>, TlsError> {
+    std::fs::read(path).map_err(|error| {
+        let reason = format!("{error}; name a file that wasinetd can read");
+        TlsError::file(kind, path, reason)
+    })
+}
+
+/// Reads the certificates in a file, at least one.
+fn read_certificates(kind: TlsFile, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let text = read(kind, path)?;
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
+    match certificates {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        Ok(_) => Err(TlsError::file(
+            kind,
+            path,
+            "there is no certificate in it; it has to be PEM, with -----BEGIN CERTIFICATE-----",
+        )),
+        Err(error) => Err(TlsError::file(kind, path, not_pem(&error))),
+    }
+}
+
+fn not_pem(error: &pem::Error) -> String {
+    format!("{error}; it has to be PEM (openssl x509 and openssl pkey convert to it)")
+}
+
+/// Reads a successful OCSP response. Clients abort the handshake for any other.
+fn read_ocsp(path: &Path) -> Result<Vec<u8>, TlsError> {
+    /// The first bytes of a response: the status `successful` (RFC 6960, section 4.2.1).
     const SUCCESSFUL: [u8; 3] = [0x0a, 1, 0];
-    let answer = read(FLAG, path)?;
-    let sequence = AnyRef::from_der(&answer);
+    let response = read(TlsFile::Ocsp, path)?;
+    let sequence = AnyRef::from_der(&response);
     match sequence {
         Ok(sequence)
             if sequence.tag() == Tag::Sequence && sequence.value().starts_with(&SUCCESSFUL) =>
         {
-            Ok(answer)
+            Ok(response)
         }
-        _ => Err(failed(
-            FLAG,
+        _ => Err(TlsError::file(
+            TlsFile::Ocsp,
             path,
-            "it is not what a responder answers that knows the certificate; ask for it anew (openssl ocsp -respout FILE), and leave the flag out until there is one",
+            "it is not a successful OCSP response; fetch a new one (openssl ocsp -respout FILE), and serve without one until then",
         )),
     }
 }
 
-/// What is no reason not to serve.
-fn warn_of(pair: &CertificateFiles, certificate: &Certificate) {
+/// Logs problems that do not keep the server from serving.
+fn warn_about(pair: &CertificateFiles, certificate: &Certificate) {
     let (path, key) = (&pair.certificate, &pair.key);
     if let Ok(metadata) = std::fs::metadata(key)
         && metadata.mode() & 0o007 != 0
@@ -211,21 +208,21 @@ fn warn_of(pair: &CertificateFiles, certificate: &Certificate) {
             path = %key.display(),
             mode = format!("{:03o}", metadata.mode() & 0o777),
             fix = format!("chmod 600 {}", key.display()),
-            "others may read the key given to --tls-key"
+            "others may read the key of the server"
         );
     }
     let validity = certificate.tbs_certificate().validity();
     let now = SystemTime::now();
     if validity.not_after.to_system_time() < now {
-        warn!(path = %path.display(), not_after = %validity.not_after, "the certificate given to --tls-cert has expired: clients will refuse it");
+        warn!(path = %path.display(), not_after = %validity.not_after, "the certificate of the server has expired: clients will refuse it");
     }
     if validity.not_before.to_system_time() > now {
-        warn!(path = %path.display(), not_before = %validity.not_before, "the certificate given to --tls-cert is not valid yet: clients will refuse it");
+        warn!(path = %path.display(), not_before = %validity.not_before, "the certificate of the server is not valid yet: clients will refuse it");
     }
 }
 
-/// The DNS names of a certificate. Those in its subject count for no client of today.
-fn names_of(certificate: &Certificate) -> Vec<String> {
+/// The DNS names of a certificate. Clients ignore names in its subject (RFC 9525, section 2).
+fn dns_names(certificate: &Certificate) -> Vec<String> {
     let Ok(Some((_, names))) = certificate
         .tbs_certificate()
         .get_extension::<SubjectAltName>()
@@ -239,18 +236,18 @@ fn names_of(certificate: &Certificate) -> Vec<String> {
     names.collect()
 }
 
-/// The longest subject that a guest is told of, in bytes. Arbitrary: those of people are far shorter.
-const MOST_OF_SUBJECT: usize = 4096;
+/// The longest subject that a guest learns, in bytes. Arbitrary: names of people are far shorter.
+const MAX_SUBJECT: usize = 4096;
 
-/// What a guest learns of a certificate that was checked.
+/// Describes a verified client certificate to a guest.
 pub(super) fn describe_client(certificate: &CertificateDer<'_>) -> ClientCertificate {
     let parsed = Certificate::from_der(certificate);
     let mut subject = parsed.map_or_else(
         |_| String::new(),
         |parsed| parsed.tbs_certificate().subject().to_string(),
     );
-    if subject.len() > MOST_OF_SUBJECT {
-        // A part of a name can be another's.
+    if subject.len() > MAX_SUBJECT {
+        // Not truncated: a part of a name can be the name of somebody else.
         subject.clear();
     }
     let mut fingerprint = String::with_capacity(64);
@@ -270,15 +267,15 @@ mod tests {
 
     fn certified(names: &[&str]) -> (tempfile::TempDir, CertificateFiles) {
         let names: Vec<String> = names.iter().map(|name| (*name).into()).collect();
-        let made = rcgen::generate_simple_self_signed(names).unwrap();
+        let generated = rcgen::generate_simple_self_signed(names).unwrap();
         let directory = tempfile::tempdir().unwrap();
         let pair = CertificateFiles {
             certificate: directory.path().join("cert.pem"),
             key: directory.path().join("key.pem"),
             ocsp: None,
         };
-        std::fs::write(&pair.certificate, made.cert.pem()).unwrap();
-        std::fs::write(&pair.key, made.signing_key.serialize_pem()).unwrap();
+        std::fs::write(&pair.certificate, generated.cert.pem()).unwrap();
+        std::fs::write(&pair.key, generated.signing_key.serialize_pem()).unwrap();
         (directory, pair)
     }
 
@@ -287,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_leads_to_its_certificates_and_a_wildcard_is_one_part() {
+    fn a_name_selects_its_certificates_and_a_wildcard_is_one_label() {
         let given = [
             certified(&["example.org", "www.Example.org"]),
             certified(&["*.example.org", "other.test"]),
@@ -295,7 +292,7 @@ mod tests {
         ];
         let pairs: Vec<_> = given.iter().map(|(_, pair)| pair.clone()).collect();
         let certificates = Certificates::read(&pairs, &provider()).unwrap();
-        for (name, places) in [
+        for (name, indexes) in [
             ("example.org", &[0][..]),
             ("WWW.example.org", &[0, 2, 1]),
             ("mail.example.org", &[1]),
@@ -307,19 +304,17 @@ mod tests {
             (".example.org", &[1]),
         ] {
             let named = certificates.named(name);
-            let place = |one| {
-                certificates
-                    .all
-                    .iter()
-                    .position(|two| Arc::ptr_eq(one, two))
+            let index = |key| {
+                let mut all = certificates.all.iter();
+                all.position(|other| Arc::ptr_eq(key, other))
             };
-            let found: Vec<usize> = named.filter_map(place).collect();
-            assert_eq!(found, places, "{name}");
+            let found: Vec<usize> = named.filter_map(index).collect();
+            assert_eq!(found, indexes, "{name}");
         }
     }
 
     #[test]
-    fn what_is_wrong_with_a_file_is_said_with_its_flag() {
+    fn an_error_names_the_file_its_purpose_and_the_reason() {
         let (directory, good) = certified(&["localhost"]);
         let (_other, other) = certified(&["localhost"]);
         let nothing = directory.path().join("nothing.pem");
@@ -328,47 +323,47 @@ mod tests {
         let text = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n";
         std::fs::write(&broken, text).unwrap();
         let missing = directory.path().join("missing.pem");
-        let bad = |change: &dyn Fn(&mut CertificateFiles)| {
+        let (certificate, key) = ("the certificate", "the private key");
+        type Change<'a> = &'a dyn Fn(&mut CertificateFiles);
+        let cases: [(Change<'_>, [&str; 3]); 8] = [
+            (
+                &|pair| pair.certificate = missing.clone(),
+                [certificate, "missing.pem", "No such file"],
+            ),
+            (
+                &|pair| pair.certificate = nothing.clone(),
+                [certificate, "nothing.pem", "BEGIN CERTIFICATE"],
+            ),
+            (
+                &|pair| pair.certificate = broken.clone(),
+                [certificate, "broken.pem", "generate it again"],
+            ),
+            (
+                &|pair| pair.certificate = good.key.clone(),
+                [certificate, "key.pem", "no certificate"],
+            ),
+            (
+                &|pair| pair.key = missing.clone(),
+                [key, "missing.pem", "No such file"],
+            ),
+            (
+                &|pair| pair.key = nothing.clone(),
+                [key, "nothing.pem", "no private key"],
+            ),
+            (
+                &|pair| pair.key = other.key.clone(),
+                [key, "key.pem", "not the key of"],
+            ),
+            (
+                &|pair| pair.ocsp = Some(missing.clone()),
+                ["the OCSP response", "missing.pem", "No such file"],
+            ),
+        ];
+        for (change, parts) in cases {
             let mut pair = good.clone();
             change(&mut pair);
-            Certificates::read(&[pair], &provider())
-                .unwrap_err()
-                .to_string()
-        };
-        for (error, parts) in [
-            (
-                bad(&|pair| pair.certificate = missing.clone()),
-                ["--tls-cert", "missing.pem", "No such file"],
-            ),
-            (
-                bad(&|pair| pair.certificate = nothing.clone()),
-                ["--tls-cert", "nothing.pem", "BEGIN CERTIFICATE"],
-            ),
-            (
-                bad(&|pair| pair.certificate = broken.clone()),
-                ["--tls-cert", "broken.pem", "make it anew"],
-            ),
-            (
-                bad(&|pair| pair.certificate = good.key.clone()),
-                ["--tls-cert", "key.pem", "no certificate"],
-            ),
-            (
-                bad(&|pair| pair.key = missing.clone()),
-                ["--tls-key", "missing.pem", "No such file"],
-            ),
-            (
-                bad(&|pair| pair.key = nothing.clone()),
-                ["--tls-key", "nothing.pem", "no private key"],
-            ),
-            (
-                bad(&|pair| pair.key = other.key.clone()),
-                ["--tls-key", "key.pem", "not the key of"],
-            ),
-            (
-                bad(&|pair| pair.ocsp = Some(missing.clone())),
-                ["--tls-ocsp", "missing.pem", "No such file"],
-            ),
-        ] {
+            let error = Certificates::read(&[pair], &provider()).unwrap_err();
+            let error = error.to_string();
             assert!(parts.iter().all(|part| error.contains(part)), "{error}");
         }
         assert!(authorities(&nothing).is_err());
@@ -376,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn a_subject_is_written_so_that_nobody_can_forge_another() {
+    fn a_subject_is_escaped_so_that_nobody_can_forge_another() {
         let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
         let name = &mut params.distinguished_name;
         *name = rcgen::DistinguishedName::new();

@@ -1,97 +1,99 @@
-//! The places for handshakes: so many at once, of all clients and of each source.
+//! Limit on concurrent TLS handshakes, of all clients and of each source.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::limit::Limit;
 use crate::listener::Source;
+use crate::sync::lock;
 
-/// The places for handshakes. Nobody has more than half of them: clients that begin one and go no further
-/// would keep those of others waiting.
+/// Limit on concurrent TLS handshakes.
+///
+/// One source gets half of the permits at most: a client that begins handshakes without completing
+/// them must not block the others.
 pub(super) struct HandshakeLimit {
-    places: Arc<Semaphore>,
-    /// Of one source.
-    most: usize,
-    /// Of the sources that have some, or wait for one.
-    of_source: Mutex<HashMap<Source, Arc<Semaphore>>>,
+    permits: Arc<Semaphore>,
+    max_per_source: usize,
+    /// The sources that hold permits or wait for one.
+    sources: Mutex<HashMap<Source, Arc<Semaphore>>>,
 }
 
-/// A place, given back when it is dropped.
+/// Permission for one handshake, returned when dropped.
 pub(super) struct HandshakePermit<'a> {
-    // In this order: who waits among those of its source is not to be let on before there is a place.
-    _among_all: Option<OwnedSemaphorePermit>,
-    _of_source: Option<SourceHandshakePermit<'a>>,
+    // Drop order: the global permit first, so a waiter of the same source never wakes without one.
+    _global: Option<OwnedSemaphorePermit>,
+    _source: Option<SourceHandshakePermit<'a>>,
 }
 
-/// One of the places of a source, or the wish for one.
+/// A permit of one source, or its place in the queue.
 struct SourceHandshakePermit<'a> {
-    handshakes: &'a HandshakeLimit,
+    limit: &'a HandshakeLimit,
     source: Source,
     permit: Option<OwnedSemaphorePermit>,
 }
 
 impl HandshakeLimit {
-    /// So many at once.
-    pub(super) fn new(most: usize) -> Self {
+    /// A limit of `max` concurrent handshakes.
+    pub(super) fn new(max: usize) -> Self {
         Self {
-            places: Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))),
-            most: most.div_ceil(2).min(Semaphore::MAX_PERMITS),
-            of_source: Mutex::default(),
+            permits: Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS))),
+            max_per_source: max.div_ceil(2).min(Semaphore::MAX_PERMITS),
+            sources: Mutex::default(),
         }
     }
 
-    /// A place for a client of `source`, as soon as there is one. Where sources do not count, there is none.
-    pub(super) async fn place(&self, source: Option<Source>) -> HandshakePermit<'_> {
+    /// Waits for a permit for a client of `source`. None: sources are not limited.
+    pub(super) async fn acquire(&self, source: Option<Source>) -> HandshakePermit<'_> {
         let mut has_waited = false;
-        let mut of_source = source.map(|source| SourceHandshakePermit {
-            handshakes: self,
+        let mut source = source.map(|source| SourceHandshakePermit {
+            limit: self,
             source,
             permit: None,
         });
-        if let Some(place) = &mut of_source {
-            place.permit = take(self.places_of(place.source), &mut has_waited).await;
+        if let Some(source) = &mut source {
+            let permits = self.permits_of(source.source);
+            source.permit = acquire(permits, &mut has_waited).await;
         }
         HandshakePermit {
-            _among_all: take(self.places.clone(), &mut has_waited).await,
-            _of_source: of_source,
+            _global: acquire(self.permits.clone(), &mut has_waited).await,
+            _source: source,
         }
     }
 
-    fn places_of(&self, source: Source) -> Arc<Semaphore> {
-        let mut of_source = self.of_source();
-        let places = of_source.entry(source);
-        let new = || Arc::new(Semaphore::new(self.most));
-        places.or_insert_with(new).clone()
+    fn permits_of(&self, source: Source) -> Arc<Semaphore> {
+        let mut sources = self.sources();
+        let permits = sources.entry(source);
+        let new = || Arc::new(Semaphore::new(self.max_per_source));
+        permits.or_insert_with(new).clone()
     }
 
-    fn of_source(&self) -> MutexGuard<'_, HashMap<Source, Arc<Semaphore>>> {
-        let of_source = self.of_source.lock();
-        of_source.unwrap_or_else(PoisonError::into_inner)
+    fn sources(&self) -> MutexGuard<'_, HashMap<Source, Arc<Semaphore>>> {
+        lock(&self.sources)
     }
 }
 
-/// One of the places. Whoever waits for one is counted once.
-async fn take(places: Arc<Semaphore>, has_waited: &mut bool) -> Option<OwnedSemaphorePermit> {
-    if let Ok(place) = places.clone().try_acquire_owned() {
-        return Some(place);
+/// Waits for a permit. Counts the limit as met the first time that a client has to wait.
+async fn acquire(permits: Arc<Semaphore>, has_waited: &mut bool) -> Option<OwnedSemaphorePermit> {
+    if let Ok(permit) = permits.clone().try_acquire_owned() {
+        return Some(permit);
     }
     if !std::mem::replace(has_waited, true) {
         Limit::MaxHandshakes.count();
     }
-    // It is never closed.
-    places.acquire_owned().await.ok()
+    // The semaphore is never closed.
+    permits.acquire_owned().await.ok()
 }
 
 impl Drop for SourceHandshakePermit<'_> {
     fn drop(&mut self) {
         self.permit = None;
-        let mut of_source = self.handshakes.of_source();
-        let places = of_source.get(&self.source);
-        // Who has a place, or waits for one, holds it as well.
-        if places.is_some_and(|places| Arc::strong_count(places) == 1) {
-            of_source.remove(&self.source);
+        let mut sources = self.limit.sources();
+        let permits = sources.get(&self.source);
+        // Each permit, and each waiter, holds a reference to the semaphore.
+        if permits.is_some_and(|permits| Arc::strong_count(permits) == 1) {
+            sources.remove(&self.source);
         }
     }
 }
@@ -107,31 +109,31 @@ mod tests {
     }
 
     #[test]
-    fn no_source_has_more_than_half() {
-        let handshakes = HandshakeLimit::new(4);
-        let place = |of| handshakes.place(of).now_or_never();
-        let mut places = vec![place(source(1)).unwrap(), place(source(1)).unwrap()];
-        assert!(place(source(1)).is_none());
-        places.push(place(source(2)).unwrap());
-        places.push(place(None).unwrap());
-        assert!(place(source(3)).is_none());
-        places.remove(0);
-        let third = place(source(3)).unwrap();
-        assert!(place(source(1)).is_none());
-        drop((places, third));
-        assert!(handshakes.of_source().is_empty());
-        assert_eq!(handshakes.places.available_permits(), 4);
+    fn one_source_gets_half_of_the_permits_at_most() {
+        let limit = HandshakeLimit::new(4);
+        let acquire = |source| limit.acquire(source).now_or_never();
+        let mut permits = vec![acquire(source(1)).unwrap(), acquire(source(1)).unwrap()];
+        assert!(acquire(source(1)).is_none());
+        permits.push(acquire(source(2)).unwrap());
+        permits.push(acquire(None).unwrap());
+        assert!(acquire(source(3)).is_none());
+        permits.remove(0);
+        let third = acquire(source(3)).unwrap();
+        assert!(acquire(source(1)).is_none());
+        drop((permits, third));
+        assert!(limit.sources().is_empty());
+        assert_eq!(limit.permits.available_permits(), 4);
     }
 
     #[test]
-    fn who_waits_is_next_and_forgotten_when_it_gives_up() {
-        let handshakes = HandshakeLimit::new(1);
-        let first = handshakes.place(source(1)).now_or_never().unwrap();
-        let mut second = Box::pin(handshakes.place(source(1)));
+    fn a_waiter_is_served_next_and_forgotten_when_it_gives_up() {
+        let limit = HandshakeLimit::new(1);
+        let first = limit.acquire(source(1)).now_or_never().unwrap();
+        let mut second = Box::pin(limit.acquire(source(1)));
         assert!(second.as_mut().now_or_never().is_none());
         drop(first);
         assert!(second.as_mut().now_or_never().is_some());
         drop(second);
-        assert!(handshakes.of_source().is_empty());
+        assert!(limit.sources().is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! Where guests may connect to: `HOST:PORT`, or `NAME:PORT/CIDR`.
+//! Destinations that guests may connect to: `HOST:PORT`, or `NAME:PORT/CIDR`.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,7 +8,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::net::{Cidr, CidrError};
 
-/// Addresses, and one TCP port there, that guests may connect to.
+/// Addresses and one TCP port that guests may connect to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Destination {
     host: Host,
@@ -17,25 +17,25 @@ pub struct Destination {
 
 #[derive(Clone, Debug, PartialEq)]
 enum Host {
-    /// An address is a network of one.
+    /// A network. A single address is a network of one.
     Network(Cidr),
     Name {
         name: String,
-        /// Where the name may lead. None is any public address.
+        /// The network that the name may lead to. None allows all public addresses.
         within: Option<Cidr>,
     },
 }
 
 impl Destination {
-    /// Whether it is given by its address, and `address` is it.
-    pub(super) fn is(&self, address: SocketAddr) -> bool {
+    /// Whether this destination is a network with `address` in it. False for a name.
+    pub(super) fn covers(&self, address: SocketAddr) -> bool {
         match &self.host {
             Host::Network(network) => self.port == address.port() && network.contains(address.ip()),
             Host::Name { .. } => false,
         }
     }
 
-    /// Its name, in lower case, if it is given by one.
+    /// The name in lower case. None for a network.
     pub(super) fn name(&self) -> Option<&str> {
         match &self.host {
             Host::Network(_) => None,
@@ -43,10 +43,11 @@ impl Destination {
         }
     }
 
-    /// Where to connect to when its name was found to lead to `address`. None where it must not
-    /// lead: whoever answers for the name decides where it does, and is not to get guests into
-    /// networks that only this host can reach (DNS rebinding).
-    pub(super) fn at(&self, address: IpAddr) -> Option<SocketAddr> {
+    /// The socket address for `address`, to which the name was resolved.
+    ///
+    /// None if the name must not lead there. The owner of a name chooses its addresses, and must
+    /// not get guests into networks that only this host can reach (DNS rebinding).
+    pub(super) fn permit(&self, address: IpAddr) -> Option<SocketAddr> {
         let address = address.to_canonical();
         let allowed = match &self.host {
             Host::Network(_) => false,
@@ -77,29 +78,29 @@ impl fmt::Display for Destination {
     }
 }
 
-/// What is wrong with the text of a [`Destination`].
+/// Why a text is not a [`Destination`].
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 pub enum DestinationError {
-    /// It is of no known form.
+    /// The text has no known form.
     #[error(
         "not HOST:PORT, such as db.example.com:5432, 192.0.2.7:5432, 10.0.0.0/8:5432 or [2001:db8::1]:5432"
     )]
     Form,
-    /// The port is none.
+    /// The port is not a port number.
     #[error("the port is not a number from 1 to 65535")]
     Port,
-    /// The name is none.
+    /// The host is not a valid name.
     #[error("the host is neither an address, nor a network, nor a name of letters, digits and -")]
     Name,
-    /// What follows the port is not a network.
-    #[error(
-        "what follows the port is not a network that the name may lead to, such as /10.0.0.0/8"
-    )]
+    /// The text after the port is not a network.
+    #[error("the text after the port is not a network of the name, such as /10.0.0.0/8")]
     Network,
-    /// An address has a network behind it.
-    #[error("a network can follow the port of a name only; write 10.0.0.0/8:5432 for all of one")]
+    /// A network follows the port of an address.
+    #[error(
+        "only a name may have a network after its port; write 10.0.0.0/8:5432 for all of a network"
+    )]
     NetworkOfNetwork,
-    /// An IPv4 network in the form of an IPv6 one.
+    /// An IPv4 address is written as an IPv6 address.
     #[error("an IPv4 address written as IPv6; write it as IPv4")]
     Mapped,
 }
@@ -108,17 +109,7 @@ impl FromStr for Destination {
     type Err = DestinationError;
 
     fn from_str(text: &str) -> Result<Self, DestinationError> {
-        let (host, rest, bracketed) = match text.strip_prefix('[') {
-            Some(text) => {
-                let (host, rest) = text.split_once(']').ok_or(DestinationError::Form)?;
-                let rest = rest.strip_prefix(':').ok_or(DestinationError::Form)?;
-                (host, rest, true)
-            }
-            None => {
-                let (host, rest) = text.split_once(':').ok_or(DestinationError::Form)?;
-                (host, rest, false)
-            }
-        };
+        let (host, rest, is_bracketed) = split_host(text).ok_or(DestinationError::Form)?;
         let (port, within) = match rest.split_once('/') {
             Some((port, network)) => (port, Some(network)),
             None => (rest, None),
@@ -129,11 +120,11 @@ impl FromStr for Destination {
             Err(CidrError::Form) => None,
         };
         let is_ipv6 = network.is_some_and(|network| network.is_ipv6());
-        if is_ipv6 != bracketed || port.contains(':') {
+        if is_ipv6 != is_bracketed || port.contains(':') {
             return Err(DestinationError::Form);
         }
         let port = match port.parse() {
-            // A sign is none of it.
+            // Rust's parser accepts a sign.
             Ok(number) if number > 0 && !port.starts_with('+') => number,
             _ => return Err(DestinationError::Port),
         };
@@ -141,7 +132,7 @@ impl FromStr for Destination {
             Some(_) if within.is_some() => return Err(DestinationError::NetworkOfNetwork),
             Some(network) => Host::Network(network),
             None => Host::Name {
-                name: normal(host)
+                name: normalize_name(host)
                     .filter(|name| is_name(name))
                     .ok_or(DestinationError::Name)?,
                 within: within
@@ -157,9 +148,27 @@ impl FromStr for Destination {
     }
 }
 
-/// A name as names are compared: in lower case, without the dot of the root. None if it cannot be
-/// one, for its length (RFC 1035, section 2.3.4).
-pub(super) fn normal(name: &str) -> Option<String> {
+/// Splits a text into its host and the rest after the colon.
+///
+/// True if the host is in brackets.
+fn split_host(text: &str) -> Option<(&str, &str, bool)> {
+    match text.strip_prefix('[') {
+        Some(text) => {
+            let (host, rest) = text.split_once(']')?;
+            Some((host, rest.strip_prefix(':')?, true))
+        }
+        None => {
+            let (host, rest) = text.split_once(':')?;
+            Some((host, rest, false))
+        }
+    }
+}
+
+/// Normalizes a name for comparison.
+///
+/// The result is in lower case, without the dot of the root.
+/// None if its length is invalid (RFC 1035, section 2.3.4).
+pub(super) fn normalize_name(name: &str) -> Option<String> {
     let name = name.strip_suffix('.').unwrap_or(name);
     (1..=253)
         .contains(&name.len())
@@ -173,19 +182,21 @@ fn is_name(name: &str) -> bool {
                 .bytes()
                 .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
     };
-    // One that ends in a number is an address that was mistyped (RFC 1123, section 2.1).
+    // A name whose last label is a number is a mistyped address (RFC 1123, section 2.1).
     let is_number = |label: &str| label.bytes().all(|byte| byte.is_ascii_digit());
     name.split('.').all(is_label) && !name.rsplit('.').next().is_some_and(is_number)
 }
 
-/// Networks that are not for the whole Internet, or lead elsewhere by the address within: IANA's
-/// registries of special-purpose addresses (RFC 6890 and its successors), and multicast.
+/// IPv4 networks that a public name must not lead to.
+///
+/// IANA's registry of special-purpose addresses (RFC 6890 and its successors), and multicast. Such
+/// a network is not reachable from the whole Internet, or relays to an address within the address.
 const SPECIAL_V4: [Ipv4Net; 18] = [
     v4([0, 0, 0, 0], 8),
     v4([10, 0, 0, 0], 8),
     v4([100, 64, 0, 0], 10),
     v4([127, 0, 0, 0], 8),
-    // Of a cloud, inside its machines.
+    // The platform services of a cloud (Azure), reachable from its machines.
     v4([168, 63, 129, 16], 32),
     v4([169, 254, 0, 0], 16),
     v4([172, 16, 0, 0], 12),
@@ -199,7 +210,7 @@ const SPECIAL_V4: [Ipv4Net; 18] = [
     v4([198, 18, 0, 0], 15),
     v4([198, 51, 100, 0], 24),
     v4([203, 0, 113, 0], 24),
-    // Multicast, reserved, and broadcast.
+    // Multicast, reserved and broadcast.
     v4([224, 0, 0, 0], 3),
 ];
 
@@ -207,10 +218,10 @@ const fn v4([a, b, c, d]: [u8; 4], prefix: u8) -> Ipv4Net {
     Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), prefix)
 }
 
-/// All that is given out of IPv6.
-const GIVEN_OUT_V6: Ipv6Net = v6([0x2000, 0, 0], 3);
+/// The allocated part of IPv6: global unicast addresses (RFC 4291, section 2.4).
+const GLOBAL_UNICAST_V6: Ipv6Net = v6([0x2000, 0, 0], 3);
 
-/// Of that.
+/// IPv6 networks within [`GLOBAL_UNICAST_V6`] that a public name must not lead to.
 const SPECIAL_V6: [Ipv6Net; 5] = [
     v6([0x2001, 0, 0], 23),
     v6([0x2001, 0xdb8, 0], 32),
@@ -227,7 +238,7 @@ fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => !SPECIAL_V4.iter().any(|special| special.contains(&address)),
         IpAddr::V6(address) => {
-            GIVEN_OUT_V6.contains(&address)
+            GLOBAL_UNICAST_V6.contains(&address)
                 && !SPECIAL_V6.iter().any(|special| special.contains(&address))
         }
     }
@@ -247,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn each_form_is_read_and_written() {
+    fn each_form_is_parsed_and_displayed() {
         for text in [
             "192.0.2.7:5432",
             "10.0.0.0/8:5432",
@@ -267,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_none_is_refused() {
+    fn invalid_texts_are_refused() {
         use DestinationError::{Form, Mapped, Name, Network, NetworkOfNetwork, Port};
         for (text, error) in [
             ("", Form),
@@ -296,14 +307,14 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_read_is_written_so_that_it_is_read_again() {
+    fn a_displayed_destination_parses_to_the_same() {
         bolero::check!().for_each(|bytes: &[u8]| {
             let text = String::from_utf8_lossy(bytes);
             if let Ok(destination) = text.parse::<Destination>() {
                 assert_eq!(destination.to_string().parse(), Ok(destination), "{text}");
             }
         });
-        // Of what it is made of, so that more of them are one.
+        // Texts made of parts of destinations: more of them are valid.
         let parts = [
             "10.0.0.0", "fd00::", "db", "[", "]", ":", "/", ".", "8", "80", "-", "a",
         ];
@@ -334,39 +345,39 @@ mod tests {
                     || v4.is_broadcast()
                     || v4.is_unspecified()
                     || v4.is_documentation();
-                assert!(!inside || anywhere.at(v4.into()).is_none(), "{v4}");
+                assert!(!inside || anywhere.permit(v4.into()).is_none(), "{v4}");
                 assert_eq!(
-                    anywhere.at(v4.into()),
-                    anywhere.at(v4.to_ipv6_mapped().into())
+                    anywhere.permit(v4.into()),
+                    anywhere.permit(v4.to_ipv6_mapped().into())
                 );
                 let inside = v6.is_loopback()
                     || v6.is_multicast()
                     || v6.is_unique_local()
                     || v6.is_unicast_link_local()
                     || v6.is_unspecified();
-                assert!(!inside || anywhere.at(v6.into()).is_none(), "{v6}");
+                assert!(!inside || anywhere.permit(v6.into()).is_none(), "{v6}");
             });
     }
 
     #[test]
-    fn an_address_is_itself_and_a_network_what_is_in_it() {
-        let at = |ip: &str, port| SocketAddr::new(address(ip), port);
-        assert!(destination("192.0.2.7:80").is(at("192.0.2.7", 80)));
-        assert!(destination("192.0.2.7:80").is(at("::ffff:192.0.2.7", 80)));
-        assert!(!destination("192.0.2.7:80").is(at("192.0.2.7", 81)));
-        assert!(!destination("192.0.2.7:80").is(at("192.0.2.8", 80)));
-        assert!(destination("[fd00::/8]:80").is(at("fd12::1", 80)));
-        assert!(!destination("[fd00::/8]:80").is(at("fe80::1", 80)));
-        // A name is looked up first.
-        assert!(!destination("localhost:80").is(at("127.0.0.1", 80)));
+    fn a_network_covers_its_addresses_on_its_port() {
+        let socket = |ip: &str, port| SocketAddr::new(address(ip), port);
+        assert!(destination("192.0.2.7:80").covers(socket("192.0.2.7", 80)));
+        assert!(destination("192.0.2.7:80").covers(socket("::ffff:192.0.2.7", 80)));
+        assert!(!destination("192.0.2.7:80").covers(socket("192.0.2.7", 81)));
+        assert!(!destination("192.0.2.7:80").covers(socket("192.0.2.8", 80)));
+        assert!(destination("[fd00::/8]:80").covers(socket("fd12::1", 80)));
+        assert!(!destination("[fd00::/8]:80").covers(socket("fe80::1", 80)));
+        // A name covers no address without a lookup.
+        assert!(!destination("localhost:80").covers(socket("127.0.0.1", 80)));
     }
 
     #[test]
-    fn a_name_leads_to_public_addresses_or_where_it_may() {
+    fn a_name_leads_to_public_addresses_or_its_network() {
         let anywhere = destination("db.example.com:80");
         for public in ["8.8.8.8", "100.63.255.255", "172.32.0.1", "2606:4700::1111"] {
             assert_eq!(
-                anywhere.at(address(public)),
+                anywhere.permit(address(public)),
                 Some(SocketAddr::new(address(public), 80))
             );
         }
@@ -395,16 +406,16 @@ mod tests {
             "2002:a00:1::",
             "3fff::1",
         ] {
-            assert_eq!(anywhere.at(address(special)), None, "{special}");
+            assert_eq!(anywhere.permit(address(special)), None, "{special}");
         }
         let inside = destination("db.internal:80/10.0.0.0/8");
-        assert!(inside.at(address("10.1.2.3")).is_some());
-        assert!(inside.at(address("::ffff:10.1.2.3")).is_some());
-        assert!(inside.at(address("127.0.0.1")).is_none());
-        assert!(inside.at(address("8.8.8.8")).is_none());
+        assert!(inside.permit(address("10.1.2.3")).is_some());
+        assert!(inside.permit(address("::ffff:10.1.2.3")).is_some());
+        assert!(inside.permit(address("127.0.0.1")).is_none());
+        assert!(inside.permit(address("8.8.8.8")).is_none());
         assert!(
             destination("10.0.0.0/8:80")
-                .at(address("10.1.2.3"))
+                .permit(address("10.1.2.3"))
                 .is_none()
         );
     }

@@ -1,7 +1,7 @@
-//! A small protocol of lines over TCP: it asks who is there, answers each line, and ends at `bye`.
+//! A line protocol over TCP: asks for a name, answers each line, and ends at `bye`.
 //!
-//! wasinetd calls [`handle_connection`] in a fresh instance for each connection. Nothing is shared:
-//! what a connection leaves in memory is gone with it, and no other can see it.
+//! wasinetd calls [`handle_connection`] in a fresh instance for each connection. Connections share
+//! nothing: the memory of an instance is gone when its connection has ended.
 
 use std::io::{self, ErrorKind};
 
@@ -10,27 +10,28 @@ use wasinetd_guest::TcpStream;
 
 wasinetd_guest::export!(handle_connection);
 
-/// The longest line, with its end. The client decides how much it sends: whatever is collected of
-/// that needs a bound.
-const LONGEST_LINE: u64 = 1024;
+/// Longest line, in bytes, with its line end. A line may never end, so a guest has to bound what it
+/// collects of one.
+const MAX_LINE: u64 = 1024;
 
-/// How it returns is how the connection ends: `Ok` delivers all that was written and closes it (FIN).
-/// `Err` resets it, so that the client can tell a conversation that broke from one that is over, and
-/// the error is in wasinetd's log.
+/// Handles one connection. The result decides how the connection ends.
+///
+/// `Ok` delivers everything written and closes the connection (FIN). `Err` resets it, so that the
+/// client can tell a broken conversation from a finished one, and wasinetd logs the error.
 async fn handle_connection(stream: TcpStream) -> io::Result<()> {
-    // A line in wasinetd's log, under the number of this connection. `stream.peer_addr()` knows more.
+    // Goes to wasinetd's log. `stream.peer_addr()` returns the client's address.
     println!("connection {} begins", stream.id());
     let (reader, writer) = stream.into_split();
     converse(reader, writer).await
 }
 
-/// The conversation, over any two streams: the tests below have it with a client made of bytes.
+/// Talks to a client over any two streams. The tests below use a client made of bytes.
 async fn converse(
     mut reader: impl AsyncBufRead + Unpin,
     mut writer: impl AsyncWrite + Unpin,
 ) -> io::Result<()> {
     writer.write_all(b"Who is there?\n").await?;
-    // State is in plain variables. While one connection waits here, others go on.
+    // Plain variables hold the state. While this connection waits for its client, others go on.
     let Some(name) = read_line(&mut reader).await? else {
         return Ok(());
     };
@@ -43,7 +44,7 @@ async fn converse(
             break;
         }
         lines += 1;
-        // One write for each answer: what a write has accepted is on its way, nothing waits for more.
+        // One write per answer: wasinetd sends each write at once.
         writer
             .write_all(format!("{name}, line {lines}: {line}\n").as_bytes())
             .await?;
@@ -53,25 +54,25 @@ async fn converse(
         .await
 }
 
-/// The next line without its end, or `None` when the client has sent its last.
+/// Reads the next line, without its line end. `None` after the client's last line.
 async fn read_line(reader: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Option<String>> {
     let mut line = Vec::new();
-    reader
-        .take(LONGEST_LINE)
-        .read_until(b'\n', &mut line)
-        .await?;
+    reader.take(MAX_LINE).read_until(b'\n', &mut line).await?;
     if line.is_empty() {
         return Ok(None);
     }
     let Some(text) = line.strip_suffix(b"\n") else {
-        let (kind, what) = match line.len() as u64 {
-            LONGEST_LINE => (ErrorKind::InvalidData, "a line of the client is too long"),
+        let (kind, message) = match line.len() as u64 {
+            MAX_LINE => (
+                ErrorKind::InvalidData,
+                "the client sent a line that is too long",
+            ),
             _ => (
                 ErrorKind::UnexpectedEof,
-                "the client left in the middle of a line",
+                "the client closed the connection in the middle of a line",
             ),
         };
-        return Err(io::Error::new(kind, what));
+        return Err(io::Error::new(kind, message));
     };
     let text = text.strip_suffix(b"\r").unwrap_or(text);
     String::from_utf8(text.to_vec())
@@ -85,7 +86,7 @@ mod tests {
 
     use super::*;
 
-    /// What a client that sends `input` and no more is answered, and how that ends.
+    /// The output for a client that sends `input` and closes its side, and the result.
     fn talk(input: &[u8]) -> (String, io::Result<()>) {
         let mut output = Vec::new();
         let result = block_on(converse(input, &mut output));
@@ -107,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_may_leave_between_lines() {
+    fn a_client_may_close_between_lines_only() {
         talk(b"").1.unwrap();
         talk(b"Ada\n").1.unwrap();
         let cut_off = talk(b"Ada\nOn").1.unwrap_err();
@@ -115,14 +116,14 @@ mod tests {
     }
 
     #[test]
-    fn a_line_has_a_bound() {
+    fn a_line_has_a_maximum_length() {
         let line = |length: u64| {
             let mut line = vec![b'x'; length as usize - 1];
             line.push(b'\n');
             line
         };
-        talk(&line(LONGEST_LINE)).1.unwrap();
-        let too_long = talk(&line(LONGEST_LINE + 1)).1.unwrap_err();
+        talk(&line(MAX_LINE)).1.unwrap();
+        let too_long = talk(&line(MAX_LINE + 1)).1.unwrap_err();
         assert_eq!(too_long.kind(), ErrorKind::InvalidData);
     }
 }

@@ -1,193 +1,186 @@
-//! Guests and clients that do harm, over and over.
+//! Hostile guests and clients.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
 use socket2::{SockFilter, SockRef};
 
+use super::well_behaved::REQUEST;
 use crate::client;
 
-/// How many there are of a fault at once.
-pub(super) const MANY: usize = 100;
+/// The number of concurrent connections with a fault.
+pub(super) const CONNECTIONS: usize = 100;
 
-/// All of them are one source.
+/// The source address of all hostile clients.
 const SOURCE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 9);
 
-/// How often each connection is looked after, and in how many parts, so that those that end at once
-/// do not come as a burst: that is a fault of its own.
+/// The time in which each connection is checked once.
 const SWEEP: Duration = Duration::from_millis(50);
-const PARTS: usize = 25;
 
-/// A kind of harm.
+/// The steps of a sweep. Each step checks a part of the connections, because replacing all of them
+/// at once would be a burst, which is a fault of its own.
+const STEPS: usize = 25;
+
+/// A kind of hostile guest or client.
 pub(super) struct Fault {
     pub(super) name: &'static str,
-    harm: Harm,
+    behavior: Behavior,
 }
 
-enum Harm {
-    /// What the fixture `hostile` does when it is told so.
+enum Behavior {
+    /// The client asks the fixture `hostile` for this harm.
     Guest(&'static str),
-    /// A guest that writes, and a client that does not read.
-    Deaf,
-    /// Nothing is said.
+    /// The guest writes and the client never reads.
+    NeverReads,
+    /// The client sends nothing.
     Silent,
-    /// A byte now and then, and never the end of the line.
+    /// The client sends single bytes and never ends its line.
     Slow,
-    /// A reset, at one point of the exchange or another.
+    /// The client resets the connection at different points of the exchange.
     Resets,
-    /// One side is closed at once.
+    /// The client closes one direction at once.
     HalfClosed,
-    /// Bytes without sense.
+    /// The client sends random bytes.
     Noise,
-    /// No packet reaches it any more.
-    Gone,
-    /// Many connect at once, and leave.
+    /// The client disappears: no packet reaches it any more.
+    Vanishes,
+    /// Many clients connect at once and leave.
     Burst,
-    /// More than the source may have: those beyond are refused.
+    /// One source opens more connections than its limit.
     Flood,
 }
 
 pub(super) const FAULTS: [Fault; 27] = [
-    guest("a guest that computes without end", "spin"),
-    guest("one that allocates meanwhile", "spin and allocate"),
-    guest("one that takes all memory at once", "one big grow"),
-    guest("one that takes it in pieces", "many small grows"),
-    guest("one that recurses without end", "recurse"),
-    guest("one that traps", "trap"),
-    guest("one that panics", "panic"),
-    guest("one that answers and traps", "answer and trap"),
-    guest("one that returns at once", "return"),
-    guest("one that never writes", "never write"),
-    guest("one that never reads", "never read"),
-    guest("one that writes without end", "write forever"),
-    guest("one that opens streams without end", "open streams"),
-    guest("one that leaks streams", "leak streams"),
-    guest("one that calls the host without end", "call without end"),
-    guest("one that prints without end", "print"),
-    guest(
-        "one that asks for randomness without end",
-        "ask for randomness",
-    ),
-    guest("one that sleeps for a year", "sleep"),
-    client("a client that never reads", Harm::Deaf),
-    client("one that says nothing", Harm::Silent),
-    client("one that sends byte by byte", Harm::Slow),
-    client("one that resets", Harm::Resets),
-    client("one that closes one side", Harm::HalfClosed),
-    client("one that sends nonsense", Harm::Noise),
-    client("one that is gone without a word", Harm::Gone),
-    client("one that connects in bursts", Harm::Burst),
-    client("one that floods its own places", Harm::Flood),
+    guest("guest computes without end", "spin"),
+    guest("guest computes and allocates", "spin and allocate"),
+    guest("guest takes all memory at once", "one big grow"),
+    guest("guest takes all memory in pieces", "many small grows"),
+    guest("guest recurses without end", "recurse"),
+    guest("guest traps", "trap"),
+    guest("guest panics", "panic"),
+    guest("guest answers and traps", "answer and trap"),
+    guest("guest returns at once", "return"),
+    guest("guest never writes", "never write"),
+    guest("guest never reads", "never read"),
+    guest("guest writes without end", "write forever"),
+    guest("guest opens streams without end", "open streams"),
+    guest("guest leaks streams", "leak streams"),
+    guest("guest makes endless host calls", "call without end"),
+    guest("guest prints without end", "print"),
+    guest("guest reads endless random bytes", "ask for randomness"),
+    guest("guest sleeps for a year", "sleep"),
+    client("client never reads", Behavior::NeverReads),
+    client("client sends nothing", Behavior::Silent),
+    client("client sends byte by byte", Behavior::Slow),
+    client("client resets", Behavior::Resets),
+    client("client closes one direction", Behavior::HalfClosed),
+    client("client sends random bytes", Behavior::Noise),
+    client("client vanishes", Behavior::Vanishes),
+    client("clients connect in bursts", Behavior::Burst),
+    client("clients exceed the limit per source", Behavior::Flood),
 ];
 
 const fn guest(name: &'static str, harm: &'static str) -> Fault {
-    let harm = Harm::Guest(harm);
-    Fault { name, harm }
+    let behavior = Behavior::Guest(harm);
+    Fault { name, behavior }
 }
 
-const fn client(name: &'static str, harm: Harm) -> Fault {
-    Fault { name, harm }
+const fn client(name: &'static str, behavior: Behavior) -> Fault {
+    Fault { name, behavior }
 }
 
 impl Fault {
-    /// Has so many of it there until `end`.
-    pub(super) fn go_on(&self, address: SocketAddr, many: usize, end: Instant) -> io::Result<()> {
-        let many = if let Harm::Flood = self.harm {
-            10 * many
-        } else {
-            many
+    /// Keeps `count` connections with this fault open until `end`. Replaces those that end.
+    pub(super) fn run(&self, address: SocketAddr, count: usize, end: Instant) -> io::Result<()> {
+        let count = match self.behavior {
+            Behavior::Flood => 10 * count,
+            _ => count,
         };
-        let mut slots: Vec<Option<Slot>> = (0..many).map(|_| None).collect();
-        let parts = if let Harm::Burst = self.harm {
-            1
-        } else {
-            PARTS
+        let steps = match self.behavior {
+            Behavior::Burst => 1,
+            _ => STEPS,
         };
-        let mut turns = 0;
+        let mut connections: Vec<Option<Connection>> = (0..count).map(|_| None).collect();
+        let mut step = 0;
         while Instant::now() < end {
-            let sweeps = turns / parts;
-            for slot in slots.iter_mut().skip(turns % parts).step_by(parts) {
-                let over = match slot {
-                    Some(open) => self.has_ended(open, sweeps),
+            let sweep = step / steps;
+            for connection in connections.iter_mut().skip(step % steps).step_by(steps) {
+                let ended = match connection {
+                    Some(open) => self.continue_on(open, sweep),
                     None => true,
                 };
-                if over {
-                    // What was there is closed first.
-                    *slot = None;
-                    *slot = self.begin(address, sweeps).ok();
+                if ended {
+                    // Close the old connection before opening the new one.
+                    *connection = None;
+                    *connection = self.open(address, sweep).ok();
                 }
             }
-            turns += 1;
-            thread::sleep(SWEEP / parts as u32);
+            step += 1;
+            thread::sleep(SWEEP / steps as u32);
         }
         Ok(())
     }
 
-    fn begin(&self, address: SocketAddr, sweeps: usize) -> io::Result<Slot> {
+    fn open(&self, address: SocketAddr, sweep: usize) -> io::Result<Connection> {
         let mut stream = client::connect_from(SOURCE, address)?;
         stream.set_nonblocking(true)?;
-        let begun = sweeps;
-        match &self.harm {
-            Harm::Guest(line) => stream.write_all(format!("{line}\n").as_bytes())?,
-            Harm::Deaf => stream.write_all(b"write forever\n")?,
-            Harm::Flood => stream.write_all(b"sleep\n")?,
-            Harm::Silent | Harm::Slow | Harm::Burst => {}
-            Harm::Resets => {
-                let question = b"innocent\n";
-                stream.write_all(&question[..sweeps % (question.len() + 1)])?;
+        match &self.behavior {
+            Behavior::Guest(harm) => stream.write_all(format!("{harm}\n").as_bytes())?,
+            Behavior::NeverReads => stream.write_all(b"write forever\n")?,
+            Behavior::Flood => stream.write_all(b"sleep\n")?,
+            Behavior::Silent | Behavior::Slow | Behavior::Burst => {}
+            Behavior::Resets => {
+                stream.write_all(&REQUEST[..sweep % (REQUEST.len() + 1)])?;
                 SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
             }
-            Harm::HalfClosed => {
-                let side = [Shutdown::Read, Shutdown::Write][sweeps % 2];
-                stream.shutdown(side)?;
+            Behavior::HalfClosed => {
+                let direction = [Shutdown::Read, Shutdown::Write][sweep % 2];
+                stream.shutdown(direction)?;
             }
-            Harm::Noise => {
-                let mut noise = 0x9e37_79b9_7f4a_7c15 ^ sweeps as u64;
-                let bytes: Vec<u8> = (0..4096)
-                    .map(|_| {
-                        noise ^= noise << 13;
-                        noise ^= noise >> 7;
-                        noise ^= noise << 17;
-                        noise as u8
-                    })
-                    .collect();
+            Behavior::Noise => {
+                let mut bytes = [0; 4096];
+                Rng::with_seed(sweep as u64).fill(&mut bytes);
                 stream.write_all(&bytes)?;
             }
-            Harm::Gone => {
-                stream.write_all(b"innocent\n")?;
-                // Drops every packet (classic BPF: return 0).
-                let nothing = [SockFilter::new(0x06, 0, 0, 0)];
-                SockRef::from(&stream).attach_filter(&nothing)?;
+            Behavior::Vanishes => {
+                stream.write_all(REQUEST)?;
+                // This filter drops every packet (classic BPF: return 0).
+                let drop_all = [SockFilter::new(0x06, 0, 0, 0)];
+                SockRef::from(&stream).attach_filter(&drop_all)?;
             }
         }
-        Ok(Slot { stream, begun })
+        Ok(Connection {
+            stream,
+            first_sweep: sweep,
+        })
     }
 
-    /// Goes on with it. Whether it is over.
-    fn has_ended(&self, slot: &mut Slot, sweeps: usize) -> bool {
-        let age = SWEEP * (sweeps - slot.begun) as u32;
-        match &self.harm {
-            Harm::Resets | Harm::Burst => return true,
-            // The server knows by then, and has no way to say so.
-            Harm::Gone => return age > Duration::from_secs(8),
-            Harm::Deaf => return age > Duration::from_secs(2),
-            Harm::Slow => {
-                // It may have been reset.
-                let _ = slot.stream.write(b"x");
+    /// Continues the behavior on a connection. Returns whether the connection has ended.
+    fn continue_on(&self, connection: &mut Connection, sweep: usize) -> bool {
+        let age = SWEEP * (sweep - connection.first_sweep) as u32;
+        match &self.behavior {
+            Behavior::Resets | Behavior::Burst => return true,
+            // The server has ended the connection by then, but its reset cannot arrive.
+            Behavior::Vanishes => return age > Duration::from_secs(8),
+            Behavior::NeverReads => return age > Duration::from_secs(2),
+            Behavior::Slow => {
+                // An error means a reset, which the read below finds.
+                let _ = connection.stream.write(b"x");
             }
             _ => {}
         }
-        match slot.stream.read(&mut [0; 4096]) {
+        match connection.stream.read(&mut [0; 4096]) {
             Ok(n) => n == 0,
             Err(error) => error.kind() != ErrorKind::WouldBlock,
         }
     }
 }
 
-struct Slot {
+struct Connection {
     stream: TcpStream,
-    /// In which sweep.
-    begun: usize,
+    /// The sweep in which the connection was opened.
+    first_sweep: usize,
 }

@@ -1,9 +1,9 @@
 //! The pages of `guest/hello` as a `wasi:http/proxy@0.2` component.
 //!
-//! A peer for the benchmark: `wasmtime serve` parses and frames HTTP itself and calls this with
-//! each request, in an instance of its own. Like `guest/hello` it answers `/` with `hello.html` and
-//! anything else with `404.html`, read at each request from the directory that is granted as
-//! `/static`. It looks at no method, and there is no `/sleep`: only GET of pages is measured.
+//! `wasmtime serve` parses and frames HTTP itself and calls this guest once per request, in a fresh
+//! instance. Like `guest/hello`, the guest answers `/` with `hello.html` and other paths with
+//! `404.html`. It reads the page for each request from the directory granted as `/static`. Methods
+//! and `/sleep` are not implemented, because the benchmark only sends GET requests for pages.
 
 #[path = "../../read.rs"]
 mod read;
@@ -17,10 +17,10 @@ use wasip2::http::types::{
 
 use read::read;
 
-/// What the host calls.
+/// The guest.
 pub struct Pages;
 
-// What it exports has names that no native linker takes.
+// Native linkers do not accept the export names of the component model.
 #[cfg(target_family = "wasm")]
 wasip2::http::proxy::export!(Pages);
 
@@ -33,7 +33,7 @@ impl Guest for Pages {
         };
         let page = match read(file) {
             Ok(page) => page,
-            // The host answers an error with status 500.
+            // The host turns an error into status 500.
             Err(error) => {
                 let code = ErrorCode::InternalError(Some(error.to_string()));
                 return ResponseOutparam::set(out, Err(code));
@@ -44,30 +44,28 @@ impl Guest for Pages {
             .set_status_code(status)
             .expect("200 and 404 are status codes");
         let body = response.body().expect("the body is taken once");
-        // The host begins to send here. A body that is written before this has to fit into what the
-        // host buffers.
+        // From here on the host sends. A body written earlier would have to fit into its buffer.
         ResponseOutparam::set(out, Ok(response));
         send(body, &page);
     }
 }
 
-/// What the host does not say by itself: it adds the date.
+/// The header fields, except the date, which the host adds.
 fn fields(length: usize) -> Fields {
     let fields = [
         ("Content-Type", b"text/html; charset=utf-8".to_vec()),
-        // With it the host frames the body by its length and not in chunks.
+        // Without a length the host would use chunked encoding.
         ("Content-Length", length.to_string().into_bytes()),
     ];
     Fields::from_list(&fields.map(|(name, value)| (name.to_owned(), value)))
         .expect("the fields are well-formed")
 }
 
-/// Sends all of the body. A client that has gone away ends it early, and there is no one left to
-/// tell.
+/// Sends the whole body. Errors are ignored, because they mean that the client is gone.
 fn send(body: OutgoingBody, page: &[u8]) {
     let mut stream = body.write().expect("the stream is taken once");
     let written = stream.write_all(page);
-    // The stream is the body's child: it has to be gone when the body is finished.
+    // The stream is a child resource of the body and has to be dropped first.
     drop(stream);
     if written.is_ok() {
         let _ = OutgoingBody::finish(body, None);

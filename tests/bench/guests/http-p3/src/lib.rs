@@ -1,10 +1,10 @@
 //! The pages of `guest/hello` as a `wasi:http/service@0.3.0` component.
 //!
-//! A peer for the benchmark: `wasmtime serve` parses and frames HTTP itself and calls this with
-//! each request, by default several at a time and one after another in the same instance. Like
-//! `guest/hello` it answers `/` with `hello.html` and anything else with `404.html`, read at each
-//! request from the directory that is granted as `/static`. It looks at no method, and there is no
-//! `/sleep`: only GET of pages is measured.
+//! `wasmtime serve` parses and frames HTTP itself and calls this guest once per request. By default
+//! an instance handles several requests, concurrently and one after another. Like `guest/hello`,
+//! the guest answers `/` with `hello.html` and other paths with `404.html`. It reads the page for
+//! each request from the directory granted as `/static`. Methods and `/sleep` are not implemented,
+//! because the benchmark only sends GET requests for pages.
 
 #[path = "../../read.rs"]
 mod read;
@@ -15,10 +15,10 @@ use wasip3::{spawn_local, wit_future, wit_stream};
 
 use read::read;
 
-/// What the host calls.
+/// The guest.
 pub struct Pages;
 
-// What it exports has names that no native linker takes.
+// Native linkers do not accept the export names of the component model.
 #[cfg(target_family = "wasm")]
 wasip3::http::service::export!(Pages);
 
@@ -29,7 +29,7 @@ impl Guest for Pages {
             Some("/") => (200, "hello.html"),
             _ => (404, "404.html"),
         };
-        // The host answers an error with status 500.
+        // The host turns an error into status 500.
         let page = read(file).map_err(|error| ErrorCode::InternalError(Some(error.to_string())))?;
         let (mut body, body_reader) = wit_stream::new();
         let (trailers, trailers_reader) = wit_future::new(|| Ok(None));
@@ -38,9 +38,9 @@ impl Guest for Pages {
         response
             .set_status_code(status)
             .expect("200 and 404 are status codes");
-        // The host reads the body once it has the response, so it is written after returning.
+        // The host reads the body once it has the response, so the guest writes after returning.
         spawn_local(async move {
-            // What is left was for a client that has gone away: there is no one to tell.
+            // Unsent bytes are ignored, because they mean that the client is gone.
             body.write_all(page).await;
             drop(body);
             let _ = trailers.write(Ok(None)).await;
@@ -49,11 +49,11 @@ impl Guest for Pages {
     }
 }
 
-/// What the host does not say by itself: it adds the date.
+/// The header fields, except the date, which the host adds.
 fn fields(length: usize) -> Fields {
     let fields = [
         ("Content-Type", b"text/html; charset=utf-8".to_vec()),
-        // With it the host frames the body by its length and not in chunks.
+        // Without a length the host would use chunked encoding.
         ("Content-Length", length.to_string().into_bytes()),
     ];
     Fields::from_list(&fields.map(|(name, value)| (name.to_owned(), value)))

@@ -1,5 +1,6 @@
-//! Answers one HTTP request, whatever it is, and carries as many KiB of data along as
-//! `PADDING_KIB` says when it is compiled: for what the size of a guest costs.
+//! Answers one HTTP request of any kind. Measures the cost of a guest's size.
+//!
+//! The environment variable `PADDING_KIB` sets the size of its data at compile time.
 
 use std::hint::black_box;
 
@@ -13,7 +14,7 @@ const PADDING_KIB: usize = match option_env!("PADDING_KIB") {
     None => 0,
 };
 
-/// Not zero, or it would not be in the file.
+/// The bytes are not zero, because the file would not contain zeros.
 static PADDING: [u8; PADDING_KIB * 1024] = [1; PADDING_KIB * 1024];
 
 const fn number(digits: &str) -> usize {
@@ -24,7 +25,7 @@ const fn number(digits: &str) -> usize {
 }
 
 async fn handle_connection(mut stream: TcpStream) -> std::io::Result<()> {
-    // What nobody could ever look at would not be in the file either.
+    // The linker would drop the data if no code used it.
     black_box(PADDING.as_ptr());
     let mut request = [0; 1024];
     if stream.read(&mut request).await? > 0 {
