@@ -31,7 +31,7 @@ help:
 
 # Only what is served here: the server and one guest.
 run: toolchain
-	@$(SAY) 'building the guest hello and the server: about 5 minutes the first time on 2 cores'
+	@$(SAY) 'building the guest hello and the server: 5 to 7 minutes the first time on 2 cores'
 	$(CARGO) build --profile guest --target $(GUEST_TARGET) --package hello
 	@mkdir -p target/guests && cp $(GUEST_OUT)/hello.wasm target/guests/
 	$(CARGO) build $(QUICK) --package wasinetd
@@ -50,16 +50,16 @@ guests: toolchain
 	@cp $(GUEST_OUT)/examples/*.wasm target/guests/fixtures/
 	@rm -f target/guests/fixtures/*-????????????????.wasm
 
-# One profile for the server and all tests, so that wasmtime is compiled once. Integration tests mostly wait for
-# timeouts and for processes: more of them than cores run at once. The runner lets libtest time each test.
-TEST_THREADS ?= 8
+# One profile for the server and all tests, so that wasmtime is compiled once. The runner lets libtest time each test.
+# As many tests as cores run at once: with more, tests that measure time begin to fail. TEST_THREADS=… changes that.
+TEST_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 TIMED := env CARGO_TARGET_$(HOST)_RUNNER='env RUSTC_BOOTSTRAP=1'
 test: test-tools lint guests
-	@$(SAY) 'building the server and the tests: about 4 minutes the first time on 2 cores'
+	@$(SAY) 'building the server and the tests: 6 to 10 minutes the first time on 2 cores'
 	$(CARGO) build $(QUICK) --package wasinetd
 	$(CARGO) test $(QUICK) --workspace --no-run
-	@$(SAY) 'running the tests: about 3 minutes'
+	@$(SAY) 'running the tests: about 10 minutes on 2 cores'
 	$(CARGO) test $(QUICK) --workspace --exclude integration
 	@set -o pipefail; $(TIMED) $(CARGO) test $(QUICK) --package integration -- -Z unstable-options --report-time \
 		--test-threads $(TEST_THREADS) | tee target/tests.log
@@ -68,7 +68,7 @@ test: test-tools lint guests
 	@$(SAY) 'all tests passed'
 
 lint: toolchain
-	@$(SAY) 'checking format, lints and documentation: about 3 minutes the first time on 2 cores'
+	@$(SAY) 'checking format, lints and documentation: about 4 minutes the first time on 2 cores'
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(QUICK) --workspace --all-targets -- -D warnings
 	$(CARGO) clippy --profile guest --target $(GUEST_TARGET) $(GUESTS:%=--package %) --package fixtures --examples -- -D warnings

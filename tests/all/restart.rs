@@ -53,6 +53,10 @@ fn a_new_process_takes_over_under_load() {
             let before = serving_pid(&admin);
             let message = admin.ctl_text(&["restart"]);
             assert!(message.contains("has taken over"), "{message}");
+            // The connection from before stays with the old process, which waits for its end. The
+            // guest closes idle connections soon once it drains.
+            kept.send(request("/"));
+            assert_eq!(kept.response().body, page("hello.html"));
             let after = serving_pid(&admin);
             assert_ne!(after, before);
             let successor = Successor(Pid::from_raw(after as i32).unwrap());
@@ -64,9 +68,6 @@ fn a_new_process_takes_over_under_load() {
                 .for_each(|client| client.join().unwrap());
             successor
         });
-        // The connection from before stays with the old process, which waits for its end.
-        kept.send(request("/"));
-        assert_eq!(kept.response().body, page("hello.html"));
         drop(kept);
         assert_eq!(server.wait_for_exit().code(), Some(0), "{server:?}");
         // The admin socket belongs to the new process.
