@@ -18,9 +18,7 @@ use wasinetd::config::{ConfigError, Mistake, Mistakes};
 use super::listener::ListenerArgs;
 use super::server::ServerTable;
 use super::service::ServiceTable;
-
-/// Part of the value name of flags whose values are pairs.
-const PAIRS: &str = super::values::NAME_VALUE;
+use super::values::{NAME_VALUE, UNIX_PATH};
 
 /// Reads the config file at `path`.
 ///
@@ -106,12 +104,7 @@ fn paths(arg: &Arg) -> PathRule {
     let names = arg.get_value_names().unwrap_or_default();
     match arg.get_value_hint() {
         ValueHint::FilePath | ValueHint::DirPath => PathRule::All,
-        _ if names
-            .iter()
-            .any(|name| name.contains(super::values::UNIX_PATH)) =>
-        {
-            PathRule::AfterUnix
-        }
+        _ if names.iter().any(|name| name.contains(UNIX_PATH)) => PathRule::AfterUnix,
         _ => PathRule::None,
     }
 }
@@ -120,7 +113,7 @@ fn kind(arg: &Arg) -> ValueKind {
     let names = arg.get_value_names().unwrap_or_default();
     match arg.get_action() {
         ArgAction::SetTrue => ValueKind::Switch,
-        ArgAction::Append if names.iter().any(|name| name == PAIRS) => ValueKind::Pairs,
+        ArgAction::Append if names.iter().any(|name| name == NAME_VALUE) => ValueKind::Pairs,
         ArgAction::Append => ValueKind::Many,
         _ => ValueKind::One,
     }

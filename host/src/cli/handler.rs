@@ -12,7 +12,7 @@ use super::values::{
     some_duration, variable,
 };
 
-/// What guests are granted, and what they and their connections may take.
+/// Grants of guests, and limits of guests and connections.
 #[derive(Args)]
 pub(crate) struct HandlerArgs {
     /// Let guests read this directory, under the name GUEST if given; repeatable

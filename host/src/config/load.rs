@@ -18,7 +18,7 @@ pub struct LoadedService {
     pub config: ServiceConfig,
     /// Bytes of the guest's component.
     pub component: Bytes,
-    /// What an instance of the guest takes from the pool.
+    /// Pool slots for one instance of the guest.
     pub requirements: Requirements,
     /// Directories, variables and destinations of guests.
     pub grants: Grants,
@@ -183,7 +183,7 @@ pub fn read_guest(path: &Path) -> Result<Vec<u8>, LoadCause> {
     })
 }
 
-/// What an instance of a component takes, if that is within the guest's limits.
+/// Counts the requirements of a component, and checks them against `limits`.
 ///
 /// # Errors
 ///

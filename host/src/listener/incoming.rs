@@ -52,7 +52,7 @@ pub struct Incoming<T> {
     ended: BoxFuture<'static, ()>,
 }
 
-/// What happens to clients while the server is full.
+/// Treatment of clients while the server is full.
 #[derive(Clone, Debug, PartialEq)]
 pub enum WhenFull {
     /// Clients wait in the kernel's backlog.

@@ -32,11 +32,11 @@ pub struct DirGrant {
     pub host: PathBuf,
     /// The path that a guest sees.
     pub guest: String,
-    /// What a guest may do in the directory.
+    /// Access of guests to the directory.
     pub access: Access,
 }
 
-/// What a guest may do in a directory.
+/// Access of guests to a directory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Access {
     /// Read files and list directories.

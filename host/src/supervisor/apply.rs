@@ -11,6 +11,7 @@ use super::retire::retire;
 use super::running::{
     DrainingEndpoint, RunningService, SupervisorState, route, route_by_server_name,
 };
+use crate::config::ListenerConfig;
 use crate::lifecycle::Controller;
 use crate::listener::{BindError, ListeningSockets, SocketSettings};
 use crate::net::ListenAddress;
@@ -144,7 +145,7 @@ impl NextService {
 
 fn new_policy(
     shared: &SharedResources,
-    listener: &crate::config::ListenerConfig,
+    listener: &ListenerConfig,
     current: Option<&CurrentService>,
 ) -> AcceptPolicy {
     match current {

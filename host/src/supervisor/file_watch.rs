@@ -254,7 +254,7 @@ impl<T: Clone> WatchedFile<T> {
     }
 }
 
-/// What an event says about a file.
+/// Progress of a writer, as an event reports it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum WriteProgress {
     /// A process wrote to it.

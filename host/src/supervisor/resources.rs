@@ -1,4 +1,4 @@
-//! What all services of a server share.
+//! Resources that all services of a server share.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What the guests of all services need of the machine.
+//! Needs of all guests together, and the engine that meets them.
 
 use crate::capacity::{self, Plan};
 use crate::config::LoadedService;
@@ -9,7 +9,7 @@ use crate::sandbox::{Cache, Engine, EngineError, Requirements, SharedLimits};
 pub struct Sizing {
     /// Limits that all guests share.
     pub limits: SharedLimits,
-    /// What an instance of any of the guests takes from the pool.
+    /// Pool slots for one instance of any of the guests.
     pub requirements: Requirements,
     /// How many instances fit on this machine.
     pub plan: Plan,

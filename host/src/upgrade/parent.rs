@@ -30,7 +30,7 @@ pub struct Upgrade {
     admin: Option<(OwnedFd, Option<FileIdentity>)>,
 }
 
-/// What a server serves at the moment of an upgrade.
+/// Sockets and guests of a server at the moment of an upgrade.
 pub struct HandedOver<L> {
     /// All listening sockets.
     pub sockets: Vec<HandedOverSocket>,

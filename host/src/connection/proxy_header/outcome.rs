@@ -4,7 +4,7 @@ use crate::named_enum;
 use crate::telemetry::counters::Counters;
 
 named_enum! {
-    /// What the header of a proxy said, or why there was none.
+    /// Result of reading the header of a proxy.
     pub(in crate::connection) enum HeaderOutcome {
         /// The address of a client.
         Client => "client",

@@ -13,7 +13,7 @@ pub enum TlsError {
         kind: TlsFile,
         /// The file.
         path: PathBuf,
-        /// What is wrong with the file, and the fix.
+        /// The fault of the file, and the fix.
         reason: String,
     },
     /// The library refused a setting.
