@@ -8,7 +8,9 @@ use std::process::Command;
 
 use rustix::process::Signal;
 
-use crate::harness::{AdminSocket, MODES, Server, fixture, guest, output, page, wasinetd};
+use crate::harness::{
+    AdminSocket, MODES, Server, fixture, guest, output, page, wait_until, wasinetd,
+};
 
 /// The body that curl receives, then the status and the media type.
 fn fetch(socket: &Path, path: &str, arguments: &[&str]) -> String {
@@ -57,7 +59,9 @@ fn metrics_count_connections_and_bytes() {
         drop(client);
         server.wait_for_log(&["connection ended"]);
         // The log line is written before the metric changes.
-        while metric(&socket, "connections_open", "") > 0.0 {}
+        wait_until("the connection stays open", || {
+            metric(&socket, "connections_open", "") == 0.0
+        });
         for (name, label, value) in [
             ("connections_total", "outcome=\"ok\"", 1.0),
             ("connections_total", "outcome=\"trap\"", 0.0),
@@ -146,7 +150,9 @@ fn health_readiness_and_unknown_paths_are_answered() {
         assert!(fetch(&socket, "/healthz", &["--request", "DELETE"]).contains("405 "));
         let mut sleeper = server.connect();
         sleeper.send("GET /sleep HTTP/1.1\r\nHost: test\r\n\r\n");
-        while metric(&socket, "connections_open", "") < 1.0 {}
+        wait_until("the connection is not counted", || {
+            metric(&socket, "connections_open", "") == 1.0
+        });
         server.signal(Signal::TERM);
         server.wait_for_log(&["draining"]);
         assert_eq!(

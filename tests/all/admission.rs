@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Client, MODES, PATIENCE, Server, guest, run, wasinetd};
+use crate::harness::{Client, MODES, Server, guest, run, wait_until, wasinetd};
 
 /// Whether the server answers this client rather than resets its connection.
 fn is_served(client: &mut Client) -> bool {
@@ -129,13 +129,9 @@ fn accept_rate_per_source_resets_clients_until_it_recovers() {
         assert!(!serves(&server, LOCALHOST));
         server.wait_for_log(&["refused a client", "limit=accept-rate-per-source"]);
         assert!(serves(&server, "127.0.0.2"));
-        let deadline = Instant::now() + PATIENCE;
-        while !serves(&server, LOCALHOST) {
-            assert!(
-                Instant::now() < deadline,
-                "the source is never served again"
-            );
-        }
+        wait_until("the source is never served again", || {
+            serves(&server, LOCALHOST)
+        });
     }
 }
 

@@ -9,8 +9,8 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::harness::{
-    AdminSocket, Client, Server, fixture, guest, has_program, output, root, run, wasinetd,
-    wat_fixture, write_version,
+    AdminSocket, Client, Server, fixture, free_address, guest, has_program, output, root, run,
+    wait_until, wasinetd, wat_fixture, write_version,
 };
 use crate::swap::{Load, answer};
 
@@ -272,7 +272,9 @@ fn reload_applies_only_the_changes() {
     client.send("12345");
     assert!(client.read_all().1.is_err());
     // Until its threads stop listening, the removed service accepts clients.
-    while Client::connect(*goes_address).is_ok() {}
+    wait_until("the removed service still listens", || {
+        Client::connect(*goes_address).is_err()
+    });
     // The service ends with its last connection.
     drop(clients);
     server.wait_for_log(&["a removed service has ended", "goes"]);
@@ -285,10 +287,7 @@ fn reload_moves_an_address_to_another_service() {
     let service = |name: &str, guest: PathBuf, listen: &str| {
         format!("[[service]]\nname = {name:?}\nlisten = [{listen}]\nguest = {guest:?}\n")
     };
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let fixed = free.local_addr().unwrap();
-    drop(free);
-    let fixed = format!("'{fixed}'");
+    let fixed = format!("'{}'", free_address());
     let config = Config::new(&service("one", guest("echo"), &fixed));
     let server = Server::start_config(&config.path, 1);
     let address = server.address();

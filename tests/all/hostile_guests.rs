@@ -6,7 +6,9 @@
 use std::thread;
 use std::time::Instant;
 
-use crate::harness::{Client, MODES, PATIENCE, Server, fixture, run, wasinetd, wat_fixture};
+use crate::harness::{
+    Client, MODES, PATIENCE, Server, fixture, run, wait_until, wasinetd, wat_fixture,
+};
 
 /// The number of hostile guests at the same time.
 const MANY: usize = 100;
@@ -221,7 +223,9 @@ fn guests_that_fill_tables_harm_no_other_client() {
             .collect();
         let answered = ends.iter().filter(|end| end.is_ok()).count();
         assert_eq!(answered, MANY, "{server:?}");
-        while server.log_lines("connection ended").len() < 2 * MANY {}
+        wait_until("connections do not end", || {
+            server.log_lines("connection ended").len() >= 2 * MANY
+        });
         assert_eq!(server.log_lines("limit=\"cpu-time\"").len(), MANY);
         let kept = server.memory("VmRSS").saturating_sub(before);
         let most = KEPT_PER_SLOT * 2 * MANY as u64 + KEPT_BY_HOST;

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::harness::{MODES, PATIENCE, Server, fixture, guest, page, request};
+use crate::harness::{MODES, Server, fixture, guest, page, request, wait_until};
 
 #[test]
 fn each_connection_has_its_own_static_variables() {
@@ -104,9 +104,7 @@ fn connections_are_spread_over_the_threads() {
             client
         })
         .collect();
-    let deadline = Instant::now() + PATIENCE;
-    while server.busy_threads("connections") < 3 {
-        assert!(Instant::now() < deadline, "a thread has no connection");
-        thread::yield_now();
-    }
+    wait_until("a thread has no connection", || {
+        server.busy_threads("connections") >= 3
+    });
 }

@@ -6,7 +6,9 @@ use std::thread;
 
 use rustix::process::Signal;
 
-use crate::harness::{AdminSocket, MODES, PATIENCE, Server, fixture, guest, run, wasinetd};
+use crate::harness::{
+    AdminSocket, MODES, PATIENCE, Server, fixture, free_address, guest, run, wasinetd,
+};
 
 /// Returns the first request that reaches the collector, body included, as lossy text.
 fn receive_request(listener: TcpListener) -> String {
@@ -97,10 +99,7 @@ fn each_connection_is_exported_as_a_span() {
 #[test]
 fn an_unreachable_collector_delays_neither_clients_nor_shutdown() {
     for mode in MODES {
-        let unreachable = {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            format!("http://{}", listener.local_addr().unwrap())
-        };
+        let unreachable = format!("http://{}", free_address());
         let mut server = Server::start(mode, &guest("echo"), &["--otlp", &unreachable]);
         let mut client = server.connect();
         client.send("hello");

@@ -3,13 +3,15 @@
 //! The tests write headers by hand, and use haproxy where it is installed.
 
 use std::io::ErrorKind;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::harness::{AdminSocket, Client, MODES, PATIENCE, Server, fixture, guest, run, wasinetd};
+use crate::harness::{
+    AdminSocket, Client, MODES, PATIENCE, Server, fixture, free_address, guest, run, wasinetd,
+};
 
 /// The servers of these tests trust headers from 127.0.0.1.
 const TRUST_LOOPBACK: [&str; 2] = ["--proxy-from", "127.0.0.1/32"];
@@ -324,10 +326,7 @@ impl Haproxy {
             eprintln!("skipped: haproxy is not installed");
             return None;
         }
-        // No other test uses this loopback address, so the port stays free.
-        let free = TcpListener::bind("127.91.0.1:0").unwrap();
-        let address = free.local_addr().unwrap();
-        drop(free);
+        let address = free_address();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("haproxy.cfg");
         let config = format!(

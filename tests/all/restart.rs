@@ -9,7 +9,7 @@ use std::time::Instant;
 use rustix::process::{Pid, Signal};
 
 use crate::harness::{
-    AdminSocket, MODES, PATIENCE, Server, Successor, guest, page, program, request,
+    AdminSocket, MODES, PATIENCE, Server, Successor, guest, page, program, request, wait_until,
 };
 
 /// Copies the program to a path where the test can replace it.
@@ -46,7 +46,9 @@ fn a_new_process_takes_over_under_load() {
                     })
                 })
                 .collect();
-            while answers.load(Ordering::Relaxed) < 100 {}
+            wait_until("clients get too few answers", || {
+                answers.load(Ordering::Relaxed) >= 100
+            });
             // An upgrade replaces the program by another file.
             std::fs::remove_file(&program).unwrap();
             install(&admin);
@@ -61,7 +63,9 @@ fn a_new_process_takes_over_under_load() {
             assert_ne!(after, before);
             let successor = Successor(Pid::from_raw(after as i32).unwrap());
             let at_restart = answers.load(Ordering::Relaxed);
-            while answers.load(Ordering::Relaxed) < at_restart + 200 {}
+            wait_until("clients get too few answers after the restart", || {
+                answers.load(Ordering::Relaxed) >= at_restart + 200
+            });
             stop.store(true, Ordering::Relaxed);
             clients
                 .into_iter()
@@ -76,9 +80,7 @@ fn a_new_process_takes_over_under_load() {
             successor.0.as_raw_nonzero().get() as u64
         );
         admin.ctl_text(&["drain"]);
-        let drained = Instant::now();
-        while admin.path().exists() && drained.elapsed() < PATIENCE {}
-        assert!(!admin.path().exists());
+        wait_until("the admin socket stays", || !admin.path().exists());
     }
 }
 
@@ -148,7 +150,7 @@ fn a_stop_during_a_restart_stops_the_server() {
         );
         install_script(&program, &script);
         server.signal(Signal::USR2);
-        while !started.exists() {}
+        wait_until("the successor does not start", || started.exists());
         server.signal(Signal::TERM);
         server.wait_for_log(&["no new process has taken over", "drains"]);
         std::fs::write(&go_on, "").unwrap();

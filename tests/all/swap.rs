@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::harness::{
-    AdminSocket, Client, MODES, Server, fixture, guest, output, page, request, wasinetd,
-    write_version,
+    AdminSocket, Client, MODES, Server, fixture, guest, output, page, request, wait_until,
+    wasinetd, write_version,
 };
 
 /// Asks the guest `named_version` for its version, and whether this was its last answer.
@@ -28,6 +28,13 @@ pub(crate) fn answer(client: &mut Client) -> (String, bool) {
 /// The name of the version that serves a new connection.
 fn served_version(server: &Server) -> String {
     answer(&mut server.connect()).0
+}
+
+/// Waits until new connections get this version.
+fn wait_for_version(server: &Server, name: &str) {
+    wait_until(&format!("{name} does not serve"), || {
+        served_version(server) == name
+    });
 }
 
 fn text(path: &Path) -> &str {
@@ -172,12 +179,12 @@ fn a_watched_file_is_swapped_in_once_it_is_complete() {
         let mut half = fs::OpenOptions::new().append(true).open(&file).unwrap();
         std::io::Write::write_all(&mut half, second).unwrap();
         drop(half);
-        while served_version(&server) != "in-place" {}
+        wait_for_version(&server, "in-place");
         // Written in place without truncation: a mixture of both versions is valid as well.
         write_version(&other, "whole");
         let next = fs::read(&other).unwrap();
         let swap_count = || server.log_lines("guest version changed").len();
-        while swap_count() < 2 {}
+        wait_until("the second swap is not logged", || swap_count() == 2);
         let mut file_in_place = fs::OpenOptions::new().write(true).open(&file).unwrap();
         let (first, second) = next.split_at(next.len() - 1000);
         std::io::Write::write_all(&mut file_in_place, first).unwrap();
@@ -186,8 +193,8 @@ fn a_watched_file_is_swapped_in_once_it_is_complete() {
         assert_eq!(swap_count(), 2, "{server:?}");
         std::io::Write::write_all(&mut file_in_place, second).unwrap();
         drop(file_in_place);
-        while served_version(&server) != "whole" {}
-        while swap_count() < 3 {}
+        wait_for_version(&server, "whole");
+        wait_until("the third swap is not logged", || swap_count() == 3);
         // Another file in the same directory changes all the time.
         let busy = AtomicBool::new(true);
         thread::scope(|scope| {
@@ -198,7 +205,7 @@ fn a_watched_file_is_swapped_in_once_it_is_complete() {
                 }
             });
             write_version(&file, "beside");
-            while served_version(&server) != "beside" {}
+            wait_for_version(&server, "beside");
             busy.store(false, Ordering::Relaxed);
         });
         // The file is replaced by a symbolic link, as deployments do.
@@ -206,7 +213,7 @@ fn a_watched_file_is_swapped_in_once_it_is_complete() {
         let link = admin.beside("link");
         std::os::unix::fs::symlink(&other, &link).unwrap();
         fs::rename(&link, &file).unwrap();
-        while served_version(&server) != "renamed" {}
+        wait_for_version(&server, "renamed");
         assert_eq!(server.log_lines("a swap failed").len(), 1, "{server:?}");
     }
 }
@@ -449,7 +456,7 @@ fn replaced_versions_are_freed() {
         let late_min = memory[45..].iter().min().unwrap();
         assert!(*late_min < early_max + 4 * 1024, "{memory:?} KiB");
         // All but the last two versions are freed when their last connections end.
-        while admin.version_count() > 2 {}
+        wait_until("old versions stay", || admin.version_count() <= 2);
         server.wait_for_log(&["an old version is freed"]);
         let series = admin.metrics();
         let series = series
@@ -469,7 +476,9 @@ fn hello_asks_clients_to_reconnect_after_a_swap() {
         assert!(!client.get("/").head.contains("Connection: close"));
         admin.ctl_text(&["swap", "default", text(&guest("echo"))]);
         // The guest answers the next request even after an idle period.
-        while admin.version_count() < 2 {}
+        wait_until("the new version does not serve", || {
+            admin.version_count() >= 2
+        });
         thread::sleep(Duration::from_secs(1));
         client.send(request("/"));
         let response = client.response();

@@ -2,12 +2,11 @@
 
 use std::path::PathBuf;
 use std::process::Output;
-use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::curl::curl_unix;
-use super::machine::PATIENCE;
+use super::machine::wait_until;
 use super::tools::{output, wasinetd};
 
 /// A path for an admin socket, in a temporary directory.
@@ -68,10 +67,9 @@ impl AdminSocket {
 
     /// Waits until no connection is open.
     pub(crate) fn wait_for_no_connections(&self) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.ctl_json(&["status"])["open"] != 0 {
-            assert!(Instant::now() < deadline, "connections stay open");
-        }
+        wait_until("connections stay open", || {
+            self.ctl_json(&["status"])["open"] == 0
+        });
     }
 
     /// All metrics, as text.

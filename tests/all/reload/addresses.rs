@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::process::Stdio;
 
 use crate::config::{Config, connect, echoes, service};
-use crate::harness::{Server, Successor, guest, wasinetd};
+use crate::harness::{Server, Successor, free_address, guest, wasinetd};
 
-use super::helpers::{connect_served, echo_at, free_address, permissions, wait_until_closed};
+use super::helpers::{connect_served, echo_at, permissions, wait_until_closed};
 
 #[test]
 fn a_reload_closes_removed_addresses() {

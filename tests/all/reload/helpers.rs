@@ -1,19 +1,12 @@
 //! Configs and clients that the tests of reloads share.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use crate::config::{Config, connect};
-use crate::harness::{Client, PATIENCE, Server, guest};
-
-/// A loopback address with a port that was free a moment ago.
-pub(super) fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap()
-}
+use crate::harness::{Client, Server, free_address, guest, wait_until};
 
 /// The config of a service with the guest at `path` and these addresses.
 pub(super) fn service_at(name: &str, path: &Path, listen: &[String], more: &str) -> String {
@@ -52,8 +45,7 @@ pub(super) fn connect_served(address: SocketAddr) -> Client {
 
 /// Waits until no server listens at the address.
 pub(super) fn wait_until_closed(address: SocketAddr) {
-    let deadline = Instant::now() + PATIENCE;
-    while Client::connect(address).is_ok() {
-        assert!(Instant::now() < deadline, "{address} is still open");
-    }
+    wait_until(&format!("{address} is still open"), || {
+        Client::connect(address).is_err()
+    });
 }

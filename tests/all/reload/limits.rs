@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 
 use crate::config::{Config, connect, echoes, listens, service};
-use crate::harness::{Server, guest};
+use crate::harness::{Server, free_address, guest};
 
-use super::helpers::{connect_served, echo_at, free_address};
+use super::helpers::{connect_served, echo_at};
 
 #[test]
 fn open_connections_count_towards_the_limit_after_a_reload() {

@@ -6,12 +6,14 @@ use std::path::Path;
 use std::{fs, thread};
 
 use crate::config::{Config, connect, echoes, service};
-use crate::harness::{Server, Successor, guest, output, wasinetd, wat_fixture, write_version};
+use crate::harness::{
+    Server, Successor, free_address, guest, output, wait_until, wasinetd, wat_fixture,
+    write_version,
+};
 use crate::swap::answer;
 
 use super::helpers::{
-    connect_served, echo_at, free_address, permissions, serve_version_0, service_at,
-    wait_until_closed,
+    connect_served, echo_at, permissions, serve_version_0, service_at, wait_until_closed,
 };
 
 #[test]
@@ -34,7 +36,7 @@ fn a_successor_listens_only_where_its_config_says() {
     echoes(any);
     // The old process has accepted the clients that waited there, and removed the path.
     wait_until_closed(goes);
-    while path.exists() {}
+    wait_until("the old process leaves its path", || !path.exists());
     open.send("b");
     assert_eq!(open.read(1), "b");
     drop(open);
@@ -123,7 +125,9 @@ fn a_failed_restart_leaves_unix_sockets_unchanged() {
     let successor = Successor::of(&config.admin);
     assert_eq!(permissions(&path), 0o700);
     config.admin.ctl_text(&["drain"]);
-    while config.admin.path().exists() {}
+    wait_until("the server does not drain", || {
+        !config.admin.path().exists()
+    });
     assert!(path.exists());
     drop(successor);
 }
@@ -169,6 +173,6 @@ fn a_successor_opens_the_admin_address_from_its_config() {
     }
     // Each old process has removed its own admin socket, and no other.
     let other = config.admin.beside("other.sock");
-    while other.exists() {}
+    wait_until("the admin socket stays", || !other.exists());
     ctl(&at, "status");
 }

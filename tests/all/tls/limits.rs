@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
-use crate::harness::{AdminSocket, MODES, PATIENCE, guest};
+use crate::harness::{AdminSocket, MODES, PATIENCE, guest, wait_until};
 
 use super::authority::{Authority, read};
 use super::observe::{handshakes, metric};
@@ -172,7 +172,9 @@ fn the_first_byte_timeout_waits_for_a_decrypted_byte() {
         let error = silent.read(&mut [0]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
         let outcome = "outcome=limit: first-byte-timeout";
-        while server.log_lines(outcome).len() < 2 {}
+        wait_until("two clients do not end", || {
+            server.log_lines(outcome).len() >= 2
+        });
         active.write_all(b"y").unwrap();
         assert_eq!(read(&mut active, 1), "y");
     }
