@@ -4,8 +4,10 @@ SHELL := bash
 CARGO ?= cargo
 # Two profiles (see Cargo.toml): quick builds in minutes, for run and test; dist is optimized as a whole program, for
 # packages and benchmarks.
-QUICK := --profile quick
-DIST := --profile dist
+# All members of the workspace are selected each time, so that all commands agree on the features of the
+# dependencies and compile them once.
+QUICK := --profile quick --workspace
+DIST := --profile dist --workspace
 ADDR ?= 127.0.0.1:7878
 MINUTES ?= 5
 GUEST_TARGET := wasm32-wasip2
@@ -34,13 +36,13 @@ run: toolchain
 	@$(SAY) 'building the guest hello and the server: up to 10 minutes the first time on 2 cores'
 	$(CARGO) build --profile guest --target $(GUEST_TARGET) --package hello
 	@mkdir -p target/guests && cp $(GUEST_OUT)/hello.wasm target/guests/
-	$(CARGO) build $(QUICK) --package wasinetd
+	$(CARGO) build $(QUICK) --bin wasinetd
 	@$(SAY) 'serving on http://$(ADDR)/ until Ctrl-C'
 	target/quick/wasinetd serve --listen $(ADDR) --dir static::/static target/guests/hello.wasm
 
 build: guests
 	@$(SAY) 'building the optimized server: about 12 minutes the first time on 2 cores'
-	$(CARGO) build $(DIST) --package wasinetd
+	$(CARGO) build $(DIST) --bin wasinetd
 
 guests: toolchain
 	$(CARGO) build --profile guest --target $(GUEST_TARGET) $(GUESTS:%=--package %)
@@ -57,11 +59,11 @@ HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_'
 TIMED := env CARGO_TARGET_$(HOST)_RUNNER='env RUSTC_BOOTSTRAP=1'
 test: test-tools lint guests
 	@$(SAY) 'building the server and the tests: up to 15 minutes the first time on 2 cores'
-	$(CARGO) build $(QUICK) --package wasinetd
-	$(CARGO) test $(QUICK) --workspace --no-run
+	$(CARGO) build $(QUICK) --bin wasinetd --tests
 	@$(SAY) 'running the tests: about 10 minutes on 2 cores'
-	$(CARGO) test $(QUICK) --workspace --exclude integration
-	@set -o pipefail; $(TIMED) $(CARGO) test $(QUICK) --package integration -- -Z unstable-options --report-time \
+	$(CARGO) test $(QUICK) --lib --bin bench
+	$(CARGO) test $(QUICK) --doc
+	@set -o pipefail; $(TIMED) $(CARGO) test $(QUICK) --test all -- -Z unstable-options --report-time \
 		--test-threads $(TEST_THREADS) | tee target/tests.log
 	@echo 'make: the ten slowest tests, in seconds:'
 	@sed -n 's/^test \(.*\) \.\.\. ok <\(.*\)s>$$/  \2 \1/p' target/tests.log | sort -rn | head -n 10
@@ -70,18 +72,18 @@ test: test-tools lint guests
 lint: toolchain
 	@$(SAY) 'checking format, lints and documentation: about 4 minutes the first time on 2 cores'
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy $(QUICK) --workspace --all-targets -- -D warnings
+	$(CARGO) clippy $(QUICK) --all-targets -- -D warnings
 	$(CARGO) clippy --profile guest --target $(GUEST_TARGET) $(GUESTS:%=--package %) --package fixtures --examples -- -D warnings
 	$(CARGO) clippy --profile guest --target $(GUEST_TARGET) --package http-p2 --package http-p3 --package padded -- -D warnings
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(QUICK) --workspace --no-deps
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(QUICK) --no-deps
 
 bench: bench-tools build bench-guests
-	$(CARGO) bench $(DIST) --package wasinetd --bench sandbox
-	$(CARGO) build $(DIST) --package bench
+	$(CARGO) bench $(DIST) --bench sandbox
+	$(CARGO) build $(DIST) --bin bench
 	target/dist/bench $(BENCH)
 
 soak: build
-	$(CARGO) build $(DIST) --package bench
+	$(CARGO) build $(DIST) --bin bench
 	target/dist/bench --soak $(MINUTES)
 
 # Advisories come from the network, so they are checked last: without a network the rest is checked all the same.

@@ -210,6 +210,29 @@ fn a_guest_that_traps_during_instantiation_is_refused() {
     assert!(text.contains("unreachable"), "{text}");
 }
 
+/// A build of wasmtime without garbage collection aborts the process here (GHSA-rc4p-x33f-vpr2).
+#[test]
+fn a_guest_can_cast_functions() {
+    for mode in MODES {
+        let server = Server::start(mode, &wat_fixture("casts_functions"), &[]);
+        for _ in 0..2 {
+            let mut client = server.connect();
+            client.finish();
+            assert_eq!(client.read_to_end(), "", "{server:?}");
+        }
+    }
+}
+
+/// wasmtime confuses the ends of this guest's stream (GHSA-xrvr-8678-5wp8).
+#[test]
+fn guests_that_cancel_a_stream_on_its_wrong_end_are_reset() {
+    for mode in MODES {
+        let server = Server::start(mode, &wat_fixture("cancels_wrong_end"), &[]);
+        (0..MANY).for_each(|_| assert_reset(&server));
+        server.wait_for_log(&["connection ended", "outcome=trap"]);
+    }
+}
+
 #[test]
 fn guests_that_fill_tables_harm_no_other_client() {
     for mode in MODES {

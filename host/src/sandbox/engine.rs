@@ -158,6 +158,11 @@ fn config(size: PoolSize, slots: &Requirements, limits: &SharedLimits) -> Config
     let mut config = Config::new();
     config
         .wasm_component_model_async(true)
+        // No guest gets a garbage-collected heap, which exceptions need as well, or shared memory,
+        // on which it could block a thread of the host.
+        .gc_support(false)
+        .wasm_exceptions(false)
+        .wasm_threads(false)
         .epoch_interruption(true)
         .max_wasm_stack(limits.stack)
         .async_stack_size(limits.stack + HOST_STACK_BYTES)
@@ -202,6 +207,42 @@ impl Drop for Ticker {
         if let Some(thread) = self.thread.take() {
             // The thread has no reason to panic, and nothing depends on it any more.
             let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An engine as the server has it, for one connection.
+    fn engine() -> wasmtime::Engine {
+        let size = PoolSize {
+            connections: 1,
+            stacks: 2,
+        };
+        let slots = Requirements::default().with_spare_slots();
+        wasmtime::Engine::new(&config(size, &slots, &SharedLimits::default())).unwrap()
+    }
+
+    #[test]
+    fn threads_exceptions_and_garbage_collection_are_refused() {
+        let engine = engine();
+        for (code, reason) in [
+            ("(memory 1 1 shared)", "threads"),
+            (
+                "(memory 1) (func (drop (memory.atomic.notify (i32.const 0) (i32.const 0))))",
+                "threads",
+            ),
+            ("(tag)", "exceptions"),
+            ("(table 1 externref)", "gc"),
+            ("(type (struct))", "gc"),
+        ] {
+            let component = format!("(component (core module {code}))");
+            let error = Component::new(&engine, wat::parse_str(component).unwrap())
+                .err()
+                .unwrap_or_else(|| panic!("{code} is accepted"));
+            assert!(format!("{error:#}").contains(reason), "{code}: {error:#}");
         }
     }
 }
