@@ -20,7 +20,7 @@ pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 /// A loopback address that no other test uses.
 ///
 /// A port that is free on it stays free: the kernel gives ports of other addresses to other tests.
-pub(crate) fn own_loopback() -> Ipv4Addr {
+fn own_loopback() -> Ipv4Addr {
     let octet = || fastrand::u8(1..=254);
     Ipv4Addr::new(127, octet(), octet(), octet())
 }
