@@ -33,7 +33,7 @@ help:
 
 # Only what is served here: the server and one guest.
 run: toolchain
-	@$(SAY) 'building the guest hello and the server: up to 10 minutes the first time on 2 cores'
+	@$(SAY) 'building the guest hello and the server: about 8 minutes the first time on 2 cores'
 	$(CARGO) build --profile guest --target $(GUEST_TARGET) --package hello
 	@mkdir -p target/guests && cp $(GUEST_OUT)/hello.wasm target/guests/
 	$(CARGO) build $(QUICK) --bin wasinetd
@@ -58,7 +58,7 @@ TEST_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 TIMED := env CARGO_TARGET_$(HOST)_RUNNER='env RUSTC_BOOTSTRAP=1'
 test: test-tools lint guests
-	@$(SAY) 'building the server and the tests: up to 15 minutes the first time on 2 cores'
+	@$(SAY) 'building the server and the tests: about 8 minutes the first time on 2 cores'
 	$(CARGO) build $(QUICK) --bin wasinetd --tests
 	@$(SAY) 'running the tests: about 10 minutes on 2 cores'
 	$(CARGO) test $(QUICK) --lib --bin bench
